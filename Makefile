@@ -1,0 +1,89 @@
+# Every command below is one a person can type: `source .venv/bin/activate` first, then the lines as printed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup smoke demo demo-full test test-wheel check fix bench clean
+# One stage after another: the stages share the machine's cores, and the clock below means something.
+.NOTPARALLEL:
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Two OpenMP threads that wait for each other collapse when anything else runs (docs/decisions.md): one per process.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+ifeq ($(shell uname -s),Linux)
+export MUJOCO_GL ?= egl
+endif
+
+WORKERS ?= 2
+START := $(shell date +%s)
+# $(call stage,what,how long)
+stage = @printf '\n=== %s  [about %s; %d s so far]\n' "$(1)" "$(2)" "$$(( $$(date +%s) - $(START) ))"
+total = @s=$$(( $$(date +%s) - $(START) )); printf '\n=== %s: %d min %d s in all\n' "$(1)" $$(( s / 60 )) $$(( s % 60 ))
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup:  ## the environment in .venv, and Debian packages for rendering; quick when nothing changed
+	@bash .ci/setup
+
+demo: setup  ## the main job: record, train one policy on two robots, evaluate with controls, report
+	$(call stage,Recording 3600 tabletop demonstrations,2 min)
+	vla data record --suite tabletop --episodes 3600 --seed 0 --out data/tabletop
+	$(call stage,Recording 100 Meta-World demonstrations,2 min)
+	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 100 --seed 0 --out data/metaworld
+	$(call stage,Training one policy on both robots,12 min)
+	vla train configs/train/demo.yaml
+	$(call stage,Tabletop: 200 fresh scenes per verb with matched controls,3 min)
+	vla eval runs/demo --suite tabletop --episodes 200 --seed 900000 --out runs/demo/eval/tabletop.json
+	$(call stage,Meta-World: 50 fresh scenes with matched controls,3 min)
+	vla eval runs/demo --suite metaworld --task button-press-topdown-v3 --episodes 50 --seed 900000 --out runs/demo/eval/metaworld.json
+	$(call stage,The report,10 s)
+	vla report runs/demo
+	$(call total,make demo)
+
+FULL_TASKS := button-press-topdown-v3 drawer-open-v3 door-open-v3 window-open-v3 drawer-close-v3
+demo-full: setup  ## five Meta-World tasks in one policy, with the curve over training (up to 2 hours)
+	$(call stage,Recording 5 x 100 Meta-World demonstrations,10 min)
+	vla data record --suite metaworld --episodes 100 --seed 0 --out data/metaworld-full $(FULL_TASKS:%=--task %)
+	$(call stage,Training one policy on all of them,60 min)
+	vla train configs/train/demo_full.yaml
+	$(call stage,Evaluating with matched controls,20 min)
+	vla eval runs/demo-full --suite metaworld $(FULL_TASKS:%=--task %) --episodes 50 --seed 900000 --out runs/demo-full/eval/metaworld.json
+	$(call stage,The report,10 s)
+	vla report runs/demo-full
+	$(call total,make demo-full)
+
+smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 minutes; learns nothing)
+	rm -rf data/smoke runs/smoke
+	$(call stage,Recording a handful of demonstrations in both simulators,30 s)
+	vla data record --suite tabletop --episodes 12 --seed 0 --out data/smoke/tabletop
+	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 3 --seed 0 --out data/smoke/metaworld
+	$(call stage,Training for a few steps,40 s)
+	vla train configs/smoke/train.yaml
+	$(call stage,Evaluating a few episodes,60 s)
+	vla eval runs/smoke --suite tabletop --episodes 2 --seed 900000 --out runs/smoke/eval/tabletop.json
+	vla eval runs/smoke --suite metaworld --task button-press-topdown-v3 --episodes 2 --seed 900000 --out runs/smoke/eval/metaworld.json
+	$(call stage,The report,5 s)
+	vla report runs/smoke
+	$(call total,make smoke)
+
+test: setup  ## the tests (pytest); PYTEST="-k mixture" to choose, WORKERS=8 on a larger machine
+	python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
+
+test-wheel: setup  ## builds the wheel and runs the tests against it, outside this checkout
+	bash .ci/test-wheel $(PYTEST)
+
+check: setup  ## lint, types, import contracts
+	ruff check .
+	pyright
+	lint-imports --no-logo
+
+fix: setup  ## what ruff can mend by itself
+	ruff check --fix .
+
+bench: setup  ## every benchmarks/bench_*.py on this machine
+	@found=0; for script in benchmarks/bench_*.py; do [ -e "$$script" ] || continue; found=1; echo "== $$script"; python "$$script"; done; \
+	[ $$found = 1 ] || { echo "no benchmarks/bench_*.py"; exit 2; }
+
+clean:  ## removes smoke data, runs and caches; never data/ or runs/ of your own
+	rm -rf data/smoke runs/smoke .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

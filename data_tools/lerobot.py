@@ -1,0 +1,437 @@
+"""A writer of LeRobotDataset v3.0 that an interruption cannot break.
+
+Format: `meta/info.json`, `meta/stats.json`, `meta/tasks.parquet` (pandas index `task`), `meta/episodes/**.parquet`,
+`data/**.parquet`, one MP4 per camera with many episodes in it. Checked against the real `lerobot` by
+`benchmarks/lerobot_roundtrip.py`. Beside it, ignored by lerobot: `meta/embodiment.json`, `meta/recording.json`,
+`meta/pixels.json`.
+
+Every commit *replaces* files (temporary file, fsync, rename) by ones that have the same beginning and more at the end, and
+`info.json`, which says how many episodes count, goes last. So at any moment, SIGKILL and a full disk included, a reader that
+believes `info.json` sees the last commit; what lies behind it is cut off by the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools.durable import TEMPORARY, disk_full, replace_file
+from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
+from data_tools.video import VIDEO, describe, encode, join, joinable
+from vla.embodiment import EmbodimentSpec, explain
+from vla.errors import DataError, MachineError, UsageError
+from vla.schema import Episode
+
+VERSION = "v3.0"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+CHUNK_FILES = 1000
+_DEFAULTS = {"next.done": "bool", "next.success": "bool", "timestamp": "float32", "frame_index": "int64",
+             "episode_index": "int64", "index": "int64", "task_index": "int64"}  # fmt: skip
+_EPISODES_PER_META_FILE = 2000
+_COMMIT_SECONDS, _COMMIT_SHARE = 10.0, 20.0
+
+
+@dataclass
+class EncodedEpisode:
+    """An episode ready to be appended: clips, columns and statistics. Small enough to travel between processes."""
+
+    clips: dict[str, bytes]  # camera -> MP4
+    state: np.ndarray  # (T, S) float32
+    action: np.ndarray  # (T, A) float32
+    instruction: str
+    success: bool
+    task: str
+    seed: int | None
+    pixels: dict[str, np.ndarray]  # camera -> (3, 256) histogram
+    stats: dict[str, dict] = field(default_factory=dict)  # feature -> statistics
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+
+def encode_episode(episode: Episode, fps: int, video: str = "rgb") -> EncodedEpisode:
+    """Encode, count and measure one episode. Raises `DataError` on NaN, a wrong shape or an empty episode."""
+    episode.validate(f"episode of {episode.task or episode.instruction!r}, seed {episode.seed}")
+    T = len(episode)
+    pixels = {camera: PixelStats.of(frames) for camera, frames in episode.images.items()}
+    last = np.arange(T) == T - 1
+    stats = {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
+    stats |= {"action": column_stats(episode.action), "next.done": column_stats(last),
+              "next.success": column_stats(last & episode.success),
+              "timestamp": column_stats(_timestamps(T, fps)), "frame_index": column_stats(np.arange(T))}  # fmt: skip
+    if episode.state.shape[1]:
+        stats["observation.state"] = column_stats(episode.state)
+    return EncodedEpisode(
+        {camera: encode(frames, fps, video) for camera, frames in episode.images.items()},
+        episode.state, episode.action, episode.instruction, episode.success, episode.task, episode.seed,
+        {camera: counted.histogram for camera, counted in pixels.items()}, stats,
+    )  # fmt: skip
+
+
+def image_key(camera: str) -> str:
+    """`front` -> `observation.images.front`."""
+    return f"observation.images.{camera}"
+
+
+def _timestamps(length: int, fps: int) -> np.ndarray:
+    return (np.arange(length) / fps).astype(np.float32)
+
+
+class LeRobotWriter:
+    """Appends episodes to `root`, creating it when it is absent or empty.
+
+    `spec.cameras` must carry the size of the frames. `header` is kept in `meta/recording.json` and must be the same when a
+    dataset is continued. Commits happen by themselves, at most every 10 s and so seldom that they cost under 5 % of the time;
+    `close()` makes the last one. One process at a time: a second writer is refused.
+
+    Raises `UsageError` when the folder is something else or was begun with other settings, `MachineError` when the disk is
+    full (all committed episodes stay readable).
+    """
+
+    def __init__(
+        self, root: Path, spec: EmbodimentSpec, *, fps: int | None = None, video: str = "rgb",
+        header: dict[str, Any] | None = None, resume: bool = True, data_mb: int = 100, video_mb: int = 100,
+    ) -> None:  # fmt: skip
+        if video not in VIDEO:
+            raise UsageError("video", found=video, expected=f"one of {sorted(VIDEO)}", fix="choose one of these")
+        self.root, self.spec, self.video = Path(root), spec, video
+        self.fps = fps or max(1, round(spec.control_hz))
+        self.header = {"version": 1, "video": video, **(header or {})}
+        self.limits = {"data": data_mb * 2**20, "videos": video_mb * 2**20}
+        self.orphans: list[str] = []
+        """Files an interrupted writer had left, removed on opening."""
+        self.recorded: list[dict[str, Any]] = []
+        """`{"episode_index", "task", "seed"}` of every episode, committed or pending."""
+        self.tried: dict[str, int] = {}
+        self.tasks: list[str] = []
+        self.num_frames = self.committed = 0
+        self._pending: list[EncodedEpisode] = []
+        self._index: list[dict[str, Any]] = []  # per committed episode: where it lies (no statistics)
+        self._open_rows: pa.Table | None = None  # the episodes file being filled, whole
+        self._columns: dict[str, list[np.ndarray]] = {}  # feature -> one array per committed episode
+        self._pixels = {camera: PixelStats() for camera in spec.cameras}
+        self._previous: dict[str, Any] | None = None
+        self._last_commit, self._commit_cost = time.monotonic(), 0.0
+        info = self.root / "meta" / "info.json"
+        if self.root.exists() and not self.root.is_dir():
+            raise UsageError(self.root, found="a file", expected="a folder", fix="choose another --out")
+        if self.root.is_dir() and any(self.root.iterdir()) and not info.is_file():
+            raise UsageError(self.root, found="a folder that holds something else", expected="a LeRobot dataset or no folder",
+                             fix="choose another --out, or empty the folder")  # fmt: skip
+        if info.is_file() and not resume:
+            raise UsageError(self.root, found="a dataset", expected="no dataset yet",
+                             fix="continue it (resume), remove it, or choose another --out")  # fmt: skip
+        with disk_full(self.root, "nothing has been recorded yet"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise UsageError(self.root, found="another process is recording into it", expected="one writer at a time",
+                             fix="wait for it, or choose another --out") from error  # fmt: skip
+        try:
+            if info.is_file():
+                self._resume(json.loads(info.read_text()))
+            else:
+                with disk_full(self.root, "nothing has been recorded yet"):
+                    replace_file(self.root / "meta" / "embodiment.json", _json(spec.model_dump(mode="json")))
+                    replace_file(info, _json(self._info()))
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def num_episodes(self) -> int:
+        """Committed and pending."""
+        return len(self.recorded)
+
+    def add(self, episode: EncodedEpisode | Episode) -> None:
+        """Append one episode; commit if it is time to. Raises `DataError` when it does not fit the embodiment."""
+        encoded = encode_episode(episode, self.fps, self.video) if isinstance(episode, Episode) else episode
+        found = (sorted(encoded.clips), encoded.state.shape[1:], encoded.action.shape[1:])
+        expected = (sorted(self.spec.cameras), (self.spec.state_dim,), (self.spec.action_dim,))
+        if found != expected:
+            raise DataError(f"{self.root}, episode {self.num_episodes}", found=f"cameras, state, action {found}",
+                            expected=f"{expected} of embodiment {self.spec.name!r}", fix="record with that robot")  # fmt: skip
+        entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
+        self.recorded.append(entry)
+        self._pending.append(encoded)
+        if time.monotonic() - self._last_commit > max(_COMMIT_SECONDS, _COMMIT_SHARE * self._commit_cost):
+            self.commit()
+
+    def commit(self) -> None:
+        """Make everything added so far durable. Raises `MachineError` when the disk is full; the last commit stays."""
+        if not self._pending:
+            return
+        began = time.monotonic()
+        with disk_full(self.root, f"{self.committed} episodes are safe and readable"):
+            self._write()
+        self.committed, self._pending = self.num_episodes, []
+        self._last_commit = time.monotonic()
+        self._commit_cost = self._last_commit - began
+
+    def close(self) -> None:
+        """Commit and release the folder."""
+        if self._lock < 0:
+            return
+        try:
+            self.commit()
+        finally:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> LeRobotWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, MachineError):
+            self._pending = []  # the disk is full: trying once more would only hide the first message
+        self.close()
+
+    # What follows turns pending episodes into files. `index` is `_index` plus a row per pending episode.
+
+    def _write(self) -> None:
+        columns = {key: list(arrays) for key, arrays in self._columns.items()}
+        pixels, tasks, frames = dict(self._pixels), list(self.tasks), self.num_frames
+        index, rows = list(self._index), []
+        for number, episode in enumerate(self._pending, start=self.committed):
+            if episode.instruction not in tasks:
+                tasks.append(episode.instruction)
+            task, T = tasks.index(episode.instruction), len(episode)
+            for key, values in self._episode_columns(episode, number, frames, task).items():
+                columns.setdefault(key, []).append(values)
+            for camera in pixels:
+                pixels[camera] = pixels[camera] + PixelStats(episode.pixels[camera], T)
+            stats = episode.stats | {
+                "episode_index": constant_stats(number, T), "task_index": constant_stats(task, T),
+                "index": ramp_stats(frames, episode.stats["frame_index"]),
+            }  # fmt: skip
+            index.append({"episode_index": number, "tasks": [episode.instruction], "length": T,
+                          "dataset_from_index": frames, "dataset_to_index": frames + T})  # fmt: skip
+            rows.append({f"stats/{feature}/{k}": v for feature, entry in stats.items() for k, v in entry.items()})
+            frames += T
+        self._write_videos(index)
+        self._write_data(index, columns)
+        meta = self.root / "meta"
+        names = pd.DataFrame({"task_index": np.arange(len(tasks))}, index=pd.Index(tasks, name="task"))
+        replace_file(meta / "tasks.parquet", _parquet(pa.Table.from_pandas(names)))
+        open_rows = self._write_episodes(index, rows)
+        stats = {key: column_stats(np.concatenate(values)) for key, values in columns.items()}
+        stats |= {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
+        replace_file(meta / "stats.json", _json(stats))
+        generation = {"episodes": len(index), "histograms": {c: p.histogram.tolist() for c, p in pixels.items()}}
+        # Two generations, so that whichever info.json survives a crash finds its own.
+        replace_file(meta / "pixels.json", json.dumps([g for g in (self._previous, generation) if g]).encode())
+        replace_file(meta / "recording.json", json.dumps(self._recording()).encode())
+        info = self._info(len(index), frames, len(tasks), index[-1])
+        replace_file(meta / "info.json", _json(info))
+        self.tasks, self.num_frames, self._previous = tasks, frames, generation
+        self._columns, self._pixels, self._index, self._open_rows = columns, pixels, index, open_rows
+
+    def _episode_columns(self, episode: EncodedEpisode, number: int, start: int, task: int) -> dict[str, np.ndarray]:
+        T = len(episode)
+        last = np.arange(T) == T - 1
+        columns = {"observation.state": episode.state} if self.spec.state_dim else {}
+        return columns | {
+            "action": episode.action, "next.done": last, "next.success": last & episode.success,
+            "timestamp": _timestamps(T, self.fps), "frame_index": np.arange(T), "episode_index": np.full(T, number),
+            "index": start + np.arange(T), "task_index": np.full(T, task),
+        }  # fmt: skip
+
+    def _write_videos(self, index: list[dict[str, Any]]) -> None:
+        for key in map(image_key, self.spec.cameras):
+            at, frames, clips = (0, 0), 0, []
+            if self.committed:
+                last = index[self.committed - 1]
+                at = (last[f"videos/{key}/chunk_index"], last[f"videos/{key}/file_index"])
+                frames = round(last[f"videos/{key}/to_timestamp"] * self.fps)
+                clips = [(self._path(VIDEO_PATH, at, key).read_bytes(), frames)]
+            for episode, row in zip(self._pending, index[self.committed :], strict=True):
+                clip = episode.clips[key.removeprefix(image_key(""))]
+                full = sum(len(data) for data, _ in clips) + len(clip) > self.limits["videos"]
+                if clips and (full or not joinable(clips[-1][0], clip)):
+                    self._put_video(key, at, clips)
+                    at, frames, clips = _next_file(at), 0, []
+                clips.append((clip, None))
+                row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"] = at
+                row[f"videos/{key}/from_timestamp"] = frames / self.fps
+                frames += len(episode)
+                row[f"videos/{key}/to_timestamp"] = frames / self.fps
+            self._put_video(key, at, clips)
+
+    def _put_video(self, key: str, at: tuple[int, int], clips: list[tuple[bytes, int | None]]) -> None:
+        path = self._path(VIDEO_PATH, at, key)
+        try:
+            replace_file(path, join(clips, self.fps))
+        except ValueError as error:
+            raise DataError(path, found=error, expected="the video of the episodes recorded so far",
+                            fix="restore the file, or record into another folder") from error  # fmt: skip
+
+    def _write_data(self, index: list[dict[str, Any]], columns: dict[str, list[np.ndarray]]) -> None:
+        per_frame = sum(arrays[0][:1].nbytes for arrays in columns.values())
+        at, start = (0, 0), 0
+        if self.committed:
+            at = _data_file(index[self.committed - 1])
+            start = next(row["episode_index"] for row in index if _data_file(row) == at)
+        size = sum(row["length"] for row in index[start : self.committed]) * per_frame
+        for row in index[self.committed :]:
+            if size and size + row["length"] * per_frame > self.limits["data"]:
+                self._put_data(at, columns, start, row["episode_index"])
+                at, start, size = _next_file(at), row["episode_index"], 0
+            row["data/chunk_index"], row["data/file_index"] = at
+            size += row["length"] * per_frame
+        self._put_data(at, columns, start, len(index))
+
+    def _put_data(self, at: tuple[int, int], columns: dict[str, list[np.ndarray]], first: int, stop: int) -> None:
+        arrays = {}
+        for key, episodes in columns.items():
+            values = np.concatenate(episodes[first:stop])
+            flat = pa.array(values.reshape(-1))
+            wide = values.ndim == 2 and values.shape[1] > 1  # a feature of shape [1] is a plain column
+            arrays[key] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if wide else flat
+        replace_file(self._path(DATA_PATH, at), _parquet(pa.table(arrays)))
+
+    def _write_episodes(self, index: list[dict[str, Any]], stats: list[dict[str, Any]]) -> pa.Table:
+        """Write the episodes files the pending episodes touch; return the one still being filled."""
+        table, at = self._open_rows, (0, 0)
+        if table is not None:
+            at = tuple(index[self.committed - 1][f"meta/episodes/{kind}_index"] for kind in ("chunk", "file"))
+        new = list(zip(index[self.committed :], stats, strict=True))
+        while new:
+            if table is not None and len(table) >= _EPISODES_PER_META_FILE:
+                table, at = None, _next_file(at)
+            room = _EPISODES_PER_META_FILE - (len(table) if table is not None else 0)
+            for row, _ in new[:room]:
+                row["meta/episodes/chunk_index"], row["meta/episodes/file_index"] = at
+            more = pa.Table.from_pylist([row | entry for row, entry in new[:room]])
+            table = more if table is None else pa.concat_tables([table, more.select(table.column_names)])
+            replace_file(self._path(EPISODES_PATH, at), _parquet(table))
+            new = new[room:]
+        assert table is not None
+        return table
+
+    def _path(self, template: str, at: tuple[int, int], key: str = "") -> Path:
+        return self.root / template.format(chunk_index=at[0], file_index=at[1], video_key=key)
+
+    def _info(self, episodes: int = 0, frames: int = 0, tasks: int = 0, last: dict[str, Any] | None = None) -> dict[str, Any]:
+        features: dict[str, Any] = {}
+        for name, camera in self.spec.cameras.items():
+            key = image_key(name)
+            features[key] = {"dtype": "video", "shape": [camera.height, camera.width, 3],
+                             "names": ["height", "width", "channels"]}  # fmt: skip
+            if last:
+                at = (last[f"videos/{key}/chunk_index"], last[f"videos/{key}/file_index"])
+                features[key]["info"] = describe(self._path(VIDEO_PATH, at, key).read_bytes())
+        for key, names in (("observation.state", self.spec.state_names), ("action", self.spec.action_names)):
+            if names:
+                features[key] = {"dtype": "float32", "shape": [len(names)], "names": names}
+        features |= {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in _DEFAULTS.items()}
+        return {
+            "codebase_version": VERSION, "fps": self.fps, "features": features, "total_episodes": episodes,
+            "total_frames": frames, "total_tasks": tasks, "chunks_size": CHUNK_FILES,
+            "data_files_size_in_mb": self.limits["data"] // 2**20, "video_files_size_in_mb": self.limits["videos"] // 2**20,
+            "data_path": DATA_PATH, "video_path": VIDEO_PATH if self.spec.cameras else None,
+            "robot_type": self.spec.name, "splits": {"train": f"0:{episodes}"},
+        }  # fmt: skip
+
+    def _recording(self) -> dict[str, Any]:
+        kept = Counter(entry["task"] for entry in self.recorded)
+        tasks = {task: {"tried": max(self.tried.get(task, 0), kept[task]), "kept": kept[task]}
+                 for task in sorted(kept.keys() | self.tried.keys())}  # fmt: skip
+        return self.header | {"tasks": tasks, "episodes": self.recorded}
+
+    def _resume(self, info: dict[str, Any]) -> None:
+        meta, E = self.root / "meta", int(info["total_episodes"])
+        fix = "repeat the first command exactly, or record into another folder"
+        try:
+            spec = EmbodimentSpec.model_validate_json((meta / "embodiment.json").read_text())
+            recording = json.loads((meta / "recording.json").read_text()) if E else self.header
+            generations = json.loads((meta / "pixels.json").read_text()) if E else []
+        except (OSError, ValueError) as error:
+            raise DataError(meta, found=error, expected="a dataset begun by this writer",
+                            fix="record into another folder; foreign datasets are read, not continued") from error  # fmt: skip
+        begun = {k: v for k, v in recording.items() if k not in ("tasks", "episodes")}
+        differences = explain(spec, self.spec) + ([f"fps: {info['fps']} against {self.fps}"] if info["fps"] != self.fps else [])
+        differences += [f"{key}: {begun.get(key)} against {self.header.get(key)}" for key in sorted(begun.keys() | self.header.keys())
+                        if begun.get(key) != self.header.get(key)]  # fmt: skip
+        if differences:
+            raise UsageError(self.root, found="; ".join(differences), expected="the settings it was begun with", fix=fix)
+        if not E:
+            return self._sweep()
+        try:
+            files = sorted((meta / "episodes").glob("*/*.parquet"))
+            tables = [pq.read_table(path) for path in files]
+            light = [name for name in tables[0].column_names if not name.startswith("stats/")]
+            self._index = [row for table in tables for row in table.select(light).to_pylist()][:E]
+            self._previous = next(g for g in generations if g["episodes"] == E)
+            names = pq.read_table(meta / "tasks.parquet").to_pydict()
+            data = [pq.read_table(self._path(DATA_PATH, at)) for at in sorted({_data_file(row) for row in self._index})]
+        except (OSError, pa.ArrowException, StopIteration, KeyError, IndexError) as error:
+            raise DataError(self.root, found=f"{type(error).__name__}: {error}", expected="the files of the last commit",
+                            fix="restore them, or record into another folder") from error  # fmt: skip
+        last = self._index[-1]
+        at = (last["meta/episodes/chunk_index"], last["meta/episodes/file_index"])
+        self._open_rows = tables[files.index(self._path(EPISODES_PATH, at))]
+        first = next(i for i, r in enumerate(self._index)
+                     if (r["meta/episodes/chunk_index"], r["meta/episodes/file_index"]) == at)  # fmt: skip
+        self._open_rows = self._open_rows.slice(0, E - first)
+        self.num_frames, self.committed = last["dataset_to_index"], E
+        self.tasks = names["task"][: info["total_tasks"]]
+        self.recorded = recording["episodes"][:E]
+        self._pixels = {c: PixelStats(np.array(h), self.num_frames) for c, h in self._previous["histograms"].items()}
+        whole = pa.concat_tables(data)
+        bounds = [row["dataset_to_index"] for row in self._index[:-1]]
+        for key in whole.column_names:
+            column = whole[key].combine_chunks()
+            wide = pa.types.is_fixed_size_list(column.type)
+            values = np.asarray(column.flatten() if wide else column.to_numpy(zero_copy_only=False))
+            values = values.reshape(len(column), -1) if wide or key in ("action", "observation.state") else values
+            self._columns[key] = np.split(values[: self.num_frames], bounds)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what an interrupted commit left and no committed episode points to."""
+        wanted = set()
+        for row in self._index:
+            wanted.add(self._path(DATA_PATH, _data_file(row)))
+            wanted.add(self._path(EPISODES_PATH, (row["meta/episodes/chunk_index"], row["meta/episodes/file_index"])))
+            for key in map(image_key, self.spec.cameras):
+                wanted.add(self._path(VIDEO_PATH, (row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]), key))
+        for folder in ("data", "videos", "meta"):
+            for path in sorted((self.root / folder).rglob("*")):
+                shard = path.suffix in (".parquet", ".mp4") and path.parent != self.root / "meta"
+                if path.is_file() and (path.name.endswith(TEMPORARY) or (shard and path not in wanted)):
+                    path.unlink()
+                    self.orphans.append(str(path.relative_to(self.root)))
+
+
+def _data_file(row: dict[str, Any]) -> tuple[int, int]:
+    return row["data/chunk_index"], row["data/file_index"]
+
+
+def _next_file(at: tuple[int, int]) -> tuple[int, int]:
+    return (at[0], at[1] + 1) if at[1] + 1 < CHUNK_FILES else (at[0] + 1, 0)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=4, allow_nan=False).encode()
+
+
+def _parquet(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="snappy")
+    return memoryview(sink.getvalue())

@@ -1,0 +1,98 @@
+"""Episodes as small H.264 clips, and clips joined into the shared MP4 files of LeRobot v3.0 without re-encoding.
+
+Every episode is encoded on its own, so its bytes depend on its frames alone: not on the worker that made it, nor on the file
+it lands in, nor on whether the recording was interrupted. Joining copies packets.
+
+Three ways to store a frame. At 64 pixels chroma sub-sampling costs more than any other choice (docs/results.md):
+- `rgb` (default): H.264 in RGB (gbrp). No colour conversion at all, so every decoder returns the same bytes.
+- `lossless`: the same at qp 0; the recorded pixels exactly, about 1.5 times the size.
+- `yuv420p`: what browsers and hardware decoders play; about 15 dB worse at 64 pixels, fine from about 224 on.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+
+_COMMON = {"g": "2", "bf": "0", "sc_threshold": "0"}
+VIDEO: dict[str, tuple[str, str, dict[str, str]]] = {
+    "rgb": ("libx264rgb", "rgb24", {**_COMMON, "preset": "veryfast", "crf": "12"}),
+    "lossless": ("libx264rgb", "rgb24", {**_COMMON, "preset": "veryfast", "qp": "0"}),
+    "yuv420p": ("libx264", "yuv420p", {**_COMMON, "preset": "veryfast", "crf": "18"}),
+}
+"""Name -> (encoder, pixel format, options). A group of 2 pictures keeps random access cheap (lerobot's own choice)."""
+
+_TICKS = 1024
+"""MP4 time units per frame: any multiple works; a power of two keeps every timestamp exact."""
+
+
+def encode(frames: np.ndarray, fps: int, video: str = "rgb") -> bytes:
+    """(T, h, w, 3) uint8 -> one MP4 clip. `yuv420p` needs even h and w."""
+    codec, pix_fmt, options = VIDEO[video]
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as container:
+        stream: Any = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        stream.codec_context.thread_count = 1  # recording runs one process per core; threads would only contend
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return sink.getvalue()
+
+
+def join(clips: Iterable[tuple[bytes, int | None]], fps: int) -> bytes:
+    """One MP4 of all `clips`, each (MP4 bytes, number of leading frames to copy; None for all). They must be `joinable`.
+
+    Raises `ValueError` when one is not, or has fewer frames than asked for.
+    """
+    sink = io.BytesIO()
+    at, header = 0, None
+    with av.open(sink, "w", format="mp4") as out:
+        stream: Any = None
+        for data, limit in clips:
+            with av.open(io.BytesIO(data)) as clip:
+                source: Any = clip.streams.video[0]
+                if stream is None:
+                    stream, header = out.add_stream_from_template(source), source.codec_context.extradata
+                    stream.time_base = Fraction(1, fps * _TICKS)
+                elif source.codec_context.extradata != header:
+                    raise ValueError("clips of different encoder settings")
+                count = 0
+                for packet in clip.demux(source):
+                    if packet.size == 0 or (limit is not None and count >= limit):
+                        continue
+                    packet.stream = stream
+                    packet.time_base = Fraction(1, fps * _TICKS)
+                    packet.pts = packet.dts = at * _TICKS  # no B-frames: decoding order is showing order
+                    packet.duration = _TICKS
+                    out.mux(packet)
+                    at, count = at + 1, count + 1
+                if limit is not None and count < limit:
+                    raise ValueError(f"{count} frames where {limit} were recorded")
+    return sink.getvalue()
+
+
+def joinable(first: bytes, second: bytes) -> bool:
+    """Whether both clips carry the same decoder header (same encoder build and settings)."""
+    headers = []
+    for data in (first, second):
+        with av.open(io.BytesIO(data)) as clip:
+            stream: Any = clip.streams.video[0]
+            headers.append((stream.codec_context.extradata, stream.height, stream.width))
+    return headers[0] == headers[1]
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """The `info` entry LeRobot keeps per camera in info.json."""
+    with av.open(io.BytesIO(data)) as clip:
+        stream: Any = clip.streams.video[0]
+        return {
+            "video.height": stream.height, "video.width": stream.width, "video.codec": stream.codec.canonical_name,
+            "video.pix_fmt": stream.pix_fmt, "video.is_depth_map": False, "video.fps": int(stream.average_rate),
+            "video.channels": 3, "has_audio": False,
+        }  # fmt: skip

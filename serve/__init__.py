@@ -1,0 +1,1 @@
+"""A policy behind a socket: wires, engine, guard and server. What a robot imports from here never imports torch."""

@@ -1,0 +1,59 @@
+"""What every test can rely on: one thread, no network, an offscreen renderer, and the same random numbers each time."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+# Before numpy, torch or mujoco is imported anywhere. Two test processes of two threads each fight for two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if platform.system() == "Linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# No deadlines: a slow machine is not a wrong program. Derandomised: a red test is red for everybody.
+settings.register_profile(
+    "house", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("house")
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests that take longer than a minute")
+    parser.addoption("--hub", action="store_true", help="also run tests that reach the Hugging Face Hub")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hub"):
+        # Not a hope but a switch: a test that reaches for the Hub fails at once instead of hanging.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = None
+    for item in items:
+        for marker in ("slow", "hub"):
+            if marker in item.keywords and not config.getoption(f"--{marker}"):
+                item.add_marker(pytest.mark.skip(reason=f"run with --{marker}"))
+        if "gpu" in item.keywords:
+            if no_gpu is None:
+                import torch
+
+                no_gpu = not torch.cuda.is_available()
+            if no_gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The repository's root; skips where the tests run against an installed wheel (`make test-wheel`)."""
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("not in a checkout")
+    return ROOT

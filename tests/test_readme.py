@@ -1,0 +1,139 @@
+"""The README is run, not believed: its commands parse, its Python imports, its YAML validates, its tree is the tree."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vla.embodiment import EmbodimentSpec
+
+
+@pytest.fixture(scope="module")
+def readme(checkout: Path) -> str:
+    return (checkout / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language; `""` for those that name none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [body for name, body in fenced if name == language]
+
+
+def commands(text: str, word: str) -> list[str]:
+    """Lines of the bash blocks that start with `word`, comments off."""
+    lines = [line.split("  #")[0].strip() for block in blocks(text, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.split() and line.split()[0] == word]
+
+
+def vla(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vla.cli", *words], capture_output=True, text=True)
+
+
+def verb(command: str) -> tuple[str, ...]:
+    words = command.split()[1:]
+    return tuple(words[:2] if words[0] == "data" else words[:1])
+
+
+def test_every_verb_of_the_readme_has_help_with_an_example(readme: str):
+    verbs = sorted({verb(command) for command in commands(readme, "vla")})
+    assert ("train",) in verbs and ("data", "record") in verbs and ("doctor",) in verbs
+    top = vla("--help")
+    assert top.returncode == 0, top.stderr
+    for words in verbs:
+        assert words[0] in top.stdout
+        done = vla(*words, "--help")
+        assert done.returncode == 0, done.stderr
+        assert "example" in done.stdout.lower() and "--json" in done.stdout, words
+
+
+def test_every_option_of_the_readme_exists(readme: str):
+    for command in commands(readme, "vla"):
+        text = vla(*verb(command), "--help").stdout
+        for option in re.findall(r"--[\w-]+", command):
+            assert re.search(rf"{option}\b", text), f"{command}: {option}"
+
+
+def test_every_make_target_of_the_readme_exists_and_sets_up_first(readme: str, checkout: Path):
+    makefile = (checkout / "Makefile").read_text()
+    targets = set(re.findall(r"`?make ([a-z-]+)", readme)) - {"in"}
+    assert {"setup", "demo", "demo-full", "smoke", "test", "check"} <= targets
+    for target in targets:
+        rule = re.search(rf"^{target}:(.*?)##", makefile, re.M)
+        assert rule, target
+        assert target in ("setup", "help") or "setup" in rule[1].split(), target
+
+
+def test_make_demo_is_the_readme_step_by_step(readme: str, checkout: Path):
+    makefile = (checkout / "Makefile").read_text()
+    rule = re.search(r"^demo:.*?\n\n", makefile, re.M | re.S)
+    assert rule
+    recipe = [line.strip() for line in rule[0].splitlines() if line.startswith("\tvla ")]
+    (story,) = [block for block in blocks(readme, "bash") if "vla report" in block]
+    assert recipe == story.strip().splitlines()
+
+
+def test_configs_named_in_the_readme_and_makefile_exist(readme: str, checkout: Path):
+    named = set(re.findall(r"configs/[\w/]+\.yaml", readme + (checkout / "Makefile").read_text()))
+    assert len(named) >= 2
+    assert not [name for name in named if not (checkout / name).is_file()]
+
+
+def test_overrides_of_the_readme_are_accepted(readme: str):
+    from vla.config import load_config
+    from vla.train import TrainConfig
+
+    (line,) = [c for c in commands(readme, "vla") if c.startswith("vla train") and "=" in c]
+    path, *overrides = line.split()[2:]
+    config = load_config(Path(path).relative_to("configs").with_suffix(""), overrides, TrainConfig)
+    assert config.seed == 1
+
+
+def test_python_of_the_readme_imports_and_names_what_exists(readme: str):
+    for block in blocks(readme, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), node.module
+
+
+def test_the_instruction_in_the_readme_is_the_tasks_own(readme: str):
+    from vla.sims import SUITES
+
+    assert f'"{SUITES["tabletop"].instruction("push-red-left")}"' in readme
+
+
+def test_the_robot_of_the_readme_is_valid(readme: str):
+    (text,) = blocks(readme, "yaml")
+    spec = EmbodimentSpec.model_validate(yaml.safe_load(text))
+    assert spec.action_dim == 7 and spec.state_dim == 6
+
+
+def test_the_controls_of_the_readme_are_those_of_the_evaluator(readme: str):
+    from vla.evaluate import CONDITIONS
+
+    rows = re.findall(r"^\| (\w+) \| ", readme.split("keeps itself honest")[1].split("\n## ")[0], re.M)
+    assert [row for row in rows if row != "row"] == list(CONDITIONS)
+
+
+def test_the_tree_of_the_readme_is_the_tree(readme: str, checkout: Path):
+    (tree,) = [block for block in blocks(readme, "") if block.startswith("vla/")]
+    told = {m[1] for m in re.finditer(r"^  (\S+) ", tree, re.M)}
+    hidden = {"__init__.py", "__pycache__"}
+    found = {p.name + "/" * p.is_dir() for p in (checkout / "vla").iterdir() if p.name not in hidden}
+    assert told == {name for name in found if name.endswith((".py", "/"))}
+    for folder in re.findall(r"^(\w+)/ ", tree, re.M):
+        assert (checkout / folder).is_dir(), folder
+
+
+def test_links_of_the_documents_lead_somewhere(checkout: Path):
+    for page in [*checkout.glob("*.md"), *(checkout / "docs").glob("*.md")]:
+        text = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            assert link.startswith(("http://", "https://")) or (page.parent / link).exists(), f"{page.name}: {link}"

@@ -1,0 +1,242 @@
+"""The embedded default backbone: a Prismatic-style vision-language model small enough to learn from scratch on a CPU.
+
+    image --conv tower--> P patch tokens --projector--\
+      \--FiLM(instruction), spatial softmax--> 1 keypoint token --> [image][text][state][end][action slots] --> Llama
+    state (S,) --MLP--> 1 token ----------------------/
+
+The language model is transformers' own Llama; only the tower, the keypoint token and the splice are ours. It is
+registered with the Auto classes, so `AutoModelForImageTextToText.from_pretrained(folder)` works without remote code
+once `vla` is imported. Keypoint token: spatial softmax (Levine et al. 2016, "End-to-End Training of Deep Visuomotor
+Policies") under FiLM (Perez et al. 2018); the state as a token of the sentence: PaLM-E (Driess et al. 2023).
+
+Vocabulary: `[text bytes and merges | pad image state end act | slots | action symbols]`. Only the first part belongs to
+the tokenizer, so no text a user types can ever become a control id.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
+
+SPECIALS = ("pad", "image", "state", "end", "act")
+"""Control ids that follow the text vocabulary, in this order."""
+
+
+class NanoVLMConfig(PreTrainedConfig):
+    """Sizes of a `NanoVLM`. `text_config` is a `LlamaConfig`; its `vocab_size` is derived, never given."""
+
+    model_type = "tendon_nano"
+    sub_configs = {"text_config": LlamaConfig}
+
+    def __init__(
+        self,
+        text_config: LlamaConfig | dict | None = None,
+        text_vocab_size: int = 512,
+        num_slots: int = 32,
+        num_symbols: int = 256,
+        image_size: int = 64,
+        tower_channels: tuple[int, ...] = (32, 64, 128),
+        keypoints: int = 64,
+        state_dim: int = 4,
+        embedding_std: float = 0.3,
+        **kwargs: Any,
+    ) -> None:
+        self.text_vocab_size, self.num_slots, self.num_symbols = text_vocab_size, num_slots, num_symbols
+        vocab_size = text_vocab_size + len(SPECIALS) + num_slots + num_symbols
+        if not isinstance(text_config, LlamaConfig):
+            text_config = LlamaConfig(**{**_TEXT_DEFAULTS, **(text_config or {}), "vocab_size": vocab_size})
+        self.text_config = text_config
+        self.image_size, self.tower_channels = image_size, tuple(tower_channels)
+        self.keypoints, self.state_dim, self.embedding_std = keypoints, state_dim, embedding_std
+        super().__init__(**kwargs)
+
+    def special_id(self, name: str) -> int:
+        """Vocabulary id of one of `SPECIALS`."""
+        return self.text_vocab_size + SPECIALS.index(name)
+
+    @property
+    def slot_ids(self) -> range:
+        """Ids of the learned queries that stand at the action positions in parallel decoding."""
+        start = self.text_vocab_size + len(SPECIALS)
+        return range(start, start + self.num_slots)
+
+    @property
+    def action_ids(self) -> range:
+        """Ids of the codec's symbols 0..K-1."""
+        start = self.slot_ids.stop
+        return range(start, start + self.num_symbols)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens one camera image becomes."""
+        return (self.image_size // _PATCH) ** 2 + (1 if self.keypoints else 0)
+
+
+_PATCH = 16  # stride of the conv tower: three stride-2 stages and a 2x2 unshuffle
+_TEXT_DEFAULTS: dict[str, Any] = dict(
+    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+    max_position_embeddings=2048, initializer_range=0.05, rope_theta=10000.0, attention_dropout=0.0,
+    tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None, use_cache=False,
+)  # fmt: skip
+
+
+class ConvTower(nn.Module):
+    """(I, 5, 64, 64) pixels and coordinates -> a mid map (I, C1, 16, 16) and patch features (I, 4 * C2, P).
+
+    Small convolutional stem with GroupNorm; stride 16 in all, the last 2x by pixel-unshuffle so no detail is pooled away.
+    """
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        c0, c1, c2 = channels
+        self.early = nn.Sequential(
+            nn.Conv2d(5, c0, 5, stride=2, padding=2), nn.GroupNorm(4, c0), nn.ReLU(),
+            nn.Conv2d(c0, c1, 3, stride=2, padding=1), nn.GroupNorm(4, c1), nn.ReLU(),
+        )  # fmt: skip
+        self.late = nn.Sequential(
+            nn.Conv2d(c1, c2, 3, stride=2, padding=1), nn.GroupNorm(8, c2), nn.ReLU(),
+            nn.Conv2d(c2, c2, 3, padding=1), nn.GroupNorm(8, c2), nn.ReLU(), nn.PixelUnshuffle(2),
+        )  # fmt: skip
+        self.mid_channels, self.out_channels = c1, c2 * 4
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mid = self.early(pixels)
+        return mid, self.late(mid).flatten(2)
+
+
+class Keypoints(nn.Module):
+    """Where the things the instruction names are: FiLM, one convolution, spatial softmax, one token.
+
+    Each of K channels attends to one place; the token is an MLP of its expected (x, y) in [-1, 1] and the feature there.
+    """
+
+    def __init__(self, channels: int, keypoints: int, hidden: int) -> None:
+        super().__init__()
+        self.film = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
+        self.conv = nn.Conv2d(channels, keypoints, 3, padding=1)
+        self.value = nn.Conv2d(channels, keypoints, 1)
+        self.out = nn.Sequential(nn.Linear(3 * keypoints, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden))
+
+    def forward(self, mid: Tensor, sentence: Tensor) -> Tensor:
+        """`mid` (I, C, h, w), `sentence` (I, d): the mean text embedding -> (I, d)."""
+        scale, shift = self.film(sentence)[:, :, None, None].chunk(2, dim=1)
+        modulated = torch.relu(mid * (1 + scale) + shift)
+        h, w = mid.shape[-2:]
+        weights = self.conv(modulated).flatten(2).float().softmax(-1)  # (I, K, h*w)
+        grid = _coordinates(h, w, mid.device).flatten(1)  # (2, h*w)
+        places = weights @ grid.T  # (I, K, 2)
+        values = (weights * self.value(modulated).flatten(2)).sum(-1)
+        return self.out(torch.cat([places.flatten(1), values], dim=-1).to(sentence.dtype))
+
+
+def _coordinates(h: int, w: int, device: torch.device) -> Tensor:
+    """(2, h, w): x to the right and y downward, both in [-1, 1]."""
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, h, device=device), torch.linspace(-1, 1, w, device=device), indexing="ij"
+    )
+    return torch.stack([x, y])
+
+
+class NanoVLM(PreTrainedModel):
+    """The model: ids, images and states in, hidden states out; `lm_head` is applied by the caller where it is needed."""
+
+    config_class = NanoVLMConfig
+    config: NanoVLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ["LlamaDecoderLayer"]
+    _tied_weights_keys = {}
+
+    def __init__(self, config: NanoVLMConfig) -> None:
+        super().__init__(config)
+        d = config.text_config.hidden_size
+        # Eager attention beats SDPA on a CPU at these lengths (SDPA's backward is slow for ~60 tokens); on CUDA it is
+        # a tie. Users may still pass attn_implementation="sdpa".
+        self.tower = ConvTower(config.tower_channels)
+        self.projector = nn.Sequential(nn.Linear(self.tower.out_channels, d), nn.ReLU(), nn.Linear(d, d))
+        patches = (config.image_size // _PATCH) ** 2
+        self.patch_positions = nn.Parameter(torch.zeros(patches, d))
+        self.keypoints = Keypoints(self.tower.mid_channels, config.keypoints, d) if config.keypoints else None
+        self.state_in = nn.Sequential(nn.Linear(config.state_dim, d), nn.ReLU(), nn.Linear(d, d))
+        self.language_model = LlamaModel._from_config(config.text_config)
+        self.lm_head = nn.Linear(d, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.text_config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.embedding_std)
+        elif isinstance(module, NanoVLM):
+            nn.init.normal_(module.patch_positions, std=self.config.embedding_std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, states: Tensor | None) -> Tensor:
+        """Splice images and states into the sentence.
+
+        `input_ids` (B, T); `pixel_values` (I, 3, h, w) uint8 or float in 0..255, images in order of appearance over the
+        batch; `states` (B, S) in [-1, 1]. Returns (B, T, d).
+        """
+        config = self.config
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None and len(pixel_values):
+            at_image = input_ids == config.special_id("image")
+            pixels = pixel_values.to(embeddings.dtype) * (2.0 / 255.0) - 1.0
+            grid = _coordinates(*pixels.shape[-2:], pixels.device).to(pixels.dtype)
+            mid, patches = self.tower(torch.cat([pixels, grid.expand(len(pixels), -1, -1, -1)], dim=1))
+            tokens = self.projector(patches.transpose(1, 2)) + self.patch_positions
+            if self.keypoints is not None:
+                is_text = input_ids < config.text_vocab_size
+                count = is_text.sum(-1, keepdim=True).clamp(min=1)
+                sentence = (embeddings * is_text[..., None]).sum(1) / count
+                images_per_row = at_image.sum(-1) // config.image_tokens
+                sentence = sentence.repeat_interleave(images_per_row, dim=0, output_size=len(pixels))
+                tokens = torch.cat([tokens, self.keypoints(mid, sentence)[:, None]], dim=1)
+            embeddings = embeddings.masked_scatter(at_image[..., None], tokens.to(embeddings.dtype))
+        if states is not None:
+            at_state = input_ids == config.special_id("state")
+            token = self.state_in(states.to(embeddings.dtype)).to(embeddings.dtype)
+            embeddings = torch.where(at_state[..., None], token[:, None], embeddings)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Last hidden states (B, T, d). `attention_mask` is (B, T) or a 4-D additive mask (B, 1, T, T_total)."""
+        return self.language_model(
+            inputs_embeds=self.embed(input_ids, pixel_values, states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+
+AutoConfig.register(NanoVLMConfig.model_type, NanoVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(NanoVLMConfig, NanoVLM, exist_ok=True)

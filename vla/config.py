@@ -1,0 +1,151 @@
+"""YAML plus `a.b=c` overrides -> frozen pydantic models, or one error that names every line and the nearest key.
+
+Types live beside what they configure (`MixtureConfig` in `vla/mixture.py`, ...); this file only reads and checks. Files
+hold values and nothing else: no code paths, no interpolation, no tags (`yaml.safe_load`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vla.embodiment import CONFIGS
+from vla.errors import UsageError
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, unknown keys refused, NaN refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...], model: type[C]) -> C:
+    """Read `path` (a file, or a shipped name such as `train/demo`), apply `a.b=c` overrides, validate as `model`.
+
+    Raises `UsageError` listing every problem with its line number and, for unknown keys, the nearest known one.
+    """
+    file = find_config(path)
+    text = file.read_text()
+    try:
+        values = yaml.safe_load(text)
+        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UsageError(file, found=" ".join(str(error).split()), expected="valid YAML",
+                         fix="correct the line named above") from error  # fmt: skip
+    if not isinstance(values, dict):
+        raise UsageError(file, found=type(values).__name__, expected="a mapping of keys to values", fix=f"edit {file}")
+    for override in overrides:
+        lines[_apply(values, override)] = 0
+    return validate(values, model, str(file), lines)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file meant by `path`; raises `UsageError` with the nearest shipped names when there is none."""
+    path = Path(path)
+    for candidate in (path, CONFIGS / path, (CONFIGS / path).with_suffix(".yaml")):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+    near = difflib.get_close_matches(str(path).removeprefix("configs/").removesuffix(".yaml"), known, n=3, cutoff=0.3)
+    raise UsageError(path, found="no such file", expected="a YAML file or a shipped config",
+                     fix=f"use one of {near or known}")  # fmt: skip
+
+
+def validate(values: dict, model: type[C], where: str, lines: dict[tuple, int] | None = None) -> C:
+    """`model.model_validate(values)` with the house's error."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = lines or {}
+        problems = [_problem(item, model, where, lines) for item in error.errors()]
+        found = "\n            ".join(found for found, _ in problems)
+        expected = "\n            ".join(dict.fromkeys(expected for _, expected in problems))
+        raise UsageError(where, found=found, expected=expected,
+                         fix=f"correct {'this key' if len(problems) == 1 else 'these keys'} and run again") from error  # fmt: skip
+
+
+def _problem(item: Any, model: type[BaseModel], where: str, lines: dict[tuple, int]) -> tuple[str, str]:
+    loc = tuple(part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-")))
+    dotted = ".".join(map(str, loc))
+    line = next((lines[loc[:k]] for k in range(len(loc), 0, -1) if loc[:k] in lines), None)
+    place = f"{dotted} (the override)" if line == 0 else f"{where}:{line}: {dotted}" if line else dotted
+    if item["type"] == "extra_forbidden":
+        known = sorted(_fields_at(model, loc[:-1]))
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of {known}"
+        return f"{place}: no such key", hint
+    if item["type"] == "missing":
+        return f"{place}: missing", f"a value for {loc[-1]!r}"
+    return f"{place} = {item['input']!r}", item["msg"].removeprefix("Value error, ")
+
+
+def _fields_at(model: type[BaseModel], loc: tuple) -> set[str]:
+    """Field names of the model reached by walking `loc`, through optionals, lists and dicts."""
+    kinds: list[Any] = [model]
+    for part in loc:
+        found: list[Any] = []
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                field = kind.model_fields.get(str(part))
+                found += _unpack(field.annotation) if field else []
+            else:
+                found.append(kind)
+        kinds = found
+    return {name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) for name in kind.model_fields}
+
+
+def _unpack(annotation: Any) -> list[Any]:
+    arguments = get_args(annotation)
+    return [kind for argument in arguments for kind in _unpack(argument)] if arguments else [annotation]
+
+
+def _apply(values: dict, override: str) -> tuple:
+    key, sign, raw = override.partition("=")
+    if not sign or not key:
+        raise UsageError(f"override {override!r}", found=override, expected="a.b=value", fix="e.g. optim.lr=3e-4")
+    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    at: Any = values
+    try:
+        for part in parents:
+            at = at[part] if isinstance(at, list) else at.setdefault(part, {})
+        at[last] = _value(raw)
+    except (TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UsageError(f"override {override!r}", found=f"{key} does not lead to a mapping",
+                         expected="a path of keys, list positions as numbers", fix="e.g. mixture.datasets.0.weight=2") from error  # fmt: skip
+    return (*parents, last)
+
+
+def _value(raw: str) -> Any:
+    value = yaml.safe_load(raw) if raw else ""
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; people mean a number
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _line_numbers(node: Any, at: tuple = ()) -> dict[tuple, int]:
+    lines: dict[tuple, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*at, key.value)
+            lines[path] = key.start_mark.line + 1
+            lines |= _line_numbers(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, index)] = value.start_mark.line + 1
+            lines |= _line_numbers(value, (*at, index))
+    return lines
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, in field order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

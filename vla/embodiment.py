@@ -1,0 +1,184 @@
+"""What a robot is: cameras, state and action channels, with their units, frames, signs and limits, as data.
+
+An `EmbodimentSpec` is written once per robot as YAML (`configs/embodiments/`), travels inside every dataset and every
+policy folder, and is compared before anything moves. The idea of conventions as comparable data follows `DimSpec` of
+vla-evaluation-harness; unlike there, a difference refuses instead of warning.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vla.errors import DataError, UsageError
+
+CONVENTIONS: dict[str, str] = {
+    "eef_position": "end-effector position in `frame`, absolute",
+    "eef_delta_position": "end-effector displacement per control step in `frame`",
+    "eef_euler_xyz": "end-effector orientation, extrinsic x-y-z Euler angles, absolute",
+    "eef_delta_euler_xyz": "rotation per control step, extrinsic x-y-z Euler angles",
+    "eef_quat_xyzw": "end-effector orientation, unit quaternion, scalar last",
+    "joint_position": "joint positions, absolute",
+    "joint_delta": "joint displacement per control step",
+    "joint_velocity": "joint velocities",
+    "gripper_open_positive": "larger is more open",
+    "gripper_closed_positive": "larger is more closed",
+    "scalar": "a number with no convention beyond its unit",
+}
+"""Every convention a channel may declare. Two channels with different conventions never mix silently."""
+
+_CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = _CONFIGS if _CONFIGS.exists() else Path(__file__).parent.parent / "configs"
+"""Where shipped YAML lives: inside the wheel, or beside `vla/` in a checkout."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Camera(_Frozen):
+    """One RGB camera; images are (height, width, 3) uint8."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+
+
+class Channel(_Frozen):
+    """A run of dimensions that share one meaning."""
+
+    name: str
+    dims: Annotated[tuple[str, ...], Field(min_length=1)]
+    """One name per dimension, e.g. `[x, y, z]`."""
+    convention: str
+    unit: str
+    """`m`, `rad`, `m/step`, or `1` for a fraction. For a normalised command, say what 1 means: `0.02 m/step`."""
+    frame: str = "-"
+    """`base`, `world`, `camera`, or `-` where no frame applies."""
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Channel:
+        if self.convention not in CONVENTIONS:
+            raise ValueError(f"unknown convention {self.convention!r}; one of {sorted(CONVENTIONS)}")
+        if not len(self.low) == len(self.high) == len(self.dims):
+            raise ValueError(f"channel {self.name!r}: low, high and dims must have the same length")
+        if any(lo >= hi for lo, hi in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"channel {self.name!r}: every low must be below its high")
+        return self
+
+
+class EmbodimentSpec(_Frozen):
+    """A robot as a policy sees it: what comes in, what goes out, how often."""
+
+    name: str
+    robot: str = ""
+    """Free text: maker and model."""
+    cameras: dict[str, Camera]
+    state: tuple[Channel, ...]
+    action: tuple[Channel, ...]
+    control_hz: float = Field(gt=0)
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+        return sum(len(c.dims) for c in self.state)
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return sum(len(c.dims) for c in self.action)
+
+    @property
+    def state_names(self) -> list[str]:
+        """S names such as `eef.x`."""
+        return [f"{c.name}.{d}" for c in self.state for d in c.dims]
+
+    @property
+    def action_names(self) -> list[str]:
+        """A names such as `gripper.width`."""
+        return [f"{c.name}.{d}" for c in self.action for d in c.dims]
+
+    def limits(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) of `part` in {"state", "action"}, each (dims,) float32 in robot units."""
+        channels: tuple[Channel, ...] = getattr(self, part)
+        low = np.array([v for c in channels for v in c.low], np.float32)
+        high = np.array([v for c in channels for v in c.high], np.float32)
+        return low, high
+
+    def dims_with(self, part: str, convention: str) -> list[int]:
+        """Indices of the dimensions of `part` whose channel declares `convention`."""
+        found, at = [], 0
+        for channel in getattr(self, part):
+            if channel.convention == convention:
+                found += range(at, at + len(channel.dims))
+            at += len(channel.dims)
+        return found
+
+    def check_observation(self, observation: object, where: str) -> None:
+        """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value."""
+        problems = []
+        images = observation.get("images") if isinstance(observation, dict) else None
+        state = observation.get("state") if isinstance(observation, dict) else None
+        if not isinstance(images, dict):
+            raise DataError(
+                where, found=f"{type(observation).__name__} without an 'images' mapping",
+                expected="{'images': {camera: (h, w, 3) uint8}, 'state': (S,) float32}", fix="see `vla.schema.Observation`",
+            )
+        for camera in sorted(self.cameras.keys() - images.keys()):
+            problems.append(f"camera {camera!r} missing (got {sorted(images)})")
+        for camera, frame in images.items():
+            if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
+                kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+                problems.append(f"camera {camera!r} is {kind}")
+        state = np.asarray(state, np.float32) if state is not None else None
+        if self.state_dim and (state is None or state.shape != (self.state_dim,)):
+            problems.append(f"state has shape {None if state is None else state.shape}")
+        elif state is not None and not np.isfinite(state).all():
+            problems.append(f"state is not finite: {state.tolist()}")
+        if problems:
+            raise DataError(
+                where, found="; ".join(problems),
+                expected=f"embodiment {self.name!r}: cameras {sorted(self.cameras)} as (h, w, 3) uint8, "
+                f"state ({self.state_dim},) = {self.state_names}",
+                fix="rename the cameras or reorder the state to match, or use the right embodiment",
+            )
+
+
+def explain(a: EmbodimentSpec, b: EmbodimentSpec) -> list[str]:
+    """Why two specs differ, one line per difference; empty when they are equal."""
+    lines = []
+    for field in ("name", "control_hz", "cameras"):
+        left, right = getattr(a, field), getattr(b, field)
+        if left != right:
+            lines.append(f"{field}: {left} against {right}")
+    for part in ("state", "action"):
+        left, right = getattr(a, part), getattr(b, part)
+        if [c.name for c in left] != [c.name for c in right]:
+            lines.append(f"{part} channels: {[c.name for c in left]} against {[c.name for c in right]}")
+            continue
+        for one, two in zip(left, right, strict=True):
+            for field in Channel.model_fields:
+                if getattr(one, field) != getattr(two, field):
+                    lines.append(f"{part}.{one.name}.{field}: {getattr(one, field)} against {getattr(two, field)}")
+    return lines
+
+
+def load_embodiment(name: str | Path) -> EmbodimentSpec:
+    """Read a spec by shipped name (`tabletop`) or by path to a YAML file. Raises `UsageError` naming the fields at fault."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CONFIGS / "embodiments" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (CONFIGS / "embodiments").glob("*.yaml"))
+        raise UsageError(f"embodiment {str(name)!r}", found="no such file", expected=f"one of {known} or a path",
+                         fix=f"write {path}")  # fmt: skip
+    try:
+        return EmbodimentSpec.model_validate(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise UsageError(path, found=str(error), expected="an EmbodimentSpec (see configs/embodiments/tabletop.yaml)",
+                         fix="correct the fields named above") from error  # fmt: skip

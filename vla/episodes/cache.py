@@ -1,0 +1,244 @@
+"""Decodes a dataset once into files that can be memory-mapped, under a name that is the content's own hash.
+
+Layout of an entry: `frames-<n>.arrow` per camera (Hugging Face `datasets`, one binary column), `state.npy`, `action.npy`,
+`task.npy`, `starts.npy`, and `cache.json`, written last. An entry is built in a temporary folder and renamed, so it is whole
+or absent; a lock makes a second process wait instead of decoding the same videos again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from av.video.reformatter import VideoReformatter
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image
+from tqdm import tqdm
+
+from vla.episodes.layout import RESTORE, STATE, Layout, Problems
+from vla.episodes.rows import Rows, Span, find_frames, read_rows
+from vla.errors import DataError, MachineError
+from vla.normalize import Stats
+
+FORMAT = 1
+"""Part of every key: raise it when the layout above changes."""
+
+_BATCH_BYTES, _BATCH_FRAMES = 32 * 2**20, 4096
+_JPEG = {"quality": 95, "subsampling": 0}
+_PROBE = 1024 * 1024
+
+
+def default_cache() -> Path:
+    """`$VLA_CACHE`, else `tendon-vla/episodes` in the user's cache folder."""
+    base = os.environ.get("VLA_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tendon-vla" / "episodes"
+
+
+def content_hash(root: Path, cache_dir: Path) -> str:
+    """sha256 over the name, size and sha256 of every file of the dataset; independent of where it lies.
+
+    A file's own hash is remembered by (path, size, modification time) in `cache_dir`, so only new files are read.
+    """
+    memory_path = cache_dir / "hashes" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    known: dict[str, list] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(memory_path.read_text())
+    digest, seen = hashlib.sha256(), {}
+    for folder in ("meta", "data", "videos"):
+        for path in sorted((root / folder).rglob("*")):
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            name, status = path.relative_to(root).as_posix(), path.stat()
+            stamp = [status.st_size, status.st_mtime_ns]
+            entry = known.get(name)
+            if entry is None or entry[:2] != stamp:
+                with open(path, "rb") as file:
+                    entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+            seen[name] = entry
+            digest.update(f"{name}\0{entry[0]}\0{entry[2]}\n".encode())
+    if seen != known:
+        # A convenience only: a read-only or full cache folder costs time, not correctness.
+        with contextlib.suppress(OSError):
+            memory_path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = memory_path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(seen))
+            os.replace(temporary, memory_path)
+    return digest.hexdigest()
+
+
+def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path, frames: str, progress: bool) -> Path:
+    """The cache entry of this dataset, built if need be. Raises `DataError` with every problem found, or `MachineError`."""
+    options = f"{FORMAT} {frames} {_JPEG if frames == 'jpeg' else ''} {sorted(layout.cameras.items())}"
+    key = hashlib.sha256(f"{fingerprint} {options} {layout.spec.state_dim} {layout.spec.action_dim}".encode()).hexdigest()
+    entry = cache_dir / key[:32]
+    if (entry / "cache.json").is_file():
+        problems.raise_if_any()
+        return entry
+    # Everything is judged before anything is written.
+    rows = read_rows(layout, problems)
+    spans: dict[str, list[Span]] = {}
+    for camera in layout.spec.cameras:
+        if camera in layout.cameras and layout.is_video(camera) and rows is not None:
+            spans[camera] = find_frames(layout, rows, camera, problems)
+    problems.raise_if_any()
+    assert rows is not None
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(cache_dir / f"{key[:32]}.lock"):
+            if not (entry / "cache.json").is_file():
+                _build(layout, rows, spans, entry, frames, progress)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            need = layout.num_frames * sum(c.height * c.width * 3 for c in layout.spec.cameras.values()) / 2**30
+            raise MachineError(cache_dir, found=f"{error.strerror} while decoding", expected=f"about {need:.1f} GiB of room",
+                               fix="free space, set VLA_CACHE to a larger disk, or use frames: jpeg") from error  # fmt: skip
+        raise
+    return entry
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path, frames: str, progress: bool) -> None:
+    for stale in entry.parent.glob(f"{entry.name}.tmp-*"):  # we hold the lock: whoever made it is gone
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = entry.with_name(f"{entry.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        cameras = list(layout.spec.cameras)
+        with tqdm(total=layout.num_frames * len(cameras), unit="frame", desc=f"decoding {layout.root.name}",
+                  disable=not progress, leave=False) as bar:  # fmt: skip
+            for n, camera in enumerate(cameras):
+                size = layout.spec.cameras[camera]
+                decoded = _decode(spans[camera], layout.root) if camera in spans else _unpack(layout, rows, camera)
+                _write_frames(temporary / f"frames-{n}.arrow", decoded, layout.num_frames, (size.height, size.width, 3),
+                              frames, f"{layout.root}, camera {camera!r}", bar)  # fmt: skip
+        for name, values in (("state", rows.state), ("action", rows.action), ("task", rows.task), ("starts", rows.starts)):
+            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+        manifest = {"format": FORMAT, "frames": frames, "cameras": cameras, "num_frames": layout.num_frames,
+                    "stats": computed_stats(rows)}  # fmt: skip
+        (temporary / "cache.json").write_text(json.dumps(manifest))
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, entry)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def computed_stats(rows: Rows) -> dict[str, Any]:
+    """Exact statistics of state and action, for those who ask for them instead of the dataset's own."""
+    columns = {STATE: rows.state, "action": rows.action}
+    return {key: Stats.of(values).to_json() for key, values in columns.items() if values.shape[1]}
+
+
+def _write_frames(
+    path: Path, decoded: Iterator[np.ndarray], count: int, shape: tuple[int, int, int], frames: str, where: str, bar: tqdm
+) -> None:
+    size = int(np.prod(shape))
+    batch = max(1, min(_BATCH_FRAMES, _BATCH_BYTES // size))
+    features = datasets.Features({"frame": datasets.Value("binary")})
+    with ArrowWriter(path=str(path), features=features) as writer:
+        held: list[Any] = []
+        for n, frame in enumerate(decoded):
+            if frame.shape != shape:
+                raise DataError(f"{where}, frame {n}", found=f"{frame.shape}", expected=f"{shape} as meta/info.json says",
+                                fix="correct the shape of this feature in meta/info.json")  # fmt: skip
+            held.append(frame if frames == "raw" else _to_jpeg(frame))
+            if len(held) == batch or n == count - 1:
+                array = _binary(np.stack(held), size) if frames == "raw" else pa.array(held, pa.binary())
+                writer.write_table(pa.table({"frame": array}))
+                bar.update(len(held))
+                held = []
+        writer.finalize()
+
+
+def _binary(stack: np.ndarray, size: int) -> pa.Array:
+    """(n, h, w, 3) -> n binary values over the same memory, without a Python object per frame."""
+    offsets = np.arange(len(stack) + 1, dtype=np.int32) * size
+    return pa.Array.from_buffers(pa.binary(), len(stack), [None, pa.py_buffer(offsets), pa.py_buffer(stack)])
+
+
+def _to_jpeg(frame: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(frame).save(sink, "JPEG", **_JPEG)
+    return sink.getvalue()
+
+
+def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
+    """Every frame of every span, in order, reading each video forward and seeking only where the order demands it."""
+    path, container, frames, last = None, None, iter(()), -1
+    try:
+        for span in spans:
+            if span.path != path:
+                if container is not None:
+                    container.close()
+                path, container, last = span.path, av.open(str(span.path)), -1
+                frames = _forward(container)
+            assert container is not None
+            if span.ticks[0] <= last or span.ticks[0] > last + 64 * np.diff(span.ticks, append=span.ticks[-1] + 1)[0] > 0:
+                container.seek(int(span.ticks[0]), stream=container.streams.video[0], backward=True)
+                frames = _forward(container)
+            for tick in span.ticks:
+                for last, frame in frames:  # noqa: B007  `last` is read by the next span
+                    if last >= tick:
+                        break
+                else:
+                    last = -1
+                if last != tick:
+                    raise DataError(path, found=f"no frame at {tick} ticks, though the file lists one",
+                                    expected="a video that decodes to its end", fix=RESTORE)  # fmt: skip
+                yield frame
+    except av.error.FFmpegError as error:
+        raise DataError(path, found=f"{type(error).__name__}: {error}", expected="a video that decodes to its end",
+                        fix=RESTORE) from error  # fmt: skip
+    finally:
+        if container is not None:
+            container.close()
+
+
+def _forward(container: Any) -> Iterator[tuple[int, np.ndarray]]:
+    stream, reformatter = container.streams.video[0], VideoReformatter()
+    stream.codec_context.thread_count = 1
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            continue
+        # Planar RGB needs no colour conversion, and creating a converter per frame would cost as much as decoding it.
+        rgb = frame if frame.format.name == "gbrp" else reformatter.reformat(frame, format="rgb24")
+        yield frame.pts, rgb.to_ndarray()
+
+
+def _unpack(layout: Layout, rows: Rows, camera: str) -> Iterator[np.ndarray]:
+    """Frames of a camera stored as pictures inside the Parquet files (`dtype: image`)."""
+    key, number = layout.cameras[camera], 0
+    for path in dict.fromkeys(layout.path("data_path", row, "data") for row in rows.episodes):
+        for batch in pq.ParquetFile(path).iter_batches(256, columns=[key]):
+            for value in batch.column(0).to_pylist():
+                if number == layout.num_frames:
+                    return
+                try:
+                    with Image.open(io.BytesIO(value["bytes"])) as image:
+                        yield np.asarray(image.convert("RGB"))
+                except (OSError, TypeError, KeyError) as error:
+                    raise DataError(f"{path}, row {number}, {key}", found=f"{type(error).__name__}: {error}",
+                                    expected="an encoded picture", fix=RESTORE) from error  # fmt: skip
+                number += 1

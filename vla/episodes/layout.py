@@ -1,0 +1,234 @@
+"""What a LeRobot v3.0 dataset says about itself, and whether its files keep the promise. Nothing is decoded here.
+
+Read as released versions of `lerobot` write it (0.4.4 and 0.6.x differ): the task text is the column `task` or
+`__index_level_0__`; several episodes share a Parquet file and an MP4; each camera has its own span and offset in its video;
+only `info.json`'s `total_episodes` count, rows behind them are an unfinished append.
+
+All problems are gathered and raised together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla.embodiment import Camera, Channel, EmbodimentSpec
+from vla.errors import DataError
+from vla.normalize import QUANTILES
+
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+STATISTICS = ("min", "max", "mean", "std", *QUANTILES)
+RESTORE = "restore this file from its source; an interrupted `vla data record` is mended by running it again"
+RECOMPUTE = "vla data stats {} --write"
+
+
+class Problems:
+    """Findings about one dataset, raised as one `DataError`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.found: list[tuple[str, str, str, str]] = []
+
+    def add(self, where: object, *, found: object, expected: object, fix: str) -> None:
+        self.found.append((str(where), str(found), str(expected), fix))
+
+    def raise_if_any(self) -> None:
+        if not self.found:
+            return
+        if len(self.found) == 1:
+            where, found, expected, fix = self.found[0]
+            raise DataError(where, found=found, expected=expected, fix=fix)
+        listed = "".join(
+            f"\n    {n}. {where}: {found} (expected {expected})" for n, (where, found, expected, _) in enumerate(self.found, 1)
+        )
+        fixes = "".join(f"\n    {n}. {fix}" for n, (*_, fix) in enumerate(self.found, 1))
+        raise DataError(self.root, found=f"{len(self.found)} problems{listed}", expected="a complete LeRobot v3.0 dataset",
+                        fix=fixes)  # fmt: skip
+
+
+@dataclass
+class Layout:
+    """What the metadata says. Cheap to read; `read_rows` and `find_frames` look at the rest."""
+
+    root: Path
+    info: dict[str, Any]
+    spec: EmbodimentSpec
+    cameras: dict[str, str]  # camera -> feature key
+    instructions: list[str]
+    stats: dict[str, dict[str, Any]]
+    recording: dict[str, Any]
+    lacks_stats: list[str] = field(default_factory=list)
+
+    @property
+    def fps(self) -> float:
+        return float(self.info["fps"])
+
+    @property
+    def num_episodes(self) -> int:
+        return int(self.info["total_episodes"])
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.info["total_frames"])
+
+    def is_video(self, camera: str) -> bool:
+        return self.info["features"][self.cameras[camera]]["dtype"] == "video"
+
+    def path(self, template: str, row: Mapping[str, Any], prefix: str, key: str = "") -> Path:
+        """The file an episode row points to. `prefix` is `data` or `videos/<key>`."""
+        numbers = {f"{kind}_index": row[f"{prefix}/{kind}_index"] for kind in ("chunk", "file")}
+        return self.root / self.info[template].format(video_key=key, **numbers)
+
+
+def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool) -> tuple[Layout, Problems]:
+    """Metadata of the dataset at `root`. Raises `DataError` at once when it is no v3.0 dataset; other findings are returned."""
+    problems = Problems(root)
+    info = _read_info(root)
+    features = info["features"]
+    cameras = {}
+    for key, feature in features.items():
+        depth = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
+        if feature["dtype"] in ("video", "image") and not (depth.get("is_depth_map") or depth.get("video.is_depth_map")):
+            cameras[key.removeprefix(IMAGES).removeprefix("observation.")] = key
+    stats = _read_json(root / "meta" / "stats.json", problems) or {}
+    recording = _read_json(root / "meta" / "recording.json", problems) or {}
+    lacks = _lacking_statistics(root, features, stats)
+    if need_stats:
+        for finding in lacks:
+            problems.add(root / "meta" / "stats.json", found=finding, expected=f"{', '.join(STATISTICS)} per feature",
+                         fix=RECOMPUTE.format(root))  # fmt: skip
+    spec = _specification(root, embodiment, info, cameras, stats, problems)
+    layout = Layout(root, info, spec, cameras, _read_tasks(root, info, problems), stats, recording, lacks)
+    if layout.num_episodes < 1 or layout.num_frames < 1:
+        problems.add(root / "meta" / "info.json", found=f"{layout.num_episodes} episodes, {layout.num_frames} frames",
+                     expected="at least one of each", fix="record some, e.g. `vla data record --help`")  # fmt: skip
+    return layout, problems
+
+
+def _read_info(root: Path) -> dict[str, Any]:
+    path = root / "meta" / "info.json"
+    if not path.is_file():
+        old = next((p for p in (root / "meta" / "episodes.jsonl", root / "dataset_info.json") if p.exists()), None)
+        found = "no such folder" if not root.is_dir() else f"no meta/info.json (but {old.name})" if old else "no meta/info.json"
+        fix = f"vla data convert {root} NEW_DIR" if old else "check the path; `vla data record --help` makes a dataset"
+        raise DataError(root, found=found, expected="a LeRobot v3.0 dataset", fix=fix)
+    try:
+        info = json.loads(path.read_text())
+        version = str(info["codebase_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(path, found=f"{type(error).__name__}: {error}", expected="JSON with codebase_version",
+                        fix=RESTORE) from error  # fmt: skip
+    if version.removeprefix("v").split(".")[0] != "3":
+        raise DataError(path, found=f"codebase_version {version}", expected="v3.0",
+                        fix=f"vla data convert {root} NEW_DIR")  # fmt: skip
+    needed = {"fps", "features", "total_episodes", "total_frames", "data_path"}
+    if needed - info.keys() or ACTION not in info["features"]:
+        missing = sorted(needed - info.keys()) or [f"feature {ACTION!r}"]
+        raise DataError(path, found=f"no {', '.join(missing)}", expected="what LeRobot v3.0 requires", fix=RESTORE)
+    return info
+
+
+def _read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        problems.add(path, found=f"not JSON: {error}", expected="a JSON object", fix=RESTORE)
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _lacking_statistics(root: Path, features: dict[str, Any], stats: dict[str, Any]) -> list[str]:
+    if not stats:
+        return ["no such file" if not (root / "meta" / "stats.json").is_file() else "no statistics in it"]
+    lacking = []
+    for key in (STATE, ACTION):
+        if key not in features:
+            continue
+        entry, width = stats.get(key) or {}, int(np.prod(features[key]["shape"]))
+        missing = [name for name in STATISTICS if name not in entry]
+        wrong = [name for name in STATISTICS if name in entry and np.size(entry[name]) != width]
+        if missing:
+            lacking.append(f"{key}: no {', '.join(missing)}")
+        if wrong:
+            lacking.append(f"{key}: {wrong[0]} has {np.size(entry[wrong[0]])} dimensions, the data {width}")
+    return lacking
+
+
+def _read_tasks(root: Path, info: dict[str, Any], problems: Problems) -> list[str]:
+    path = root / "meta" / "tasks.parquet"
+    try:
+        table = pq.read_table(path).to_pydict()
+        text = next(table[name] for name in ("task", "__index_level_0__") if name in table)
+        by_index = dict(zip(table["task_index"], text, strict=True))
+        count = int(info.get("total_tasks") or len(by_index))
+        return [str(by_index[number]) for number in range(count)]
+    except (OSError, pa.ArrowException, StopIteration, KeyError) as error:
+        problems.add(path, found=short(error), expected="columns task_index and task", fix=RESTORE)
+        return []
+
+
+def _names(feature: dict[str, Any]) -> tuple[str, ...]:
+    names = feature.get("names")
+    if isinstance(names, dict):  # {"motors": [...]} of older recorders
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    width = int(np.prod(feature["shape"]))
+    return tuple(map(str, names)) if names and len(names) == width else tuple(f"d{i}" for i in range(width))
+
+
+def _specification(
+    root: Path, given: EmbodimentSpec | None, info: dict[str, Any], cameras: dict[str, str], stats: dict[str, Any],
+    problems: Problems,
+) -> EmbodimentSpec:  # fmt: skip
+    """The given spec, else the dataset's own, else one derived from its features; checked against them."""
+    features, own = info["features"], root / "meta" / "embodiment.json"
+    sizes = {}
+    for camera, key in cameras.items():
+        shape, names = list(features[key]["shape"]), features[key].get("names") or []
+        shape = shape[1:] if names and str(names[0]).startswith("channel") else shape[:2]
+        sizes[camera] = Camera(height=shape[0], width=shape[1])
+    spec = given
+    if spec is None and own.is_file():
+        try:
+            spec = EmbodimentSpec.model_validate_json(own.read_text())
+        except ValueError as error:
+            problems.add(own, found=str(error).replace("\n", " "), expected="an EmbodimentSpec", fix=RESTORE)
+    if spec is None:
+        parts = {}
+        for part, key in (("state", STATE), ("action", ACTION)):
+            if key not in features:
+                parts[part] = ()
+                continue
+            dims, entry = _names(features[key]), stats.get(key) or {}
+            low, high = (np.asarray(entry.get(k, [v] * len(dims)), float) for k, v in (("min", -1.0), ("max", 1.0)))
+            if low.size != len(dims) or high.size != len(dims):
+                low, high = -np.ones(len(dims)), np.ones(len(dims))
+            high = np.where(high > low, high, low + np.maximum(1e-6, 1e-6 * np.abs(low)))
+            parts[part] = (Channel(name=part, dims=dims, convention="scalar", unit="-", low=tuple(low), high=tuple(high)),)
+        name = str(info.get("robot_type") or root.name)
+        return EmbodimentSpec(name=name, cameras=sizes, control_hz=float(info["fps"]), **parts)
+    origin = "the embodiment given" if given is not None else "meta/embodiment.json"
+    for camera in sorted(spec.cameras.keys() - cameras.keys()):
+        problems.add(root / "meta" / "info.json", found=f"camera {camera!r} missing; the dataset has {sorted(cameras)}",
+                     expected=f"cameras {sorted(spec.cameras)} ({origin}, {spec.name!r})",
+                     fix="rename the dataset's camera, or use the embodiment it was recorded with")  # fmt: skip
+    for part, key, width in (("state", STATE, spec.state_dim), ("action", ACTION, spec.action_dim)):
+        got = int(np.prod(features[key]["shape"])) if key in features else 0
+        if got != width:
+            names = spec.state_names if part == "state" else spec.action_names
+            problems.add(root / "meta" / "info.json", found=f"{key} has {got} dimensions",
+                         expected=f"{width} = {names} ({origin}, {spec.name!r})",
+                         fix="use the embodiment this dataset was recorded with, or convert it")  # fmt: skip
+    return spec.model_copy(update={"cameras": {c: sizes.get(c, size) for c, size in spec.cameras.items()}})
+
+
+def short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

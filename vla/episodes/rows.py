@@ -1,0 +1,209 @@
+"""Reads the rows of a LeRobot v3.0 dataset and finds every row's frame in its video, by demultiplexing alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, short
+
+_MOST_NAMED = 5
+"""How many bad values of one kind are named one by one; the rest are counted."""
+
+
+@dataclass
+class Rows:
+    """The numeric side of a dataset: E episodes, F frames in order."""
+
+    episodes: list[dict[str, Any]]
+    starts: np.ndarray  # (E + 1,) int64
+    state: np.ndarray  # (F, S) float32
+    action: np.ndarray  # (F, A) float32
+    task: np.ndarray  # (F,) int32
+    timestamp: np.ndarray  # (F,) float64, seconds since the start of the episode
+
+
+def read_rows(layout: Layout, problems: Problems) -> Rows | None:
+    """Everything but the pictures; None when a file could not be read. Findings go to `problems`."""
+    episodes = _read_episodes(layout, problems)
+    if episodes is None:
+        return None
+    columns = [c for c in (STATE, ACTION) if c in layout.info["features"]]
+    columns += ["timestamp", "episode_index", "index", "task_index"]
+    tables = []
+    for path in sorted({layout.path("data_path", row, "data") for row in episodes}):
+        try:
+            tables.append(pq.read_table(path, columns=columns))
+        except FileNotFoundError:
+            problems.add(path, found="no such file", expected="the rows of its episodes", fix=RESTORE)
+        except (OSError, pa.ArrowException) as error:
+            problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
+    if problems.found and len(tables) < len({layout.path("data_path", row, "data") for row in episodes}):
+        return None
+    table = pa.concat_tables(tables, promote_options="default")
+    F = layout.num_frames
+    index = _column(table, "index", np.int64)
+    order = np.argsort(index, kind="stable")
+    order = order[index[order] < F]  # rows behind the last committed frame are an unfinished append
+    lengths = np.array([row["length"] for row in episodes])
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    belongs = _column(table, "episode_index", np.int64)[order]
+    if starts[-1] != F or len(order) != F or not np.array_equal(belongs, np.repeat(np.arange(len(episodes)), lengths)):
+        first = next((e for e, n in enumerate(lengths) if np.count_nonzero(belongs == e) != n), "-")
+        problems.add(layout.root / "data", found=f"{len(order)} rows; episode lengths sum to {starts[-1]}; "
+                     f"first episode that differs: {first}", expected=f"{F} rows as meta/info.json and meta/episodes say",
+                     fix=RESTORE)  # fmt: skip
+        return None
+    wide = {}
+    for part, key, dims in (("state", STATE, layout.spec.state_names), ("action", ACTION, layout.spec.action_names)):
+        values = _wide(layout, table, key, problems)
+        if values is None:
+            return None
+        wide[part] = values = values[order]
+        _check_finite(layout, key, values, starts, dims, problems)
+        _check_statistics(layout, key, values, problems)
+    task = _column(table, "task_index", np.int32)[order]
+    if layout.instructions and (task.min() < 0 or task.max() >= len(layout.instructions)):
+        problems.add(layout.root / "meta" / "tasks.parquet", found=f"task_index up to {task.max()} in the data",
+                     expected=f"below {len(layout.instructions)}, the number of tasks", fix=RESTORE)  # fmt: skip
+    timestamp = _column(table, "timestamp", np.float64)[order]
+    return Rows(episodes, starts, wide["state"], wide["action"], task, timestamp)
+
+
+def _read_episodes(layout: Layout, problems: Problems) -> list[dict[str, Any]] | None:
+    files = sorted((layout.root / "meta" / "episodes").glob("*/*.parquet"))
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        try:
+            names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+            rows += pq.read_table(path, columns=names).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
+            return None
+    rows = sorted(rows, key=lambda row: row["episode_index"])[: layout.num_episodes]
+    if [row["episode_index"] for row in rows] != list(range(layout.num_episodes)):
+        problems.add(layout.root / "meta" / "episodes", found=f"{len(rows)} episodes in {len(files)} files",
+                     expected=f"episodes 0 to {layout.num_episodes - 1}, each once", fix=RESTORE)  # fmt: skip
+        return None
+    return rows
+
+
+def _column(table: pa.Table, name: str, dtype: Any) -> np.ndarray:
+    return table[name].combine_chunks().to_numpy(zero_copy_only=False).reshape(-1).astype(dtype)
+
+
+def _wide(layout: Layout, table: pa.Table, key: str, problems: Problems) -> np.ndarray | None:
+    """(rows, dims) float32 of a vector feature; nulls and ragged rows are findings."""
+    if key not in table.column_names:
+        return np.zeros((len(table), 0), np.float32)
+    width = int(np.prod(layout.info["features"][key]["shape"]))
+    column = table[key].combine_chunks()
+    flat = column.flatten() if pa.types.is_nested(column.type) else column
+    if len(flat) != len(column) * width or flat.null_count or column.null_count:
+        problems.add(layout.root / "data", found=f"{key}: {len(flat)} numbers in {len(column)} rows, {flat.null_count} null",
+                     expected=f"{width} per row", fix=RESTORE)  # fmt: skip
+        return None
+    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+
+
+def _check_finite(
+    layout: Layout, key: str, values: np.ndarray, starts: np.ndarray, dims: list[str], problems: Problems
+) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    for frame, d in bad[:_MOST_NAMED]:
+        episode = int(np.searchsorted(starts, frame, "right")) - 1
+        name = dims[d] if d < len(dims) else str(d)
+        more = f" (and {len(bad) - _MOST_NAMED} more)" if len(bad) > _MOST_NAMED and frame == bad[_MOST_NAMED - 1][0] else ""
+        problems.add(f"{layout.root}, episode {episode}, frame {frame - starts[episode]}, {key}[{d}] ({name})",
+                     found=f"{values[frame, d]}{more}", expected="a finite number",
+                     fix="repair or drop this episode; a NaN in an action would become a full-scale move")  # fmt: skip
+
+
+def _check_statistics(layout: Layout, key: str, values: np.ndarray, problems: Problems) -> None:
+    """Statistics of another dataset are worse than none: every value must lie in [min, max] of its own."""
+    entry = layout.stats.get(key) or {}
+    if not values.shape[1] or any(np.size(entry.get(name, ())) != values.shape[1] for name in ("min", "max")):
+        return
+    low, high = (np.asarray(entry[name], np.float64).reshape(-1) for name in ("min", "max"))
+    slack = 1e-4 * np.maximum(high - low, np.maximum(np.abs(low), np.abs(high))) + 1e-9
+    with np.errstate(invalid="ignore"):
+        outside = (np.nanmin(values, 0) < low - slack) | (np.nanmax(values, 0) > high + slack)
+    if outside.any():
+        d = int(np.argmax(outside))
+        problems.add(layout.root / "meta" / "stats.json",
+                     found=f"{key}[{d}] of the data spans {np.nanmin(values[:, d]):g} to {np.nanmax(values[:, d]):g}",
+                     expected=f"within its statistics, {low[d]:g} to {high[d]:g}",
+                     fix=f"these are another dataset's statistics: vla data stats {layout.root} --write")  # fmt: skip
+
+
+@dataclass
+class Span:
+    """Where one episode's frames lie: `ticks[t]` is the presentation time of frame t in `path`'s own time base."""
+
+    path: Path
+    ticks: np.ndarray  # (T,) int64
+
+
+def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems) -> list[Span]:
+    """One `Span` per episode of a video camera; videos that are cut short or do not fit the rows are findings."""
+    key, half = layout.cameras[camera], 0.5 / layout.fps
+    known: dict[Path, tuple[np.ndarray, float] | None] = {}
+    spans: list[Span] = []
+    missing: dict[Path, list[int]] = {}
+    for number, row in enumerate(rows.episodes):
+        prefix = f"videos/{key}"
+        if row.get(f"{prefix}/from_timestamp") is None:
+            problems.add(layout.root / "meta" / "episodes", found=f"no columns {prefix}/...",
+                         expected=f"where the video of camera {camera!r} lies", fix=RESTORE)  # fmt: skip
+            return []
+        path = layout.path("video_path", row, prefix, key)
+        if path not in known:
+            known[path] = _packet_times(path, problems)
+        entry = known[path]
+        if entry is None:
+            continue
+        ticks, base = entry
+        wanted = row[f"{prefix}/from_timestamp"] + rows.timestamp[rows.starts[number] : rows.starts[number + 1]]
+        times = ticks * base
+        at = np.clip(np.searchsorted(times, wanted - half), 0, max(len(times) - 1, 0))
+        fits = len(times) > 0 and bool((np.abs(times[at] - wanted) <= half).all() and (np.diff(at) > 0).all())
+        span = row[f"{prefix}/to_timestamp"] - row[f"{prefix}/from_timestamp"]
+        if not fits or span * layout.fps < row["length"] - 1:
+            missing.setdefault(path, []).append(number)
+            continue
+        spans.append(Span(path, ticks[at]))
+    for path, numbers in missing.items():
+        entry = known[path]
+        frames = len(entry[0]) if entry else 0
+        needed = sum(rows.episodes[n]["length"] for n in range(len(rows.episodes))
+                     if layout.path("video_path", rows.episodes[n], f"videos/{key}", key) == path)  # fmt: skip
+        problems.add(path, found=f"{frames} frames; no frame at the time of some row in episodes {_list(numbers)}",
+                     expected=f"{needed} frames at {layout.fps:g} fps, one per row", fix=RESTORE)  # fmt: skip
+    return spans
+
+
+def _packet_times(path: Path, problems: Problems) -> tuple[np.ndarray, float] | None:
+    """(presentation times in ticks, seconds per tick) of every packet of a video."""
+    if not path.is_file():
+        problems.add(path, found="no such file", expected="the video of its episodes", fix=RESTORE)
+        return None
+    try:
+        with av.open(str(path)) as container:
+            stream: Any = container.streams.video[0]
+            ticks = sorted(p.pts for p in container.demux(stream) if p.pts is not None and p.size)
+            return np.array(ticks, np.int64), float(stream.time_base)
+    except (av.error.FFmpegError, IndexError) as error:
+        problems.add(path, found=f"a video that cannot be read, {short(error)}", expected="a complete MP4", fix=RESTORE)
+        return None
+
+
+def _list(numbers: Iterable[int]) -> str:
+    numbers = list(numbers)
+    return f"{numbers[:_MOST_NAMED]}" + (f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else "")

@@ -1,0 +1,132 @@
+"""`EpisodeStore`: demonstrations as whole columns and single frames, cheap to hand to loader workers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from vla.embodiment import EmbodimentSpec
+from vla.episodes.cache import content_hash, default_cache, ensure
+from vla.episodes.layout import read_layout
+
+
+class EpisodeStore:
+    """E episodes of F frames. Everything is memory-mapped: a forked or spawned worker shares the pages of its parent.
+
+    `state` (F, S) and `action` (F, A) are read-only float32 in robot units; row `t` of an episode is what the robot saw
+    before `action[t]`. `episode_starts` is (E + 1,) int64. `task_of_episode` (E,) and `task_of_frame` (F,) index
+    `instructions`; they agree unless a dataset changes its instruction inside an episode.
+    """
+
+    root: Path
+    spec: EmbodimentSpec
+    fingerprint: str
+    """sha256 of the dataset's content; equal for a copy elsewhere."""
+    cameras: list[str]
+    instructions: list[str]
+    stats: dict[str, dict[str, Any]]
+    """Feature -> {min, max, mean, std, count, q01, q10, q50, q90, q99}, as in meta/stats.json."""
+    recorded_seeds: dict[str, list[int]]
+    """Task -> reset seeds, {} when the dataset did not come from a simulator here."""
+
+    @classmethod
+    def open(
+        cls, root: str | Path, cache_dir: str | Path | None = None, frames: Literal["raw", "jpeg"] = "raw",
+        progress: bool = True, *, embodiment: EmbodimentSpec | None = None, compute_stats: bool = False,
+    ) -> EpisodeStore:  # fmt: skip
+        """Open a LeRobot v3.0 dataset, decoding it into the cache the first time.
+
+        `frames`: `raw` is fastest, `jpeg` (quality 95, 4:4:4) about ten times smaller. `embodiment` overrides
+        `meta/embodiment.json`; without either, a spec is derived from the features. `compute_stats` fills missing state
+        and action statistics with exact ones; otherwise missing statistics are an error, never a guess.
+
+        Raises `DataError` naming every problem at once (nothing is written then), `MachineError` when the disk is full.
+        """
+        root = Path(root)
+        cache = Path(cache_dir) if cache_dir else default_cache()
+        layout, problems = read_layout(root, embodiment, need_stats=not compute_stats)
+        fingerprint = content_hash(root, cache)
+        entry = ensure(layout, problems, fingerprint, cache, frames, progress)
+        self = cls()
+        self.root, self.spec, self.fingerprint = root, layout.spec, fingerprint
+        self.cameras, self.instructions = list(layout.spec.cameras), layout.instructions
+        self._keys = layout.cameras
+        self._entry = entry
+        self.stats = layout.stats
+        if compute_stats and layout.lacks_stats:
+            self.stats = layout.stats | json.loads((entry / "cache.json").read_text())["stats"]
+        self.recorded_seeds = {}
+        for episode in layout.recording.get("episodes", [])[: layout.num_episodes]:
+            if episode.get("seed") is not None:
+                self.recorded_seeds.setdefault(episode["task"], []).append(int(episode["seed"]))
+        self._map()
+        return self
+
+    def _map(self) -> None:
+        def column(name: str) -> np.ndarray:
+            return np.load(self._entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+        self.state, self.action, self.episode_starts = column("state"), column("action"), np.array(column("starts"))
+        self.task_of_frame = column("task")
+        self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
+        self._jpeg = json.loads((self._entry / "cache.json").read_text())["frames"] == "jpeg"
+        # Per camera: frames per batch, and per batch an array (raw) or (bytes, offsets) (jpeg) over the mapped file.
+        self._batches: dict[str, tuple[int, list[Any]]] = {}
+        self._tables = []  # keeps the mappings alive
+        for n, camera in enumerate(self.cameras):
+            table = datasets.Dataset.from_file(str(self._entry / f"frames-{n}.arrow")).data.table
+            self._tables.append(table)
+            size, batches = self.spec.cameras[camera], []
+            chunks = [chunk for chunk in table.column("frame").chunks if len(chunk)]
+            for chunk in chunks:
+                _, offsets, data = chunk.buffers()
+                offsets = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                pixels = np.frombuffer(data, np.uint8)
+                if not self._jpeg:
+                    pixels = pixels[offsets[0] : offsets[-1]].reshape(-1, size.height, size.width, 3)
+                batches.append((pixels, offsets) if self._jpeg else pixels)
+            self._batches[camera] = (len(chunks[0]), batches)
+        self._pid = os.getpid()
+
+    @property
+    def num_episodes(self) -> int:
+        """E."""
+        return len(self.episode_starts) - 1
+
+    @property
+    def num_frames(self) -> int:
+        """F."""
+        return len(self.action)
+
+    def camera_key(self, camera: str) -> str:
+        """The dataset's own feature name of a camera, e.g. `observation.images.front`."""
+        return self._keys[camera]
+
+    def frame(self, camera: str, index: int) -> np.ndarray:
+        """Frame `index` (0 <= index < F) as (h, w, 3) uint8, read-only: for `raw` a view into the mapped file."""
+        per_batch, batches = self._batches[camera]
+        batch, at = divmod(index, per_batch)
+        if not self._jpeg:
+            return batches[batch][at]
+        data, offsets = batches[batch]
+        with Image.open(io.BytesIO(data[offsets[at] : offsets[at + 1]])) as image:
+            return np.asarray(image)
+
+    def __getstate__(self) -> dict[str, Any]:
+        mapped = ("state", "action", "episode_starts", "task_of_frame", "task_of_episode", "_batches", "_tables", "_pid")
+        return {key: value for key, value in self.__dict__.items() if key not in mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def __repr__(self) -> str:
+        return (f"EpisodeStore({str(self.root)!r}: {self.num_episodes} episodes, {self.num_frames} frames, "
+                f"cameras {self.cameras}, {len(self.instructions)} instructions)")  # fmt: skip

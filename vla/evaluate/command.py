@@ -1,0 +1,75 @@
+"""`vla eval`: closed-loop success of a policy, with controls, as a table, a JSON file and films."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vla.evaluate import CONDITIONS, REPORT_SEED, evaluate, text_table
+from vla.evaluate.demos import demos_of, roots_in
+
+EXAMPLE = """\
+examples:
+  vla eval runs/demo --suite tabletop --episodes 200
+  vla eval runs/demo --suite metaworld --task button-press-topdown-v3 --episodes 50 --conditions policy,replay,expert
+  vla eval runs/demo/policy --suite tabletop --task push --decode argmax --execute 2 --out argmax.json --json
+
+conditions:
+""" + "\n".join(f"  {name:9} {meaning}" for name, meaning in CONDITIONS.items())
+
+
+def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the verb `eval` to an argparse subparsers object; `run` carries it out."""
+    parser = subparsers.add_parser(
+        "eval", help="closed-loop success of a policy in a simulator, with matched controls",
+        description="Play fresh episodes in a simulator; report success with Wilson 95 % intervals beside matched controls.",
+        epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("policy", metavar="POLICY", help="a run folder or a policy folder")
+    add("--suite", required=True, help="tabletop or metaworld")
+    add("--task", nargs="+", action="extend", metavar="T", help="tasks or groups such as `push` (default: the suite's)")
+    add("--episodes", type=int, default=50, metavar="N", help="episodes per group: a tabletop verb, a Meta-World task (default 50)")
+    add("--seed", type=int, default=REPORT_SEED, metavar="K", help=f"first seed (default {REPORT_SEED}; 500000+ is for choosing)")
+    add("--out", type=Path, metavar="FILE.json", help="result file (default: eval/SUITE.json in the run folder)")
+    add("--conditions", default=",".join(CONDITIONS), metavar="A,B", help="which rows of the table, see below (default: all)")
+    add("--decode", choices=("mean", "argmax", "sample"), help="how symbols become actions (default: the policy's)")
+    add("--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)")
+    add("--workers", type=int, metavar="W", help="simulator processes (default: one per core)")
+    add("--json", action="store_true", help="print the result as JSON instead of a table")
+    add("--no-clips", action="store_true", help="record no films")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run_folder(path: Path) -> Path | None:
+    """The run folder a policy path belongs to, or None for a policy folder on its own."""
+    if (path / "policy").is_dir():
+        return path
+    return path.parent if path.name == "policy" and (path.parent / "config.yaml").is_file() else None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out `vla eval`; 0 when the evaluation was made, whatever it found."""
+    from vla.policy import load_policy  # the only heavy import, after the arguments are known to be sound
+
+    path = Path(args.policy)
+    folder = run_folder(path)
+    out = args.out or (folder / "eval" / f"{args.suite}.json" if folder else None)
+    results = evaluate(
+        load_policy(path), args.suite, args.task, args.episodes, args.seed,
+        [name.strip() for name in args.conditions.split(",") if name.strip()], execute=args.execute, decode=args.decode,
+        out=out, workers=args.workers, demos=demos_of(roots_in(folder / "config.yaml")) if folder else None,
+        clips=0 if args.no_clips else 8, progress=not args.json,
+    )  # fmt: skip
+    print(json.dumps(results) if args.json else text_table(results))
+    places = [f"results {out}"] if out else []
+    if folder:
+        from vla.report import write_report
+
+        places.append(f"report  {write_report(folder)}")
+    print("\n".join(places), file=sys.stderr if args.json else sys.stdout)
+    return 0

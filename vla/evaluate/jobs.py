@@ -1,0 +1,238 @@
+"""Which episodes an evaluation runs: one `Job` per episode, for the policy and for every matched control.
+
+A success rate alone does not say why a policy succeeds. Each control takes one explanation away (it saw nothing, it was
+told something else, it replayed a demonstration) on *the same task and seed* as the policy's own episode, so the rows
+of the table are paired and differ in one thing only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from vla.embodiment import EmbodimentSpec
+from vla.errors import UsageError
+from vla.schema import Observation
+
+CONDITIONS: dict[str, str] = {
+    "policy": "the policy on fresh scenes",
+    "train": "the policy on scenes it was trained on (memorisation shows beside fresh scenes)",
+    "swap": "the same scenes, told to do something else",
+    "blank": "the image replaced by mean grey",
+    "nostate": "the robot's state removed",
+    "replay": "the actions of a recorded demonstration of the same instruction, from another scene",
+    "random": "uniform actions, each held for 8 steps",
+    "expert": "the simulator's scripted expert",
+}
+"""Every condition and what it means, in the order of the table."""
+
+REPORT_SEED = 900_000
+"""First seed of reported episodes; 500000+ is for choosing a checkpoint or a decoder."""
+
+
+class Actor(Protocol):
+    """What evaluation needs of a policy; `vla.policy.VLAPolicy` is one."""
+
+    @property
+    def embodiments(self) -> Mapping[str, EmbodimentSpec]: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def execute(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def recorded_seeds(self) -> Mapping[str, Mapping[str, Sequence[Sequence[int]]]]: ...
+    @property
+    def instructions(self) -> Sequence[str]: ...
+
+    def act_batch(
+        self, observations: list[Observation], instructions: list[str], embodiment: str, *, decode: Any = None,
+        seeds: list[int] | None = None, drop_state: bool = False,
+    ) -> list[Any]: ...  # fmt: skip
+
+
+class Demo(NamedTuple):
+    """The actions (T, A) of one recorded demonstration and the seed of its scene (None when unknown)."""
+
+    actions: np.ndarray
+    seed: int | None = None
+
+
+Demos = Mapping[str, Sequence[Any]] | Callable[[str], Sequence[Any]]
+"""task -> demonstrations (`Demo`, or bare (T, A) arrays)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode. `task` and `seed` draw the scene; `given`, when set, is the task that is judged instead of `task`."""
+
+    id: int
+    condition: str
+    group: str
+    task: str
+    seed: int
+    instruction: str
+    """What the policy is told."""
+    given: str | None = None
+    controller: str = "policy"
+    """`policy`, `random`, `expert` or `replay`."""
+    judged: bool = True
+    """False when the told instruction cannot be judged in this scene; the scene's own success is "the original" then."""
+    blank: bool = False
+    drop_state: bool = False
+    actions: np.ndarray | None = field(default=None, compare=False)
+    """(T, A) of the replayed demonstration."""
+    record: int = 0
+    """Side of the clip's pictures in pixels; 0 records none."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one `Job` ended."""
+
+    id: int
+    success: bool
+    failure: bool
+    """A definite failure, as against running out of steps."""
+    steps: int
+    original: bool | None = None
+    """Whether the originally named task was done; None when nothing was swapped."""
+    clip: bytes | None = field(default=None, repr=False)
+    """mp4, when the job asked for it."""
+    fps: float = 0.0
+    stride: int = 1
+    """Control steps per picture of the clip."""
+
+
+def check_conditions(conditions: Sequence[str]) -> list[str]:
+    """The conditions in table order, without repetition; `UsageError` for an unknown one."""
+    for name in conditions:
+        if name not in CONDITIONS:
+            near = difflib.get_close_matches(name, CONDITIONS, 1)
+            raise UsageError("conditions", found=repr(name), expected=f"any of {', '.join(CONDITIONS)}",
+                             fix=f"did you mean {near[0]!r}?" if near else "remove it")  # fmt: skip
+    return [name for name in CONDITIONS if name in set(conditions)]
+
+
+def check_seeds(policy: Actor, suite: str, seed: int, episodes: int) -> None:
+    """Raise `UsageError` when an evaluation seed was recorded for training, in any task of the suite.
+
+    In any task, because in a language-conditioned suite the scene depends on the seed and not on the task.
+    """
+    last = seed + episodes - 1
+    clashes = [
+        f"{task}: {max(seed, low)}..{min(last, high)}"
+        for task, ranges in policy.recorded_seeds.get(suite, {}).items()
+        for low, high in ranges
+        if low <= last and seed <= high
+    ]
+    if clashes:
+        shown = "; ".join(clashes[:5]) + (f"; and {len(clashes) - 5} more" if len(clashes) > 5 else "")
+        raise UsageError(
+            f"evaluation seeds {seed}..{last} of suite {suite!r}", found=f"seeds the policy was trained on ({shown})",
+            expected="seeds disjoint from every recorded seed", fix=f"--seed {REPORT_SEED} (or drop --seed)",
+        )
+
+
+def make_jobs(
+    policy: Actor, suite: Any, tasks: Sequence[str], episodes: int, seed: int, conditions: Sequence[str], demos: Demos | None
+) -> tuple[list[Job], list[str]]:
+    """All episodes of an evaluation, and one note per condition that could not be run in full.
+
+    Episodes are per group and dealt round-robin over the group's tasks: episode i has task i mod len and seed + i.
+    """
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(suite.group(task), []).append(task)
+    jobs: list[Job] = []
+    notes: dict[str, None] = {}
+    for condition in conditions:
+        for group, members in groups.items():
+            drawn = [(members[i % len(members)], seed + i, i // len(members)) for i in range(episodes)]
+            if condition == "train":
+                drawn = _training_scenes(policy, suite.name, members, drawn, notes)
+            for task, at, turn in drawn:
+                job = Job(len(jobs), condition, group, task, at, suite.instruction(task))
+                changed = _apply(job, policy, suite, turn, demos, notes)
+                if changed is not None:
+                    jobs.append(changed)
+    return jobs, list(notes)
+
+
+def _apply(job: Job, policy: Actor, suite: Any, turn: int, demos: Demos | None, notes: dict[str, None]) -> Job | None:
+    """`job` with what its condition changes; None, with a note, when the condition has nothing to work with."""
+    change = dict(job.__dict__)
+    match job.condition:
+        case "policy" | "train":
+            if policy.instructions and job.instruction not in policy.instructions:
+                notes[f"{job.task}: the policy was not trained on the instruction {job.instruction!r}"] = None
+        case "blank":
+            change["blank"] = True
+        case "nostate":
+            change["drop_state"] = True
+        case "random" | "expert":
+            change["controller"] = job.condition
+        case "replay":
+            demo = pick_demo(demos, job.task, job.seed, turn)
+            if demo is None:
+                notes[f"replay: no recorded demonstration of {job.task} was given"] = None
+                return None
+            change |= {"controller": "replay", "actions": demo}
+        case "swap":
+            others = _siblings(job.task, suite, policy)
+            if others:
+                given = others[turn % len(others)]
+                change |= {"given": given, "instruction": suite.instruction(given)}
+            else:
+                told = _other_instructions(job, policy, suite)
+                if not told:
+                    notes[f"swap: the policy knows no other instruction than that of {job.task}"] = None
+                    return None
+                change |= {"instruction": told[turn % len(told)], "judged": False}
+    return Job(**change)
+
+
+def _siblings(task: str, suite: Any, policy: Actor) -> list[str]:
+    """Tasks of the same scene that differ in one word of their name (`push-red-left`: other colours, other directions)."""
+    words = task.split("-")
+    same = [t for t in suite.tasks if t != task and suite.group(t) == suite.group(task)]
+    if policy.instructions:
+        same = [t for t in same if suite.instruction(t) in policy.instructions]
+    near = [t for t in same if len(t.split("-")) == len(words)
+            and sum(a != b for a, b in zip(t.split("-"), words, strict=True)) == 1]  # fmt: skip
+    return near or same
+
+
+def _other_instructions(job: Job, policy: Actor, suite: Any) -> list[str]:
+    """Instructions the policy knows besides the job's own, those of the same suite first if there are any."""
+    own = [i for t in suite.tasks if (i := suite.instruction(t)) != job.instruction and i in policy.instructions]
+    return own or sorted(i for i in policy.instructions if i != job.instruction)
+
+
+def _training_scenes(
+    policy: Actor, suite: str, members: list[str], drawn: list[tuple[str, int, int]], notes: dict[str, None]
+) -> list[tuple[str, int, int]]:
+    """The drawn episodes moved to recorded seeds of the same task, spread evenly over what was recorded."""
+    out = []
+    for task in members:
+        turns = [turn for name, _, turn in drawn if name == task]
+        recorded = sorted({s for low, high in policy.recorded_seeds.get(suite, {}).get(task, ()) for s in range(low, high + 1)})
+        if not recorded:
+            notes[f"train: the policy has no recorded seeds of {task}"] = None
+            continue
+        count = min(len(turns), len(recorded))
+        out += [(task, recorded[turn * len(recorded) // count], turn) for turn in range(count)]
+    return out
+
+
+def pick_demo(demos: Demos | None, task: str, seed: int, turn: int) -> np.ndarray | None:
+    """The actions (T, A) of a demonstration of `task` from a scene other than `seed`, by rotation; None without one."""
+    found = [] if demos is None else demos(task) if callable(demos) else demos.get(task, [])
+    named = [d if isinstance(d, Demo) else Demo(np.asarray(d, np.float32)) for d in found]
+    usable = [d for d in named if d.seed != seed and len(d.actions)]
+    return np.asarray(usable[turn % len(usable)].actions, np.float32) if usable else None

@@ -1,0 +1,40 @@
+"""Every word the model is asked, versioned: a policy remembers which version it was trained with.
+
+An instruction is cleaned once, here, before it reaches any tokenizer; what cannot be cleaned is refused.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from vla.errors import DataError
+
+MAX_INSTRUCTION = 512
+"""Characters, after cleaning."""
+
+PROMPTS: dict[str, str] = {
+    "plain-1": "{instruction}",
+    "openvla-1": "In: What action should the robot take to {instruction}?\nOut:",
+}
+"""Version -> template. `plain-1` is for models learned from scratch, where each further word costs a position;
+`openvla-1` is OpenVLA's (lower-cased instruction, right-stripped)."""
+
+
+def clean_instruction(text: str) -> str:
+    """NFC, control characters and runs of white space to one space, lower case.
+
+    Raises `DataError` for an empty instruction or one longer than `MAX_INSTRUCTION` characters.
+    """
+    if not isinstance(text, str):
+        raise DataError("instruction", found=type(text).__name__, expected="text", fix="pass a string")
+    kept = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in unicodedata.normalize("NFC", text))
+    cleaned = " ".join(kept.split()).lower()
+    if not cleaned or len(cleaned) > MAX_INSTRUCTION:
+        raise DataError("instruction", found=f"{len(cleaned)} characters", expected=f"1 to {MAX_INSTRUCTION}",
+                        fix="say in one sentence what the robot should do")  # fmt: skip
+    return cleaned
+
+
+def act_prompt(instruction: str, version: str) -> str:
+    """The text before the actions for `instruction`, in prompt `version`."""
+    return PROMPTS[version].format(instruction=clean_instruction(instruction))

@@ -1,0 +1,41 @@
+"""The report of a run: one HTML file that needs nothing but a browser, made from whatever the run folder has.
+
+    path = write_report(Path("runs/demo"))     # runs/demo/report.html
+
+Films are embedded, charts are inline SVG, styles and the little script are in the file; nothing is fetched. The parts:
+`gather` reads the folder, `charts` draws, `sections` writes the prose and tables, `report.css` and `report.js` dress it.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+
+from vla.report.gather import gather
+from vla.report.rollouts import rollouts
+from vla.report.sections import by_task, controls, curves, header, setup, verdict
+
+HERE = Path(__file__).parent
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run folder (atomically) and return its path. Missing or broken pieces are left out,
+    broken ones with a line that says so."""
+    run = gather(Path(run_dir))
+    parts = [header(run), verdict(run), rollouts(run), controls(run), by_task(run), curves(run), setup(run)]
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f'<title>{escape(run.root.resolve().name)}: run report</title><link rel="icon" href="data:,">'
+        f"<style>{(HERE / 'report.css').read_text()}</style></head>\n<body><main>\n" + "\n".join(filter(None, parts))
+        + f"\n<footer>Written by tendon-vla, {made}. Intervals are Wilson 95 %.</footer></main>"
+        f"\n<script>{(HERE / 'report.js').read_text()}</script></body></html>\n"
+    )  # fmt: skip
+    path = run.root / "report.html"
+    part = path.with_name("report.html.part")
+    part.write_text(page)
+    os.replace(part, path)
+    return path

@@ -1,0 +1,107 @@
+"""The data every part of the house speaks: numpy arrays in the robot's own units.
+
+Shapes use the legend of `vla/batch.py`: T time steps, H chunk length, A action dimensions, S state dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vla.errors import DataError
+
+Observation = Mapping[str, object]
+"""What a policy is shown: `{"images": {camera: (h, w, 3) uint8}, "state": (S,) float32}`."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration from reset to its end, in the robot's own units.
+
+    `images[camera]` is (T, h, w, 3) uint8, `state` (T, S) float32, `action` (T, A) float32. `state[t]` and `images[t]`
+    are what the robot saw *before* it was given `action[t]`.
+    """
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    action: np.ndarray
+    instruction: str
+    embodiment: str
+    success: bool = True
+    task: str = ""
+    """The simulator's or recorder's own name of the task, e.g. `push-red-left`."""
+    seed: int | None = None
+    """The reset seed, when the episode came from a simulator."""
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    def validate(self, where: str) -> None:
+        """Raise `DataError` unless every array is finite and all of them have the same length T >= 1."""
+        T = len(self.action)
+        if T == 0:
+            raise DataError(where, found="an episode of 0 steps", expected="at least 1 step", fix="record it again")
+        for name, array in (("state", self.state), ("action", self.action)):
+            if array.ndim != 2 or len(array) != T or array.dtype != np.float32:
+                raise DataError(
+                    f"{where}, {name}", found=f"{array.dtype} {array.shape}",
+                    expected=f"float32 ({T}, dims)", fix="write state and action as float32, one row per step",
+                )
+            _finite(array, f"{where}, {name}")
+        for camera, frames in self.images.items():
+            if frames.dtype != np.uint8 or frames.ndim != 4 or len(frames) != T or frames.shape[-1] != 3:
+                raise DataError(
+                    f"{where}, camera {camera!r}", found=f"{frames.dtype} {frames.shape}",
+                    expected=f"uint8 ({T}, h, w, 3)", fix="give one RGB frame per step",
+                )
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the robot saw at one moment and did next. NaN never gets in: `validate()` is called by whoever makes one."""
+
+    images: dict[str, np.ndarray]  # camera -> (h, w, 3) uint8
+    state: np.ndarray  # (S,) float32
+    instruction: str
+    actions: np.ndarray  # (H, A) float32; rows past the episode's end are zero and invalid
+    valid: np.ndarray  # (H, A) bool
+    embodiment: str
+    final_state: np.ndarray  # (S,) float32: the state at the episode's last step ("where does this episode end")
+    n: int = -1
+    """Position in the mixture's stream; -1 outside of one."""
+    source: str = field(default="", compare=False)
+    """`dataset:episode:frame`, for messages."""
+
+    def validate(self) -> Window:
+        """Raise `DataError` on a wrong shape, a wrong dtype or a non-finite value; return self."""
+        where = f"window {self.n} ({self.source})"
+        if self.actions.ndim != 2 or self.valid.shape != self.actions.shape:
+            raise DataError(
+                where, found=f"actions {self.actions.shape}, valid {self.valid.shape}",
+                expected="both (H, A)", fix="check the dataset with `vla data check`",
+            )
+        if not self.valid[0].any():
+            raise DataError(
+                where, found="no valid action", expected="at least the first action", fix="check the episode lengths"
+            )
+        for name in ("state", "actions", "final_state"):
+            _finite(getattr(self, name), f"{where}, {name}")
+        for camera, frame in self.images.items():
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+                raise DataError(
+                    f"{where}, camera {camera!r}", found=f"{frame.dtype} {frame.shape}",
+                    expected="uint8 (h, w, 3)", fix="decode the frame as RGB",
+                )
+        return self
+
+
+def _finite(array: np.ndarray, where: str) -> None:
+    if np.isfinite(array).all():
+        return
+    at = np.argwhere(~np.isfinite(array))[0]
+    raise DataError(
+        f"{where}{list(map(int, at))}", found=f"{array[tuple(at)]}", expected="a finite number",
+        fix="repair or drop this episode; a NaN in an action would become a full-scale move",
+    )

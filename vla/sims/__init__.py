@@ -1,0 +1,40 @@
+"""Real simulators behind one gymnasium-style adapter, each with a scripted expert and an instruction per task.
+
+`SUITES` and `expand_tasks` need nothing but this package; `make_sim` needs the `sim` extra and an offscreen renderer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vla.errors import MachineError, UsageError
+from vla.sims.suites import SUITES, Suite, expand_tasks, find_suite
+
+if TYPE_CHECKING:
+    from vla.sims.base import Simulator
+
+__all__ = ["SUITES", "Suite", "expand_tasks", "find_suite", "make_sim"]
+
+_ADAPTERS = {"tabletop": ("vla.sims.tabletop", "Tabletop"), "metaworld": ("vla.sims.metaworld", "MetaWorld")}
+
+
+def make_sim(suite: str, task: str, **kw: Any) -> Simulator:
+    """One simulator of `task`; `kw` are `Simulator`'s keyword arguments (`image_size`, `randomise`, ...).
+
+    Raises `UsageError` for an unknown suite, task or argument, `MachineError` when a package or a renderer is missing.
+    """
+    tasks = expand_tasks(suite, [task])
+    if tasks != [task]:
+        raise UsageError(f"task {task!r} of suite {suite!r}", found=f"a group of {len(tasks)} tasks",
+                         expected="one task", fix=f"make one simulator per task, e.g. {tasks[0]}")  # fmt: skip
+    module, name = _ADAPTERS[suite]
+    try:
+        from vla.sims.render import check_renderer
+
+        check_renderer()
+        adapter = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise MachineError(f"suite {suite!r}", found=f"Python package {error.name!r} is not installed",
+                           expected="the simulator packages", fix="pip install 'tendon-vla[sim]'") from error  # fmt: skip
+    return adapter(task, **kw)
