@@ -54,10 +54,10 @@ demo-full: setup  ## five Meta-World tasks in one policy, with the curve over tr
 	$(call total,make demo-full)
 
 smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 minutes; learns nothing)
-	rm -rf data/smoke runs/smoke
+	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke
 	$(call stage,Recording a handful of demonstrations in both simulators,30 s)
-	vla data record --suite tabletop --episodes 12 --seed 0 --out data/smoke/tabletop
-	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 3 --seed 0 --out data/smoke/metaworld
+	vla data record --suite tabletop --episodes 12 --seed 0 --out data/smoke-tabletop
+	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 3 --seed 0 --out data/smoke-metaworld
 	$(call stage,Training for a few steps,40 s)
 	vla train configs/smoke/train.yaml
 	$(call stage,Evaluating a few episodes,60 s)
@@ -86,4 +86,4 @@ bench: setup  ## every benchmarks/bench_*.py on this machine
 	[ $$found = 1 ] || { echo "no benchmarks/bench_*.py"; exit 2; }
 
 clean:  ## removes smoke data, runs and caches; never data/ or runs/ of your own
-	rm -rf data/smoke runs/smoke .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -5,9 +5,9 @@ Format: `meta/info.json`, `meta/stats.json`, `meta/tasks.parquet` (pandas index 
 `benchmarks/lerobot_roundtrip.py`. Beside it, ignored by lerobot: `meta/embodiment.json`, `meta/recording.json`,
 `meta/pixels.json`.
 
-Every commit *replaces* files (temporary file, fsync, rename) by ones that have the same beginning and more at the end, and
-`info.json`, which says how many episodes count, goes last. So at any moment, SIGKILL and a full disk included, a reader that
-believes `info.json` sees the last commit; what lies behind it is cut off by the next one.
+Every commit *replaces* files (temporary file, fsync, rename) by ones that have the same beginning and more at the end,
+and `info.json`, which says how many episodes count, goes last. So at any moment, SIGKILL and a full disk included, a
+reader that believes `info.json` sees the last commit; what lies behind it is cut off by the next one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.durable import TEMPORARY, disk_full, replace_file
+from data_tools.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, locate, read_committed, sweep
+from data_tools.durable import disk_full, replace_file
 from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
 from data_tools.video import VIDEO, describe, encode, join, joinable
-from vla.embodiment import EmbodimentSpec, explain
+from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, MachineError, UsageError
 from vla.schema import Episode
 
 VERSION = "v3.0"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 CHUNK_FILES = 1000
 _DEFAULTS = {"next.done": "bool", "next.success": "bool", "timestamp": "float32", "frame_index": "int64",
              "episode_index": "int64", "index": "int64", "task_index": "int64"}  # fmt: skip
@@ -62,7 +60,7 @@ class EncodedEpisode:
         return len(self.action)
 
 
-def encode_episode(episode: Episode, fps: int, video: str = "rgb") -> EncodedEpisode:
+def encode_episode(episode: Episode, fps: int, video: str = "lossless") -> EncodedEpisode:
     """Encode, count and measure one episode. Raises `DataError` on NaN, a wrong shape or an empty episode."""
     episode.validate(f"episode of {episode.task or episode.instruction!r}, seed {episode.seed}")
     T = len(episode)
@@ -93,23 +91,23 @@ def _timestamps(length: int, fps: int) -> np.ndarray:
 class LeRobotWriter:
     """Appends episodes to `root`, creating it when it is absent or empty.
 
-    `spec.cameras` must carry the size of the frames. `header` is kept in `meta/recording.json` and must be the same when a
-    dataset is continued. Commits happen by themselves, at most every 10 s and so seldom that they cost under 5 % of the time;
-    `close()` makes the last one. One process at a time: a second writer is refused.
+    `spec.cameras` must carry the size of the frames. `header` is kept in `meta/recording.json` and must be the same
+    when a dataset is continued. Commits happen by themselves, at most every 10 s and so seldom that they cost under 5
+    % of the time; `close()` makes the last one. One process at a time: a second writer is refused.
 
-    Raises `UsageError` when the folder is something else or was begun with other settings, `MachineError` when the disk is
-    full (all committed episodes stay readable).
+    Raises `UsageError` when the folder is something else or was begun with other settings, `MachineError` when the
+    disk is full (all committed episodes stay readable).
     """
 
     def __init__(
-        self, root: Path, spec: EmbodimentSpec, *, fps: int | None = None, video: str = "rgb",
+        self, root: Path, spec: EmbodimentSpec, *, fps: int | None = None, video: str = "lossless",
         header: dict[str, Any] | None = None, resume: bool = True, data_mb: int = 100, video_mb: int = 100,
     ) -> None:  # fmt: skip
         if video not in VIDEO:
             raise UsageError("video", found=video, expected=f"one of {sorted(VIDEO)}", fix="choose one of these")
         self.root, self.spec, self.video = Path(root), spec, video
         self.fps = fps or max(1, round(spec.control_hz))
-        self.header = {"version": 1, "video": video, **(header or {})}
+        self.header = {"version": 1, "video": video, "fps": self.fps, **(header or {})}
         self.limits = {"data": data_mb * 2**20, "videos": video_mb * 2**20}
         self.orphans: list[str] = []
         """Files an interrupted writer had left, removed on opening."""
@@ -129,7 +127,7 @@ class LeRobotWriter:
         if self.root.exists() and not self.root.is_dir():
             raise UsageError(self.root, found="a file", expected="a folder", fix="choose another --out")
         if self.root.is_dir() and any(self.root.iterdir()) and not info.is_file():
-            raise UsageError(self.root, found="a folder that holds something else", expected="a LeRobot dataset or no folder",
+            raise UsageError(self.root, found="a folder of other things", expected="a LeRobot dataset or no folder",
                              fix="choose another --out, or empty the folder")  # fmt: skip
         if info.is_file() and not resume:
             raise UsageError(self.root, found="a dataset", expected="no dataset yet",
@@ -166,7 +164,7 @@ class LeRobotWriter:
         expected = (sorted(self.spec.cameras), (self.spec.state_dim,), (self.spec.action_dim,))
         if found != expected:
             raise DataError(f"{self.root}, episode {self.num_episodes}", found=f"cameras, state, action {found}",
-                            expected=f"{expected} of embodiment {self.spec.name!r}", fix="record with that robot")  # fmt: skip
+                            expected=f"{expected}, as {self.spec.name!r} has", fix="record with that robot")  # fmt: skip
         entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
         self.recorded.append(entry)
         self._pending.append(encoded)
@@ -327,15 +325,17 @@ class LeRobotWriter:
     def _path(self, template: str, at: tuple[int, int], key: str = "") -> Path:
         return self.root / template.format(chunk_index=at[0], file_index=at[1], video_key=key)
 
-    def _info(self, episodes: int = 0, frames: int = 0, tasks: int = 0, last: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _info(
+        self, episodes: int = 0, frames: int = 0, tasks: int = 0, last: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         features: dict[str, Any] = {}
         for name, camera in self.spec.cameras.items():
             key = image_key(name)
             features[key] = {"dtype": "video", "shape": [camera.height, camera.width, 3],
                              "names": ["height", "width", "channels"]}  # fmt: skip
             if last:
-                at = (last[f"videos/{key}/chunk_index"], last[f"videos/{key}/file_index"])
-                features[key]["info"] = describe(self._path(VIDEO_PATH, at, key).read_bytes())
+                newest = locate(self.root, VIDEO_PATH, last, f"videos/{key}", key)
+                features[key]["info"] = describe(newest.read_bytes())
         for key, names in (("observation.state", self.spec.state_names), ("action", self.spec.action_names)):
             if names:
                 features[key] = {"dtype": "float32", "shape": [len(names)], "names": names}
@@ -343,7 +343,8 @@ class LeRobotWriter:
         return {
             "codebase_version": VERSION, "fps": self.fps, "features": features, "total_episodes": episodes,
             "total_frames": frames, "total_tasks": tasks, "chunks_size": CHUNK_FILES,
-            "data_files_size_in_mb": self.limits["data"] // 2**20, "video_files_size_in_mb": self.limits["videos"] // 2**20,
+            "data_files_size_in_mb": max(1, self.limits["data"] // 2**20),
+            "video_files_size_in_mb": max(1, self.limits["videos"] // 2**20),
             "data_path": DATA_PATH, "video_path": VIDEO_PATH if self.spec.cameras else None,
             "robot_type": self.spec.name, "splits": {"train": f"0:{episodes}"},
         }  # fmt: skip
@@ -355,68 +356,13 @@ class LeRobotWriter:
         return self.header | {"tasks": tasks, "episodes": self.recorded}
 
     def _resume(self, info: dict[str, Any]) -> None:
-        meta, E = self.root / "meta", int(info["total_episodes"])
-        fix = "repeat the first command exactly, or record into another folder"
-        try:
-            spec = EmbodimentSpec.model_validate_json((meta / "embodiment.json").read_text())
-            recording = json.loads((meta / "recording.json").read_text()) if E else self.header
-            generations = json.loads((meta / "pixels.json").read_text()) if E else []
-        except (OSError, ValueError) as error:
-            raise DataError(meta, found=error, expected="a dataset begun by this writer",
-                            fix="record into another folder; foreign datasets are read, not continued") from error  # fmt: skip
-        begun = {k: v for k, v in recording.items() if k not in ("tasks", "episodes")}
-        differences = explain(spec, self.spec) + ([f"fps: {info['fps']} against {self.fps}"] if info["fps"] != self.fps else [])
-        differences += [f"{key}: {begun.get(key)} against {self.header.get(key)}" for key in sorted(begun.keys() | self.header.keys())
-                        if begun.get(key) != self.header.get(key)]  # fmt: skip
-        if differences:
-            raise UsageError(self.root, found="; ".join(differences), expected="the settings it was begun with", fix=fix)
-        if not E:
-            return self._sweep()
-        try:
-            files = sorted((meta / "episodes").glob("*/*.parquet"))
-            tables = [pq.read_table(path) for path in files]
-            light = [name for name in tables[0].column_names if not name.startswith("stats/")]
-            self._index = [row for table in tables for row in table.select(light).to_pylist()][:E]
-            self._previous = next(g for g in generations if g["episodes"] == E)
-            names = pq.read_table(meta / "tasks.parquet").to_pydict()
-            data = [pq.read_table(self._path(DATA_PATH, at)) for at in sorted({_data_file(row) for row in self._index})]
-        except (OSError, pa.ArrowException, StopIteration, KeyError, IndexError) as error:
-            raise DataError(self.root, found=f"{type(error).__name__}: {error}", expected="the files of the last commit",
-                            fix="restore them, or record into another folder") from error  # fmt: skip
-        last = self._index[-1]
-        at = (last["meta/episodes/chunk_index"], last["meta/episodes/file_index"])
-        self._open_rows = tables[files.index(self._path(EPISODES_PATH, at))]
-        first = next(i for i, r in enumerate(self._index)
-                     if (r["meta/episodes/chunk_index"], r["meta/episodes/file_index"]) == at)  # fmt: skip
-        self._open_rows = self._open_rows.slice(0, E - first)
-        self.num_frames, self.committed = last["dataset_to_index"], E
-        self.tasks = names["task"][: info["total_tasks"]]
-        self.recorded = recording["episodes"][:E]
-        self._pixels = {c: PixelStats(np.array(h), self.num_frames) for c, h in self._previous["histograms"].items()}
-        whole = pa.concat_tables(data)
-        bounds = [row["dataset_to_index"] for row in self._index[:-1]]
-        for key in whole.column_names:
-            column = whole[key].combine_chunks()
-            wide = pa.types.is_fixed_size_list(column.type)
-            values = np.asarray(column.flatten() if wide else column.to_numpy(zero_copy_only=False))
-            values = values.reshape(len(column), -1) if wide or key in ("action", "observation.state") else values
-            self._columns[key] = np.split(values[: self.num_frames], bounds)
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what an interrupted commit left and no committed episode points to."""
-        wanted = set()
-        for row in self._index:
-            wanted.add(self._path(DATA_PATH, _data_file(row)))
-            wanted.add(self._path(EPISODES_PATH, (row["meta/episodes/chunk_index"], row["meta/episodes/file_index"])))
-            for key in map(image_key, self.spec.cameras):
-                wanted.add(self._path(VIDEO_PATH, (row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]), key))
-        for folder in ("data", "videos", "meta"):
-            for path in sorted((self.root / folder).rglob("*")):
-                shard = path.suffix in (".parquet", ".mp4") and path.parent != self.root / "meta"
-                if path.is_file() and (path.name.endswith(TEMPORARY) or (shard and path not in wanted)):
-                    path.unlink()
-                    self.orphans.append(str(path.relative_to(self.root)))
+        found = read_committed(self.root, info, self.spec, self.header)
+        if found is not None:
+            self._index, self._open_rows, self._columns = found.index, found.open_rows, found.columns
+            self._pixels, self._previous = found.pixels, found.generation
+            self.recorded, self.tasks, self.committed = found.recorded, found.tasks, len(found.index)
+            self.num_frames = found.index[-1]["dataset_to_index"]
+        self.orphans = sweep(self.root, self._index, [image_key(camera) for camera in self.spec.cameras])
 
 
 def _data_file(row: dict[str, Any]) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Statistics of a LeRobot dataset, with the keys and shapes `lerobot` writes, computed exactly instead of estimated.
 
-`lerobot` estimates quantiles from a 5,000-bin histogram per episode and averages them. Here numeric columns are small enough
-to be sorted, and pixels have 256 values, so a histogram of them *is* the data: everything below is exact, and merges exactly.
+`lerobot` estimates quantiles from a 5,000-bin histogram per episode and averages them. Here numeric columns are small
+enough to be sorted, and pixels have 256 values, so a histogram of them *is* the data: everything below is exact, and
+merges exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 from vla.normalize import QUANTILES, Stats
 
 MAX_SORTED_ROWS = 2_000_000
-"""Quantiles of a column with more rows use every k-th row (k the smallest that fits); min, max, mean and std use all."""
+"""Quantiles of a column with more rows use every k-th row (k the smallest that fits); min, max, mean and std use
+all."""
 
 
 def column_stats(values: np.ndarray) -> dict[str, list]:
@@ -43,12 +45,13 @@ def ramp_stats(first: int, base: dict[str, list]) -> dict[str, list]:
 
 
 def _ordered(entry: dict, count: int) -> dict[str, list]:
-    return {key: entry[key] for key in ("min", "max", "mean", "std")} | {"count": [count]} | {q: entry[q] for q in QUANTILES}
+    moments = {key: entry[key] for key in ("min", "max", "mean", "std")}
+    return moments | {"count": [count]} | {q: entry[q] for q in QUANTILES}
 
 
 class PixelStats:
-    """Statistics of RGB frames in 0..1, shape (3, 1, 1), from a (3, 256) histogram. Quantiles are the smallest pixel value
-    whose cumulative share reaches q (numpy's `inverted_cdf`)."""
+    """Statistics of RGB frames in 0..1, shape (3, 1, 1), from a (3, 256) histogram. Quantiles are the smallest pixel
+    value whose cumulative share reaches q (numpy's `inverted_cdf`)."""
 
     def __init__(self, histogram: np.ndarray | None = None, frames: int = 0) -> None:
         self.histogram = np.zeros((3, 256), np.int64) if histogram is None else np.asarray(histogram, np.int64)

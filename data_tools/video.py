@@ -1,12 +1,14 @@
 """Episodes as small H.264 clips, and clips joined into the shared MP4 files of LeRobot v3.0 without re-encoding.
 
-Every episode is encoded on its own, so its bytes depend on its frames alone: not on the worker that made it, nor on the file
-it lands in, nor on whether the recording was interrupted. Joining copies packets.
+Every episode is encoded on its own, so its bytes depend on its frames alone: not on the worker that made it, nor on
+the file it lands in, nor on whether the recording was interrupted. Joining copies packets.
 
-Three ways to store a frame. At 64 pixels chroma sub-sampling costs more than any other choice (docs/results.md):
-- `rgb` (default): H.264 in RGB (gbrp). No colour conversion at all, so every decoder returns the same bytes.
-- `lossless`: the same at qp 0; the recorded pixels exactly, about 1.5 times the size.
-- `yuv420p`: what browsers and hardware decoders play; about 15 dB worse at 64 pixels, fine from about 224 on.
+Three ways to store a frame. At 64 pixels chroma sub-sampling costs more than any other choice (figures:
+docs/results.md):
+- `lossless` (default): H.264 in RGB (gbrp) at qp 0. The recorded pixels exactly, in every decoder, since no colour
+  conversion takes place.
+- `rgb`: the same at crf 12, for pictures large enough that size matters.
+- `yuv420p`: what browsers and hardware decoders play; 30 dB at 64 pixels, fine from about 224 on.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import numpy as np
 
 _COMMON = {"g": "2", "bf": "0", "sc_threshold": "0"}
 VIDEO: dict[str, tuple[str, str, dict[str, str]]] = {
-    "rgb": ("libx264rgb", "rgb24", {**_COMMON, "preset": "veryfast", "crf": "12"}),
     "lossless": ("libx264rgb", "rgb24", {**_COMMON, "preset": "veryfast", "qp": "0"}),
+    "rgb": ("libx264rgb", "rgb24", {**_COMMON, "preset": "veryfast", "crf": "12"}),
     "yuv420p": ("libx264", "yuv420p", {**_COMMON, "preset": "veryfast", "crf": "18"}),
 }
 """Name -> (encoder, pixel format, options). A group of 2 pictures keeps random access cheap (lerobot's own choice)."""
@@ -31,7 +33,7 @@ _TICKS = 1024
 """MP4 time units per frame: any multiple works; a power of two keeps every timestamp exact."""
 
 
-def encode(frames: np.ndarray, fps: int, video: str = "rgb") -> bytes:
+def encode(frames: np.ndarray, fps: int, video: str = "lossless") -> bytes:
     """(T, h, w, 3) uint8 -> one MP4 clip. `yuv420p` needs even h and w."""
     codec, pix_fmt, options = VIDEO[video]
     sink = io.BytesIO()
@@ -46,7 +48,8 @@ def encode(frames: np.ndarray, fps: int, video: str = "rgb") -> bytes:
 
 
 def join(clips: Iterable[tuple[bytes, int | None]], fps: int) -> bytes:
-    """One MP4 of all `clips`, each (MP4 bytes, number of leading frames to copy; None for all). They must be `joinable`.
+    """One MP4 of all `clips`, each (MP4 bytes, number of leading frames to copy; None for all). They must be
+    `joinable`.
 
     Raises `ValueError` when one is not, or has fewer frames than asked for.
     """
@@ -55,7 +58,7 @@ def join(clips: Iterable[tuple[bytes, int | None]], fps: int) -> bytes:
     with av.open(sink, "w", format="mp4") as out:
         stream: Any = None
         for data, limit in clips:
-            with av.open(io.BytesIO(data)) as clip:
+            with av.open(io.BytesIO(data), "r") as clip:
                 source: Any = clip.streams.video[0]
                 if stream is None:
                     stream, header = out.add_stream_from_template(source), source.codec_context.extradata

@@ -34,7 +34,9 @@ class FakePolicy:
         self.embodiments = {"tabletop": load_embodiment("tabletop")}
         self.chunk, self.execute, self.image_size, self.fingerprint = 8, 4, 64, "f" * 64
         self.recorded_seeds = {s: {t: [[0, 9], [20, 29]] for t in fake_sims.TASKS} for s in ("fake", "lone")}
-        self.instructions = list(instructions if instructions is not None else (f"reach {c}" for c in fake_sims.COLOURS))
+        self.instructions = list(
+            instructions if instructions is not None else (f"reach {c}" for c in fake_sims.COLOURS)
+        )
         self.batches: list[int] = []
         self.saw: list[tuple] = []
 
@@ -47,7 +49,11 @@ class FakePolicy:
             grey = bool((picture == 127).all())
             self.saw.append((seed, instruction, grey, drop_state))
             colour = "red" if self.kind == "deaf" else instruction.removeprefix("reach ")
-            x = 0.0 if self.kind == "blind" or grey else (int(picture[0, fake_sims.COLOURS.index(colour), 0]) - 127) / 500
+            x = (
+                0.0
+                if self.kind == "blind" or grey
+                else (int(picture[0, fake_sims.COLOURS.index(colour), 0]) - 127) / 500
+            )
             at, actions = np.array(observation["state"][:2], np.float64), []
             for _ in range(self.chunk):
                 actions.append(fake_sims.go_to(x, at))
@@ -71,7 +77,9 @@ def pool():
 
 def run(policy, pool, conditions=ALL, suite="fake", episodes=30, **kw):
     kw.setdefault("demos", {t: [np.ones((12, 4), np.float32) * 0.5] for t in fake_sims.TASKS})
-    return evaluate(policy, suite, episodes=episodes, conditions=conditions, pool=pool, sims="fake_sims", progress=False, **kw)
+    return evaluate(
+        policy, suite, episodes=episodes, conditions=conditions, pool=pool, sims="fake_sims", progress=False, **kw
+    )
 
 
 def row(results, condition, group="reach"):
@@ -137,7 +145,10 @@ def test_a_deaf_policy_is_caught_by_the_swap(pool):
     red = [r for r in results["records"] if r["condition"] == "swap" and r["task"] == "reach-red"]
     assert swap["original"]["successes"] == len(red) == 10
     assert all(r["original"] and r["failure"] and not r["success"] for r in red)
-    assert row(results, "policy")["successes"] == 10 and row(results, "policy")["failures"] == {"failure": 20, "timeout": 0}
+    assert row(results, "policy")["successes"] == 10 and row(results, "policy")["failures"] == {
+        "failure": 20,
+        "timeout": 0,
+    }
 
 
 def test_a_lone_task_is_told_another_instruction_and_judged_by_its_own(pool):
@@ -256,7 +267,9 @@ def test_clips_play_and_carry_what_the_policy_did(pool, tmp_path):
             video = container.streams.video[0]
             assert (video.codec_context.name, video.codec_context.pix_fmt, video.width) == ("h264", "yuv420p", 240)
             assert len(list(container.decode(video=0))) > clip["steps"] / clip["stride"]
-        assert np.shape(clip["actions"]) == np.shape(clip["confidence"]) == np.shape(clip["symbols"]) == (clip["steps"], 4)
+        assert (
+            np.shape(clip["actions"]) == np.shape(clip["confidence"]) == np.shape(clip["symbols"]) == (clip["steps"], 4)
+        )
         assert clip["decisions"][:2] == [0, 4] and clip["instruction"].startswith("reach ")
     again = run(FakePolicy("blind"), pool, ("policy",), out=tmp_path / "eval" / "fake.json", clips=1)
     assert len(list((tmp_path / "eval" / "fake-clips").iterdir())) == len(again["clips"]) == 1, "old films are removed"
@@ -282,7 +295,14 @@ def test_a_failing_simulator_process_is_reported(pool, monkeypatch, how, error, 
 def test_text_table_has_every_line(pool):
     results = run(FakePolicy(), pool)
     text = text_table(results)
-    for label in ("policy", "swap: does the given", "swap: does the original", "expert", "0/30    0 [0, 11]", "30/30  100 [89, 100]"):
+    for label in (
+        "policy",
+        "swap: does the given",
+        "swap: does the original",
+        "expert",
+        "0/30    0 [0, 11]",
+        "30/30  100 [89, 100]",
+    ):
         assert label in text
     assert [label for label, _ in lines_of(results["rows"])][0] == "policy"
     many = {**results, "rows": [{**row(results, "policy"), "group": f"task-{i}"} for i in range(7)]}
@@ -292,7 +312,9 @@ def test_text_table_has_every_line(pool):
 def test_command_line():
     parser = argparse.ArgumentParser()
     add_eval_parser(parser.add_subparsers())
-    args = parser.parse_args("eval runs/x --suite tabletop --task push lift --task touch --episodes 9 --out o.json".split())
+    args = parser.parse_args(
+        "eval runs/x --suite tabletop --task push lift --task touch --episodes 9 --out o.json".split()
+    )
     assert args.task == ["push", "lift", "touch"] and args.out == Path("o.json") and args.seed == 900_000 and args.run
 
 
@@ -322,7 +344,9 @@ def test_demonstrations_come_from_the_runs_datasets(tmp_path):
     episodes = [{"episode_index": i, "task": "reach-red", "seed": 70 + i} for i in range(2)]
     (root / "meta/recording.json").write_text(json.dumps({"episodes": episodes}))
     actions = np.arange(20, dtype=np.float32).reshape(5, 4)
-    pq.write_table(pa.table({"episode_index": [0, 0, 1, 1, 1], "action": list(actions)}), root / "data/chunk-000/file-000.parquet")
+    pq.write_table(
+        pa.table({"episode_index": [0, 0, 1, 1, 1], "action": list(actions)}), root / "data/chunk-000/file-000.parquet"
+    )
     config = tmp_path / "config.yaml"
     config.write_text(f"data:\n  datasets:\n  - {{path: {root}, weight: 1}}\n  - {{path: {tmp_path}/gone}}\n")
     assert roots_in(config) == [root] and roots_in(tmp_path / "none.yaml") == []

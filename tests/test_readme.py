@@ -92,7 +92,9 @@ def test_overrides_of_the_readme_are_accepted(readme: str):
     (line,) = [c for c in commands(readme, "vla") if c.startswith("vla train") and "=" in c]
     path, *overrides = line.split()[2:]
     config = load_config(Path(path).relative_to("configs").with_suffix(""), overrides, TrainConfig)
-    assert config.seed == 1
+    given = dict(item.split("=") for item in overrides)
+    assert config.run.seed == int(given["run.seed"]) != 0
+    assert config.optim.lr == float(given["optim.lr"])
 
 
 def test_python_of_the_readme_imports_and_names_what_exists(readme: str):

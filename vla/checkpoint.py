@@ -60,7 +60,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
             raise MachineError(folder, found=f"{error}", expected="room for one more save",
-                               fix=f"free disk space (df -h {folder.parent}); the previous save is intact") from error  # fmt: skip
+                               fix=f"free disk space (df -h {folder.parent}); the last save is intact") from error  # fmt: skip
         raise
 
 

@@ -71,8 +71,8 @@ def _add_train_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train", help=VERBS["train"][2], formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fine-tune a policy. Prints the `accelerate launch` line that does it, and runs it.",
-        epilog="examples:\n  vla train configs/smoke/train.yaml\n  vla train train/demo run.steps=2000 policy.decoding=autoregressive"
-        " run.out=runs/ar --resume",
+        epilog="examples:\n  vla train configs/smoke/train.yaml\n"
+        "  vla train train/demo run.steps=2000 policy.decoding=autoregressive run.out=runs/ar --resume",
     )  # fmt: skip
     parser.add_argument("config", help="a YAML file, or a shipped name such as train/demo")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
@@ -89,7 +89,8 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides, TrainConfig)  # complain here, before anything is launched
     command, environment = launch_line(config.run.processes, config.run.threads)
     command += ["-m", "vla.train", args.config, *args.overrides]
-    command += ["--resume"] * args.resume + [w for key in args.allow_change for w in ("--allow-change", key)] + ["--json"] * args.json
+    command += ["--resume"] * args.resume + ["--json"] * args.json
+    command += [word for key in args.allow_change for word in ("--allow-change", key)]
     shown = " ".join([*(f"{k}={v}" for k, v in environment.items()), shlex.join(command)])
     print(f"$ {shown}", file=sys.stderr, flush=True)
     os.execvpe(sys.executable, [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]],

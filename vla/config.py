@@ -68,7 +68,7 @@ def validate(values: dict, model: type[C], where: str, lines: dict[tuple, int] |
         found = "\n            ".join(found for found, _ in problems)
         expected = "\n            ".join(dict.fromkeys(expected for _, expected in problems))
         raise UsageError(where, found=found, expected=expected,
-                         fix=f"correct {'this key' if len(problems) == 1 else 'these keys'} and run again") from error  # fmt: skip
+                         fix="correct the keys named above and run again") from error  # fmt: skip
 
 
 def _problem(item: Any, model: type[BaseModel], where: str, lines: dict[tuple, int]) -> tuple[str, str]:
@@ -90,14 +90,10 @@ def _fields_at(model: type[BaseModel], loc: tuple) -> set[str]:
     """Field names of the model reached by walking `loc`, through optionals, lists and dicts."""
     kinds: list[Any] = [model]
     for part in loc:
-        found: list[Any] = []
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                field = kind.model_fields.get(str(part))
-                found += _unpack(field.annotation) if field else []
-            else:
-                found.append(kind)
-        kinds = found
+        if isinstance(part, int):  # a list position: its element types are already in `kinds`
+            continue
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        kinds = [k for model_ in models if part in model_.model_fields for k in _unpack(model_.model_fields[part].annotation)]
     return {name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) for name in kind.model_fields}
 
 
@@ -118,7 +114,8 @@ def _apply(values: dict, override: str) -> tuple:
         at[last] = _value(raw)
     except (TypeError, AttributeError, IndexError, KeyError) as error:
         raise UsageError(f"override {override!r}", found=f"{key} does not lead to a mapping",
-                         expected="a path of keys, list positions as numbers", fix="e.g. mixture.datasets.0.weight=2") from error  # fmt: skip
+                         expected="a path of keys, list positions as numbers",
+                         fix="e.g. mixture.datasets.0.weight=2") from error  # fmt: skip
     return (*parents, last)
 
 

@@ -13,27 +13,30 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from vla.batch import Batch, Example
+from vla.batch import Batch
 from vla.checkpoint import Run, pack_optimizer, publish, unpack_optimizer, write_atomic
 from vla.config import Config, dump_config, load_config
 from vla.errors import DivergedError, MachineError, Preempted, UsageError, VLAError
-from vla.mixture import Mixture, MixtureConfig, mix, open_mixture
-from vla.policy import PolicyConfig, VLAPolicy
+from vla.loader import make_loader, split_batch
+from vla.mixture import MixtureConfig, mix, open_mixture
+from vla.open_loop import describe, evaluate_open_loop
+from vla.policy import PolicyConfig, build_policy, read_policy, save_policy
 
 
 class OptimConfig(Config):
@@ -106,6 +109,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     accelerator = Accelerator(mixed_precision=_precision(config.run.precision), cpu=not torch.cuda.is_available())
     main = accelerator.is_main_process
     say = (lambda text: tqdm.write(text, file=sys.stderr)) if main else (lambda text: None)
+    transformers_logging.disable_progress_bar()  # one bar is enough
     run = Run(Path(config.run.out))
 
     # ------------------------------------------------------------------------------------ what there is already
@@ -125,9 +129,9 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     torch.manual_seed(config.run.seed)
     if found:
         _check_unchanged(found[1]["config"], config, run.root, allow_change)
-        policy = VLAPolicy.load(found[0] / "policy").train()
+        policy = read_policy(found[0] / "policy").train()
     else:
-        policy = VLAPolicy.build(config.policy, mixture).train()
+        policy = build_policy(config.policy, mixture).train()
     names = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     decayed = [p for n, p in policy.named_parameters() if p.requires_grad and p.ndim >= 2 and "embed" not in n]
     plain = [p for p in names if all(p is not q for q in decayed)]
@@ -164,17 +168,22 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         facts = {"config": config.model_dump(mode="json"), "world": world}
         try:
             with _averaged(names, ema):
-                folder = run.save(step, tensors, facts, policy.save, config.run.keep)
-                publish(run.root / "policy", lambda into: _copy(folder / "policy", into))
+                folder = run.save(step, tensors, facts, partial(save_policy, policy), config.run.keep)
+                publish(run.root / "policy", partial(shutil.copytree, folder / "policy"))
         except MachineError as error:
             if config.run.on_save_error == "stop":
                 raise
             say(f"warning: not saved, training goes on\n{error}")
 
     stop = _StopSignal()
-    loader = make_loader(mixture, policy, config, rank, world, first_step=step)
+    loader = make_loader(
+        mixture, policy, seed=config.run.seed, batch=config.optim.batch, steps=config.run.steps, first_step=step, rank=rank,
+        world=world, workers=config.run.workers,
+    )  # fmt: skip
     batches = iter(loader)
-    bar = tqdm(total=config.run.steps, initial=step, disable=not main, unit="step", dynamic_ncols=True, smoothing=0.05)
+    calm = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no animation
+    bar = tqdm(total=config.run.steps, initial=step, disable=not main, unit="step", dynamic_ncols=True, smoothing=0.05,
+               mininterval=calm)  # fmt: skip
     started, logged_at, logged_step, waited, bad_steps = time.perf_counter(), time.perf_counter(), step, 0.0, 0
 
     # ------------------------------------------------------------------------------------ the loop
@@ -192,9 +201,9 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             agreed = torch.stack([batch.valid.sum(), batch.end_valid.sum(), torch.tensor(stop.asked, device=batch.n.device)])
             agreed = _sum_over_ranks(agreed.double())
             losses, totals = [], []
-            micros = _split(batch, policy, config.optim.micro_batch)
+            micros = split_batch(batch, policy, config.optim.micro_batch)
             for i, micro in enumerate(micros):
-                with accelerator.no_sync(wrapped) if i + 1 < len(micros) else _nothing():
+                with accelerator.no_sync(wrapped) if i + 1 < len(micros) else nullcontext():
                     loss = wrapped(micro)
                     total = loss.total(config.policy.end_weight, agreed[0], agreed[1])
                     accelerator.backward(total * world)
@@ -227,7 +236,8 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                     run.log(record)
                     bar.set_postfix_str(
                         f"loss {record['loss']:.3f} aux {record['aux']:.3f} acc {record['token_accuracy']:.2f} "
-                        f"{record['samples_s']:.0f} samples/s wait {record['data_wait']:.0%}"
+                        f"{record['samples_s']:.0f} samples/s wait {record['data_wait']:.0%}",
+                        refresh=False,
                     )
             bar.update()
             if bad_steps >= 3:
@@ -237,9 +247,9 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             if step % config.run.eval_every == 0 or step == config.run.steps:
                 if main and heldout.sizes and sum(heldout.sizes):
                     with _averaged(names, ema):
-                        record = {"kind": "heldout", "step": step} | evaluate_open_loop(policy, heldout, config)
+                        record = {"kind": "heldout", "step": step} | evaluate_open_loop(policy, heldout, config.run.eval_windows)
                     run.log(record)
-                    say(_describe(record))
+                    say(describe(record))
                 accelerator.wait_for_everyone()
             if step % config.run.save_every == 0 or step == config.run.steps or agreed[2] > 0:
                 if main:
@@ -261,121 +271,6 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         bar.close()
         run.release()
     return run.root
-
-
-# ---------------------------------------------------------------------------------------------------- data
-
-
-class _Stream(Dataset):
-    """Stream positions -> Examples. Map-style over positions: order is the caller's, so workers cannot change it."""
-
-    def __init__(self, mixture: Mixture, policy: VLAPolicy, seed: int) -> None:
-        self.mixture, self.encoder, self.augment, self.seed = mixture, policy.encoder, policy.config.augment, seed
-
-    def __getitem__(self, n: int) -> Example:
-        return self.encoder.window(self.mixture.window(n), self.augment, self.seed)
-
-
-class _Positions:
-    """For each step, the stream positions of one rank: rows [rank * share, (rank + 1) * share) of the global batch."""
-
-    def __init__(self, config: TrainConfig, rank: int, world: int, first_step: int) -> None:
-        self.batch, self.share, self.rank = config.optim.batch, config.optim.batch // world, rank
-        self.first_step, self.steps = first_step, config.run.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.steps):
-            start = step * self.batch + self.rank * self.share
-            yield list(range(start, start + self.share))
-
-    def __len__(self) -> int:
-        return self.steps - self.first_step
-
-
-def make_loader(mixture: Mixture, policy: VLAPolicy, config: TrainConfig, rank: int, world: int, first_step: int) -> DataLoader:
-    """Batches of this rank from `first_step` on; the same for any number of workers."""
-    workers = config.run.workers
-    return DataLoader(
-        _Stream(mixture, policy, config.run.seed),
-        batch_sampler=_Positions(config, rank, world, first_step),
-        collate_fn=policy.collate if workers == 0 else _Collate(policy.encoder.layout["pad"]),
-        num_workers=workers, worker_init_fn=_quiet_worker, pin_memory=torch.cuda.is_available(),
-        persistent_workers=False, prefetch_factor=4 if workers else None,
-    )  # fmt: skip
-
-
-class _Collate:
-    """`policy.collate` without the policy, for workers."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        from vla.batch import collate
-
-        return collate(examples, self.pad)
-
-
-def _quiet_worker(worker: int) -> None:
-    # A launcher signals the whole process group; a worker that died would fail the run before it can save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _split(batch: Batch, policy: VLAPolicy, micro: int | None) -> list[Batch]:
-    """Cut a batch into micro-batches of at most `micro` rows."""
-    if micro is None or micro >= len(batch):
-        return [batch]
-    image_id, per_image = policy.encoder.layout["image"], policy.encoder.layout["image_tokens"]
-    images = ((batch.ids == image_id).sum(-1) // per_image).tolist()
-    starts = np.concatenate([[0], np.cumsum(images)])
-    parts = []
-    for first in range(0, len(batch), micro):
-        last = min(first + micro, len(batch))
-        rows = {k: getattr(batch, k)[first:last] for k in batch.__dataclass_fields__ if k != "images"}
-        parts.append(Batch(images=batch.images[starts[first] : starts[last]], **rows))
-    return parts
-
-
-# ---------------------------------------------------------------------------------------------------- measuring
-
-
-def evaluate_open_loop(policy: VLAPolicy, heldout: Mixture, config: TrainConfig) -> dict:
-    """Loss, token accuracy and per-dimension L1 in robot units on windows spread evenly over the held-out episodes."""
-    policy.eval()
-    totals, errors = {"action": 0.0, "count": 0, "correct": 0, "end": 0.0, "ends": 0}, {}
-    per_dataset = max(1, config.run.eval_windows // len(heldout.stores))
-    for dataset, size in enumerate(heldout.sizes):
-        at = np.unique(np.linspace(0, size - 1, min(per_dataset, size)).astype(int)) if size else []
-        windows = [heldout.window_at(dataset, *heldout.place(dataset, int(i))) for i in at]
-        for first in range(0, len(windows), 64):
-            some = windows[first : first + 64]
-            with torch.inference_mode():
-                loss = policy.loss(policy.collate([policy.encode(w) for w in some]).to(policy.device))
-            totals["action"] += loss.action.item()
-            totals["count"] += int(loss.action_count)
-            totals["correct"] += int(loss.correct)
-            totals["end"] += loss.end.item()
-            totals["ends"] += int(loss.end_count)
-            seen = [{"images": w.images, "state": w.state} for w in some]
-            chunks = policy.act_batch(seen, [w.instruction for w in some], some[0].embodiment)
-            for window, chunk in zip(some, chunks, strict=True):
-                error = np.where(window.valid, np.abs(chunk.actions - window.actions), np.nan)
-                errors.setdefault(window.embodiment, []).append(error)
-    policy.train()
-    l1 = {
-        robot: dict(zip(policy.embodiments[robot].action_names, np.nanmean(np.concatenate(e), axis=0).tolist(), strict=True))
-        for robot, e in errors.items()
-    }
-    return {"loss": totals["action"] / max(1, totals["count"]), "token_accuracy": totals["correct"] / max(1, totals["count"]),
-            "aux": totals["end"] / max(1, totals["ends"]), "l1": l1}  # fmt: skip
-
-
-def _describe(record: dict) -> str:
-    l1 = "; ".join(f"{robot} " + " ".join(f"{k} {v:.3f}" for k, v in dims.items()) for robot, dims in record["l1"].items())
-    return (f"step {record['step']}: held-out loss {record['loss']:.3f}, aux {record['aux']:.3f}, "
-            f"token accuracy {record['token_accuracy']:.2f}, L1 {l1}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- small parts
@@ -429,12 +324,6 @@ class _averaged:
             average.copy_(kept)
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 class _StopSignal:
     """Remembers SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends the process at once."""
 
@@ -464,12 +353,6 @@ def _flat(values: object, at: str = "") -> dict[str, object]:
     if items is None:
         return {at: values}
     return {k: v for key, value in items for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
-
-
-def _copy(source: Path, into: Path) -> None:
-    import shutil
-
-    shutil.copytree(source, into)
 
 
 def main(argv: list[str] | None = None) -> int:

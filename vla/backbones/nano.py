@@ -1,7 +1,7 @@
 """The embedded default backbone: a Prismatic-style vision-language model small enough to learn from scratch on a CPU.
 
     image --conv tower--> P patch tokens --projector--\
-      \--FiLM(instruction), spatial softmax--> 1 keypoint token --> [image][text][state][end][action slots] --> Llama
+      \\--FiLM(instruction), spatial softmax--> 1 keypoint token --> [image][text][state][end][action slots] --> Llama
     state (S,) --MLP--> 1 token ----------------------/
 
 The language model is transformers' own Llama; only the tower, the keypoint token and the splice are ours. It is

@@ -1,8 +1,8 @@
 """Decodes a dataset once into files that can be memory-mapped, under a name that is the content's own hash.
 
-Layout of an entry: `frames-<n>.arrow` per camera (Hugging Face `datasets`, one binary column), `state.npy`, `action.npy`,
-`task.npy`, `starts.npy`, and `cache.json`, written last. An entry is built in a temporary folder and renamed, so it is whole
-or absent; a lock makes a second process wait instead of decoding the same videos again.
+Layout of an entry: `frames-<n>.arrow` per camera (Hugging Face `datasets`, one binary column), `state.npy`,
+`action.npy`, `task.npy`, `starts.npy`, and `cache.json`, written last. An entry is built in a temporary folder and
+renamed, so it is whole or absent; a lock makes a second process wait instead of decoding the same videos again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
@@ -34,18 +35,20 @@ from vla.episodes.rows import Rows, Span, find_frames, read_rows
 from vla.errors import DataError, MachineError
 from vla.normalize import Stats
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the layout above changes."""
 
 _BATCH_BYTES, _BATCH_FRAMES = 32 * 2**20, 4096
 _JPEG = {"quality": 95, "subsampling": 0}
-_PROBE = 1024 * 1024
+_SEEK_BEYOND = 64
+"""Frames that are decoded and thrown away rather than seeking past them."""
 
 
 def default_cache() -> Path:
     """`$VLA_CACHE`, else `tendon-vla/episodes` in the user's cache folder."""
-    base = os.environ.get("VLA_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tendon-vla" / "episodes"
+    if os.environ.get("VLA_CACHE"):
+        return Path(os.environ["VLA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tendon-vla" / "episodes"
 
 
 def content_hash(root: Path, cache_dir: Path) -> str:
@@ -81,9 +84,11 @@ def content_hash(root: Path, cache_dir: Path) -> str:
 
 
 def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path, frames: str, progress: bool) -> Path:
-    """The cache entry of this dataset, built if need be. Raises `DataError` with every problem found, or `MachineError`."""
-    options = f"{FORMAT} {frames} {_JPEG if frames == 'jpeg' else ''} {sorted(layout.cameras.items())}"
-    key = hashlib.sha256(f"{fingerprint} {options} {layout.spec.state_dim} {layout.spec.action_dim}".encode()).hexdigest()
+    """The cache entry of this dataset, built if need be. Raises `DataError` with every problem found, or
+    `MachineError`."""
+    shape = layout.spec.model_dump_json(include={"cameras"}), layout.spec.state_dim, layout.spec.action_dim
+    options = (FORMAT, frames, _JPEG if frames == "jpeg" else None, sorted(layout.cameras.items()), shape)
+    key = hashlib.sha256(f"{fingerprint} {options}".encode()).hexdigest()
     entry = cache_dir / key[:32]
     if (entry / "cache.json").is_file():
         problems.raise_if_any()
@@ -104,8 +109,8 @@ def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             need = layout.num_frames * sum(c.height * c.width * 3 for c in layout.spec.cameras.values()) / 2**30
-            raise MachineError(cache_dir, found=f"{error.strerror} while decoding", expected=f"about {need:.1f} GiB of room",
-                               fix="free space, set VLA_CACHE to a larger disk, or use frames: jpeg") from error  # fmt: skip
+            raise MachineError(cache_dir, found=f"{error.strerror} while decoding", expected=f"room for {need:.2f} GiB",
+                               fix="free some space, set VLA_CACHE to a larger disk, or cache as jpeg") from error  # fmt: skip
         raise
     return entry
 
@@ -131,8 +136,8 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
                 decoded = _decode(spans[camera], layout.root) if camera in spans else _unpack(layout, rows, camera)
                 _write_frames(temporary / f"frames-{n}.arrow", decoded, layout.num_frames, (size.height, size.width, 3),
                               frames, f"{layout.root}, camera {camera!r}", bar)  # fmt: skip
-        for name, values in (("state", rows.state), ("action", rows.action), ("task", rows.task), ("starts", rows.starts)):
-            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+        for name in ("state", "action", "task", "starts"):
+            np.save(temporary / f"{name}.npy", getattr(rows, name), allow_pickle=False)
         manifest = {"format": FORMAT, "frames": frames, "cameras": cameras, "num_frames": layout.num_frames,
                     "stats": computed_stats(rows)}  # fmt: skip
         (temporary / "cache.json").write_text(json.dumps(manifest))
@@ -152,16 +157,17 @@ def computed_stats(rows: Rows) -> dict[str, Any]:
 
 
 def _write_frames(
-    path: Path, decoded: Iterator[np.ndarray], count: int, shape: tuple[int, int, int], frames: str, where: str, bar: tqdm
-) -> None:
+    path: Path, decoded: Iterator[np.ndarray], count: int, shape: tuple[int, int, int], frames: str, where: str,
+    bar: tqdm,
+) -> None:  # fmt: skip
     size = int(np.prod(shape))
     batch = max(1, min(_BATCH_FRAMES, _BATCH_BYTES // size))
     features = datasets.Features({"frame": datasets.Value("binary")})
-    with ArrowWriter(path=str(path), features=features) as writer:
+    with ArrowWriter(path=str(path), features=features, writer_batch_size=batch) as writer:
         held: list[Any] = []
         for n, frame in enumerate(decoded):
             if frame.shape != shape:
-                raise DataError(f"{where}, frame {n}", found=f"{frame.shape}", expected=f"{shape} as meta/info.json says",
+                raise DataError(f"{where}, frame {n}", found=frame.shape, expected=f"{shape} as meta/info.json says",
                                 fix="correct the shape of this feature in meta/info.json")  # fmt: skip
             held.append(frame if frames == "raw" else _to_jpeg(frame))
             if len(held) == batch or n == count - 1:
@@ -195,7 +201,8 @@ def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
                 path, container, last = span.path, av.open(str(span.path)), -1
                 frames = _forward(container)
             assert container is not None
-            if span.ticks[0] <= last or span.ticks[0] > last + 64 * np.diff(span.ticks, append=span.ticks[-1] + 1)[0] > 0:
+            step = span.ticks[1] - span.ticks[0] if len(span.ticks) > 1 else 1
+            if span.ticks[0] <= last or span.ticks[0] - last > _SEEK_BEYOND * step:
                 container.seek(int(span.ticks[0]), stream=container.streams.video[0], backward=True)
                 frames = _forward(container)
             for tick in span.ticks:
@@ -208,7 +215,7 @@ def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
                     raise DataError(path, found=f"no frame at {tick} ticks, though the file lists one",
                                     expected="a video that decodes to its end", fix=RESTORE)  # fmt: skip
                 yield frame
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise DataError(path, found=f"{type(error).__name__}: {error}", expected="a video that decodes to its end",
                         fix=RESTORE) from error  # fmt: skip
     finally:

@@ -1,8 +1,8 @@
 """What a LeRobot v3.0 dataset says about itself, and whether its files keep the promise. Nothing is decoded here.
 
 Read as released versions of `lerobot` write it (0.4.4 and 0.6.x differ): the task text is the column `task` or
-`__index_level_0__`; several episodes share a Parquet file and an MP4; each camera has its own span and offset in its video;
-only `info.json`'s `total_episodes` count, rows behind them are an unfinished append.
+`__index_level_0__`; several episodes share a Parquet file and an MP4; each camera has its own span and offset in its
+video; only `info.json`'s `total_episodes` count, rows behind them are an unfinished append.
 
 All problems are gathered and raised together.
 """
@@ -45,12 +45,12 @@ class Problems:
         if len(self.found) == 1:
             where, found, expected, fix = self.found[0]
             raise DataError(where, found=found, expected=expected, fix=fix)
-        listed = "".join(
-            f"\n    {n}. {where}: {found} (expected {expected})" for n, (where, found, expected, _) in enumerate(self.found, 1)
-        )
-        fixes = "".join(f"\n    {n}. {fix}" for n, (*_, fix) in enumerate(self.found, 1))
-        raise DataError(self.root, found=f"{len(self.found)} problems{listed}", expected="a complete LeRobot v3.0 dataset",
-                        fix=fixes)  # fmt: skip
+        listed = fixes = ""
+        for n, (where, found, expected, fix) in enumerate(self.found, 1):
+            listed += f"\n    {n}. {where}: {found} (expected {expected})"
+            fixes += f"\n    {n}. {fix}"
+        raise DataError(self.root, found=f"{len(self.found)} problems{listed}",
+                        expected="a complete LeRobot v3.0 dataset", fix=fixes)  # fmt: skip
 
 
 @dataclass
@@ -88,14 +88,16 @@ class Layout:
 
 
 def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool) -> tuple[Layout, Problems]:
-    """Metadata of the dataset at `root`. Raises `DataError` at once when it is no v3.0 dataset; other findings are returned."""
+    """Metadata of the dataset at `root`. Raises `DataError` at once when it is no v3.0 dataset; other findings are
+    returned."""
     problems = Problems(root)
     info = _read_info(root)
     features = info["features"]
     cameras = {}
     for key, feature in features.items():
-        depth = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
-        if feature["dtype"] in ("video", "image") and not (depth.get("is_depth_map") or depth.get("video.is_depth_map")):
+        about = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
+        depth = about.get("is_depth_map") or about.get("video.is_depth_map")
+        if feature["dtype"] in ("video", "image") and not depth:
             cameras[key.removeprefix(IMAGES).removeprefix("observation.")] = key
     stats = _read_json(root / "meta" / "stats.json", problems) or {}
     recording = _read_json(root / "meta" / "recording.json", problems) or {}
@@ -116,7 +118,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     path = root / "meta" / "info.json"
     if not path.is_file():
         old = next((p for p in (root / "meta" / "episodes.jsonl", root / "dataset_info.json") if p.exists()), None)
-        found = "no such folder" if not root.is_dir() else f"no meta/info.json (but {old.name})" if old else "no meta/info.json"
+        found = "no meta/info.json" + (f" (but {old.name})" if old else "") if root.is_dir() else "no such folder"
         fix = f"vla data convert {root} NEW_DIR" if old else "check the path; `vla data record --help` makes a dataset"
         raise DataError(root, found=found, expected="a LeRobot v3.0 dataset", fix=fix)
     try:
@@ -212,7 +214,8 @@ def _specification(
             if low.size != len(dims) or high.size != len(dims):
                 low, high = -np.ones(len(dims)), np.ones(len(dims))
             high = np.where(high > low, high, low + np.maximum(1e-6, 1e-6 * np.abs(low)))
-            parts[part] = (Channel(name=part, dims=dims, convention="scalar", unit="-", low=tuple(low), high=tuple(high)),)
+            limits = {"low": tuple(low), "high": tuple(high)}
+            parts[part] = (Channel(name=part, dims=dims, convention="scalar", unit="-", **limits),)
         name = str(info.get("robot_type") or root.name)
         return EmbodimentSpec(name=name, cameras=sizes, control_hz=float(info["fps"]), **parts)
     origin = "the embodiment given" if given is not None else "meta/embodiment.json"

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.error import FFmpegError
 
 from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, short
 
@@ -58,8 +59,8 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
     if starts[-1] != F or len(order) != F or not np.array_equal(belongs, np.repeat(np.arange(len(episodes)), lengths)):
         first = next((e for e, n in enumerate(lengths) if np.count_nonzero(belongs == e) != n), "-")
         problems.add(layout.root / "data", found=f"{len(order)} rows; episode lengths sum to {starts[-1]}; "
-                     f"first episode that differs: {first}", expected=f"{F} rows as meta/info.json and meta/episodes say",
-                     fix=RESTORE)  # fmt: skip
+                     f"first episode that differs: {first}",
+                     expected=f"{F} rows as meta/info.json and meta/episodes say", fix=RESTORE)  # fmt: skip
         return None
     wide = {}
     for part, key, dims in (("state", STATE, layout.spec.state_names), ("action", ACTION, layout.spec.action_names)):
@@ -107,8 +108,8 @@ def _wide(layout: Layout, table: pa.Table, key: str, problems: Problems) -> np.n
     column = table[key].combine_chunks()
     flat = column.flatten() if pa.types.is_nested(column.type) else column
     if len(flat) != len(column) * width or flat.null_count or column.null_count:
-        problems.add(layout.root / "data", found=f"{key}: {len(flat)} numbers in {len(column)} rows, {flat.null_count} null",
-                     expected=f"{width} per row", fix=RESTORE)  # fmt: skip
+        problems.add(layout.root / "data", found=f"{key}: {len(flat)} numbers ({flat.null_count} null) in {len(column)} "
+                     "rows", expected=f"{width} per row", fix=RESTORE)  # fmt: skip
         return None
     return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
 
@@ -117,10 +118,10 @@ def _check_finite(
     layout: Layout, key: str, values: np.ndarray, starts: np.ndarray, dims: list[str], problems: Problems
 ) -> None:
     bad = np.argwhere(~np.isfinite(values))
-    for frame, d in bad[:_MOST_NAMED]:
+    for n, (frame, d) in enumerate(bad[:_MOST_NAMED], 1):
         episode = int(np.searchsorted(starts, frame, "right")) - 1
         name = dims[d] if d < len(dims) else str(d)
-        more = f" (and {len(bad) - _MOST_NAMED} more)" if len(bad) > _MOST_NAMED and frame == bad[_MOST_NAMED - 1][0] else ""
+        more = f" (and {len(bad) - n} more)" if n == _MOST_NAMED < len(bad) else ""
         problems.add(f"{layout.root}, episode {episode}, frame {frame - starts[episode]}, {key}[{d}] ({name})",
                      found=f"{values[frame, d]}{more}", expected="a finite number",
                      fix="repair or drop this episode; a NaN in an action would become a full-scale move")  # fmt: skip
@@ -199,11 +200,12 @@ def _packet_times(path: Path, problems: Problems) -> tuple[np.ndarray, float] | 
             stream: Any = container.streams.video[0]
             ticks = sorted(p.pts for p in container.demux(stream) if p.pts is not None and p.size)
             return np.array(ticks, np.int64), float(stream.time_base)
-    except (av.error.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         problems.add(path, found=f"a video that cannot be read, {short(error)}", expected="a complete MP4", fix=RESTORE)
         return None
 
 
 def _list(numbers: Iterable[int]) -> str:
     numbers = list(numbers)
-    return f"{numbers[:_MOST_NAMED]}" + (f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else "")
+    more = len(numbers) - _MOST_NAMED
+    return f"{numbers[:_MOST_NAMED]}" + (f" and {more} more" if more > 0 else "")

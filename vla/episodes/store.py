@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,8 @@ class EpisodeStore:
     """Feature -> {min, max, mean, std, count, q01, q10, q50, q90, q99}, as in meta/stats.json."""
     recorded_seeds: dict[str, list[int]]
     """Task -> reset seeds, {} when the dataset did not come from a simulator here."""
+    _keys: dict[str, str]
+    _entry: Path
 
     @classmethod
     def open(
@@ -71,7 +72,8 @@ class EpisodeStore:
 
     def _map(self) -> None:
         def column(name: str) -> np.ndarray:
-            return np.load(self._entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            # A plain view: indexing an np.memmap itself costs microseconds.
+            return np.load(self._entry / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
         self.state, self.action, self.episode_starts = column("state"), column("action"), np.array(column("starts"))
         self.task_of_frame = column("task")
@@ -92,8 +94,9 @@ class EpisodeStore:
                 if not self._jpeg:
                     pixels = pixels[offsets[0] : offsets[-1]].reshape(-1, size.height, size.width, 3)
                 batches.append((pixels, offsets) if self._jpeg else pixels)
+            # `frame` finds a batch by division: all have one length but the last.
+            assert len({len(chunk) for chunk in chunks[:-1]} | {len(chunks[0])}) == 1, f"{self._entry}: uneven batches"
             self._batches[camera] = (len(chunks[0]), batches)
-        self._pid = os.getpid()
 
     @property
     def num_episodes(self) -> int:
@@ -120,7 +123,8 @@ class EpisodeStore:
             return np.asarray(image)
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = ("state", "action", "episode_starts", "task_of_frame", "task_of_episode", "_batches", "_tables", "_pid")
+        # What `_map` makes is mapped again by whoever unpickles; only the names travel.
+        mapped = {"state", "action", "episode_starts", "task_of_frame", "task_of_episode", "_batches", "_tables"}
         return {key: value for key, value in self.__dict__.items() if key not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def evaluate(
     chosen = check_conditions(conditions)
     spec = _embodiment(policy, room.embodiment)
     execute = policy.execute if execute is None else execute
+    decode = decode or getattr(getattr(policy, "config", None), "decode", None)  # written down, not left to a default
     if not 1 <= execute <= policy.chunk:
         raise UsageError("execute", found=execute, expected=f"1..{policy.chunk}, the policy's chunk", fix="--execute 4")
     if episodes < 1:
@@ -72,7 +73,9 @@ def evaluate(
         running = pool.open(suite, image_size, LANES * width + 4, len(jobs))
 
         def play(some: Sequence[Any], tick: Any) -> Any:
-            return run_jobs(pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick)
+            return run_jobs(
+                pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick
+            )
 
         try:
             outcomes, _ = play(jobs, lambda: bar.update(1))
@@ -106,7 +109,8 @@ def _embodiment(policy: Actor, name: str) -> EmbodimentSpec:
         differences.append(f"cameras {missing} do not exist in the simulator, which has {sorted(there.cameras)}")
     if differences:
         raise UsageError(f"embodiment {name!r}", found="policy against simulator: " + "; ".join(differences),
-                         expected="the same channels, units and cameras", fix="record and train again with this version")  # fmt: skip
+                         expected="the same channels, units and cameras",
+                         fix="record and train again with this version")  # fmt: skip
     return known[name]
 
 
@@ -121,9 +125,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write atomically: a reader never sees half a file."""
+def write_json(path: Path, results: Mapping[str, Any]) -> None:
+    """Write atomically, so that a reader never sees half a file; one line per row, record and clip, for eyes and diffs."""
+
+    def lines(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join("  " + json.dumps(item, allow_nan=False) for item in value) + "\n ]"
+        return json.dumps(value, allow_nan=False)
+
+    text = "{\n" + ",\n".join(f" {json.dumps(key)}: {lines(value)}" for key, value in results.items()) + "\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    part.write_text(text)
     os.replace(part, path)

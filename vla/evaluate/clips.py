@@ -50,8 +50,8 @@ def save_clips(
     """Film up to `most` episodes into `<out without .json>-clips/`; their entries of `results.json`.
 
     An entry: {file (relative to out's folder), condition, group, task, instruction, given (the judged task when
-    swapped, else null), seed, success, failure, steps, fps, stride, action_names (A), actions, confidence, symbols (T x A each; symbols
-    null when the codec does not give one per element), decisions (steps at which the policy looked)}.
+    swapped, else null), seed, success, failure, steps, fps, stride, action_names (A), actions, confidence, symbols (T x A
+    each; symbols null when the codec does not give one per element), decisions (steps at which the policy looked)}.
     """
     chosen = [replace(job, record=SIDE) for job in choose(jobs, outcomes, most)]
     if not chosen:

@@ -32,12 +32,31 @@ def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("policy", metavar="POLICY", help="a run folder or a policy folder")
     add("--suite", required=True, help="tabletop or metaworld")
     add("--task", nargs="+", action="extend", metavar="T", help="tasks or groups such as `push` (default: the suite's)")
-    add("--episodes", type=int, default=50, metavar="N", help="episodes per group: a tabletop verb, a Meta-World task (default 50)")
-    add("--seed", type=int, default=REPORT_SEED, metavar="K", help=f"first seed (default {REPORT_SEED}; 500000+ is for choosing)")
+    add(
+        "--episodes",
+        type=int,
+        default=50,
+        metavar="N",
+        help="episodes per group: a tabletop verb, a Meta-World task (default 50)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=REPORT_SEED,
+        metavar="K",
+        help=f"first seed (default {REPORT_SEED}; 500000+ is for choosing)",
+    )
     add("--out", type=Path, metavar="FILE.json", help="result file (default: eval/SUITE.json in the run folder)")
-    add("--conditions", default=",".join(CONDITIONS), metavar="A,B", help="which rows of the table, see below (default: all)")
+    add(
+        "--conditions",
+        default=",".join(CONDITIONS),
+        metavar="A,B",
+        help="which rows of the table, see below (default: all)",
+    )
     add("--decode", choices=("mean", "argmax", "sample"), help="how symbols become actions (default: the policy's)")
-    add("--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)")
+    add(
+        "--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)"
+    )
     add("--workers", type=int, metavar="W", help="simulator processes (default: one per core)")
     add("--json", action="store_true", help="print the result as JSON instead of a table")
     add("--no-clips", action="store_true", help="record no films")

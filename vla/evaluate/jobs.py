@@ -134,13 +134,21 @@ def check_seeds(policy: Actor, suite: str, seed: int, episodes: int) -> None:
     if clashes:
         shown = "; ".join(clashes[:5]) + (f"; and {len(clashes) - 5} more" if len(clashes) > 5 else "")
         raise UsageError(
-            f"evaluation seeds {seed}..{last} of suite {suite!r}", found=f"seeds the policy was trained on ({shown})",
-            expected="seeds disjoint from every recorded seed", fix=f"--seed {REPORT_SEED} (or drop --seed)",
+            f"evaluation seeds {seed}..{last} of suite {suite!r}",
+            found=f"seeds the policy was trained on ({shown})",
+            expected="seeds disjoint from every recorded seed",
+            fix=f"--seed {REPORT_SEED} (or drop --seed)",
         )
 
 
 def make_jobs(
-    policy: Actor, suite: Any, tasks: Sequence[str], episodes: int, seed: int, conditions: Sequence[str], demos: Demos | None
+    policy: Actor,
+    suite: Any,
+    tasks: Sequence[str],
+    episodes: int,
+    seed: int,
+    conditions: Sequence[str],
+    demos: Demos | None,
 ) -> tuple[list[Job], list[str]]:
     """All episodes of an evaluation, and one note per condition that could not be run in full.
 
@@ -221,7 +229,9 @@ def _training_scenes(
     out = []
     for task in members:
         turns = [turn for name, _, turn in drawn if name == task]
-        recorded = sorted({s for low, high in policy.recorded_seeds.get(suite, {}).get(task, ()) for s in range(low, high + 1)})
+        recorded = sorted(
+            {s for low, high in policy.recorded_seeds.get(suite, {}).get(task, ()) for s in range(low, high + 1)}
+        )
         if not recorded:
             notes[f"train: the policy has no recorded seeds of {task}"] = None
             continue

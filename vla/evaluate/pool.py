@@ -67,15 +67,23 @@ class SimulatorPool:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         log = tempfile.TemporaryFile()
         program = "from vla.evaluate.worker import main; main()"
         with theirs:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [sys.executable, "-c", program, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                 )
             )
         self.connections.append(Connection(ours.detach()))
@@ -113,8 +121,10 @@ class SimulatorPool:
         log.seek(0)
         tail = log.read().decode(errors="replace").strip()[-1500:]
         return MachineError(
-            f"simulator process {worker}", found=f"it ended with status {status}" + (f"; it said:\n{tail}" if tail else ""),
-            expected="a living process", fix="`vla doctor` checks the renderer; fewer --workers need less memory",
+            f"simulator process {worker}",
+            found=f"it ended with status {status}" + (f"; it said:\n{tail}" if tail else ""),
+            expected="a living process",
+            fix="`vla doctor` checks the renderer; fewer --workers need less memory",
         )
 
     def cpu_seconds(self) -> float:
@@ -185,8 +195,12 @@ def run_jobs(
             if not some:
                 continue
             thought = policy.act_batch(
-                [observation for *_, observation in some], [by_id[job].instruction for _, job, _, _ in some], embodiment,
-                decode=decode, seeds=[by_id[job].seed * 1009 + step for _, job, step, _ in some], drop_state=drop,
+                [observation for *_, observation in some],
+                [by_id[job].instruction for _, job, _, _ in some],
+                embodiment,
+                decode=decode,
+                seeds=[by_id[job].seed * 1009 + step for _, job, step, _ in some],
+                drop_state=drop,
             )
             for (at, job, _, _), chunk in zip(some, thought, strict=True):
                 chunks[at][job] = np.asarray(chunk.actions[:execute], np.float32)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla.evaluate.jobs import CONDITIONS, Job, Outcome
+from vla.report.lines import lines_of
 
 Z95 = 1.959963984540054
 
@@ -57,7 +58,9 @@ def make_row(group: str, condition: str, played: Sequence[tuple[Job, Outcome]]) 
     return row
 
 
-def make_rows(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def make_rows(
+    jobs: Sequence[Job], outcomes: Mapping[int, Outcome]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows by group and condition, rows of the condition `policy` by task)."""
     cells: dict[tuple[str, str], list[tuple[Job, Outcome]]] = {}
     tasks: dict[str, list[tuple[Job, Outcome]]] = {}
@@ -81,26 +84,12 @@ def make_records(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> list[d
     for job in jobs:
         outcome = outcomes[job.id]
         entry = {"condition": job.condition, "group": job.group, "task": job.task, "seed": job.seed,
-                 "success": outcome.success if job.judged else None, "failure": outcome.failure, "steps": outcome.steps}  # fmt: skip
+                 "success": outcome.success if job.judged else None, "failure": outcome.failure,
+                 "steps": outcome.steps}  # fmt: skip
         if job.condition == "swap":
             entry |= {"given": job.given, "instruction": job.instruction, "original": outcome.original}
         records.append(entry)
     return records
-
-
-def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Mapping[str, Any]]]]:
-    """The table's lines: (label, {group: proportion}), a swap giving two lines. Shared by the terminal and the report."""
-    lines: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        condition, group = row["condition"], row["group"]
-        if condition != "swap":
-            lines.setdefault(condition, {})[group] = row
-            continue
-        if row["rate"] is not None:
-            lines.setdefault("swap: does the given", {})[group] = row
-        if row["original"] is not None:
-            lines.setdefault("swap: does the original", {})[group] = row["original"]
-    return list(lines.items())
 
 
 def cell(part: Mapping[str, Any] | None) -> str:

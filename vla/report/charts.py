@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 420, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 26
 POINTS = 240
 """Points kept per line: more cannot be seen, and every one costs bytes."""
 
@@ -63,9 +63,12 @@ def line_chart(title: str, lines: Sequence[Line], *, unit: str = "", floor: floa
     for tick in ticks:
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         body.append(f'<text class="tick" x="{LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+    body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">step</text>')
     for tick in nice_ticks(x0, x1, 4):
-        if x0 <= tick <= x1:
-            body.append(f'<text class="tick" x="{px(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>')
+        if x0 <= tick and px(tick) < WIDTH - 60:
+            body.append(
+                f'<text class="tick" x="{px(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>'
+            )
     for line in lines:
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
         if line.low is not None and line.high is not None:
@@ -80,8 +83,13 @@ def line_chart(title: str, lines: Sequence[Line], *, unit: str = "", floor: floa
     shown = [line for line in lines if line.style != "faint"]
     keys = "".join(f'<span class="key"><i class="t{line.tone}"></i>{escape(line.name)}</span>' for line in shown)
     last = ", ".join(f"{line.name} {short(line.y[-1])}{unit}" for line in shown)
-    data = [{"n": line.name, "t": line.tone, "x": [round(v, 2) for v in line.x], "y": [float(f"{v:.4g}") for v in line.y]} for line in shown]
-    box = json.dumps({"x0": x0, "x1": x1, "l": LEFT, "r": RIGHT, "w": WIDTH, "u": unit, "s": data}, separators=(",", ":"))
+    data = [
+        {"n": line.name, "t": line.tone, "x": [round(v, 2) for v in line.x], "y": [float(f"{v:.4g}") for v in line.y]}
+        for line in shown
+    ]
+    box = json.dumps(
+        {"x0": x0, "x1": x1, "l": LEFT, "r": RIGHT, "w": WIDTH, "u": unit, "s": data}, separators=(",", ":")
+    )
     return (
         f'<figure class="card chart"><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}; last: {last}")}" '
@@ -147,9 +155,13 @@ def heat_strip(values: np.ndarray, kind: str) -> str:
         alpha = np.clip(values, 0, 1)
         pixels = np.stack([np.full_like(alpha, c) for c in (0x75, 0x6B, 0xB1)] + [255 * alpha], -1)
     else:
-        stops = np.array([[0x1F, 0x5A, 0xA6], [0x7F, 0xB3, 0xD9], [0xF4, 0xF1, 0xEA], [0xF2, 0xB0, 0x6B], [0xB4, 0x52, 0x06]], float)
+        stops = np.array(
+            [[0x1F, 0x5A, 0xA6], [0x7F, 0xB3, 0xD9], [0xF4, 0xF1, 0xEA], [0xF2, 0xB0, 0x6B], [0xB4, 0x52, 0x06]], float
+        )
         at = np.clip((values + 1) / 2, 0, 1) * (len(stops) - 1)
-        pixels = np.stack([np.interp(at, range(len(stops)), stops[:, c]) for c in range(3)] + [np.full_like(at, 255.0)], -1)
+        pixels = np.stack(
+            [np.interp(at, range(len(stops)), stops[:, c]) for c in range(3)] + [np.full_like(at, 255.0)], -1
+        )
     return "data:image/png;base64," + base64.b64encode(png(pixels.round().astype(np.uint8)[None])).decode()
 
 

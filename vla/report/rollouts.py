@@ -20,7 +20,7 @@ def rollouts(run: Gathered) -> str:
     """The section; "" without films."""
     cards, left = [], FILM_BYTES
     dropped = 0
-    for results in run.evals:
+    for results in [r for r in run.evals if r["label"] == r["suite"]] or run.evals:
         for clip in results.get("clips", []):
             try:
                 film = (results["folder"] / clip["file"]).read_bytes()
@@ -47,7 +47,11 @@ def _card(run: Gathered, results: dict[str, Any], clip: dict[str, Any], film: by
     won = bool(clip["success"])
     verdict = "success" if won else "failure" if clip.get("failure") else "time out"
     rate = float(clip["fps"]) * int(clip["stride"])
-    swapped = f' <span class="muted">(told instead of the task of this scene, {escape(str(clip["task"]))})</span>' if clip.get("given") else ""
+    swapped = (
+        f' <span class="muted">(swapped: scene drawn for {escape(str(clip["task"]))})</span>'
+        if clip.get("given")
+        else ""
+    )
     source = "data:video/mp4;base64," + base64.b64encode(film).decode()
     return (
         f'<article class="card film"><video muted loop playsinline controls preload="auto" width="240" height="240" '
@@ -75,7 +79,8 @@ def _strips(run: Gathered, clip: dict[str, Any]) -> str:
     rows = []
     for d in range(dims):
         name = str(clip["action_names"][d]).split(".")[-1]
-        rows.append(f'<span class="dim">{escape(name)}</span><span class="cells"><img alt="" src="{heat_strip(values[:, d], "value")}">'
+        rows.append(f'<span class="dim">{escape(name)}</span><span class="cells">'
+                    f'<img alt="" src="{heat_strip(values[:, d], "value")}">'
                     f'<img alt="" class="sure" src="{heat_strip(confidence[:, d], "confidence")}"></span>')  # fmt: skip
     marks = "".join(f'<i style="left:{100 * at / steps:.2f}%"></i>' for at in clip.get("decisions", []))
     data = {

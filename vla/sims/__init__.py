@@ -35,6 +35,8 @@ def make_sim(suite: str, task: str, **kw: Any) -> Simulator:
         check_renderer()
         adapter = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        raise MachineError(f"suite {suite!r}", found=f"Python package {error.name!r} is not installed",
-                           expected="the simulator packages", fix="pip install 'tendon-vla[sim]'") from error  # fmt: skip
+        raise MachineError(
+            f"suite {suite!r}", found=f"Python package {error.name!r} is not installed",
+            expected="the simulator packages", fix="pip install 'tendon-vla[sim]'",
+        ) from error  # fmt: skip
     return adapter(task, **kw)

@@ -1,8 +1,9 @@
 """The adapter every simulator is put behind: gymnasium's `reset` and `step` with our observation, expert and judging.
 
-What differs from plain gymnasium, and why: `step(..., render=False)` because a policy that executes four actions of a chunk
-needs one picture in four; `expert()` because demonstrations are labelled with the clean action at a disturbed state; `watch`
-because "does it do what was said, or what it always does" is answered by judging several tasks on one rollout.
+What differs from plain gymnasium, and why: `step(..., render=False)` because a policy that executes four actions of a
+chunk needs one picture in four; `expert()` because demonstrations are labelled with the clean action at a disturbed
+state; `watch` because "does it do what was said, or what it always does" is answered by judging several tasks on one
+rollout.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ class Simulator(gymnasium.Env):
     Observations are `{"images": {camera: (image_size, image_size, 3) uint8}, "state": (S,) float32}`, in the units of
     `spec`; `images` is empty when a step was not rendered. `info` of every step and reset holds `success` (bool),
     `failure` (bool: the task can no longer be done, e.g. another cube was touched) and `watched` ({task: bool, whether
-    that task was done so far}). An episode is terminated by success or failure and truncated after `max_steps`.
-    The same (task, seed) is the same scene in any process.
+    that task was done so far}). An episode is terminated by success or failure and truncated after `max_steps`; the
+    verdict is final, but the world goes on if it is stepped further (a watched task may yet be done). The same
+    (task, seed) is the same scene in any process.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own name and form
+    spec: EmbodimentSpec  # pyright: ignore[reportIncompatibleVariableOverride]  ours describes a robot, not a registration
     suite: str
     max_steps: int
     camera: str
@@ -40,8 +43,7 @@ class Simulator(gymnasium.Env):
         suite = find_suite(self.suite)
         if render_mode != "rgb_array":
             raise UsageError("render_mode", found=render_mode, expected="rgb_array", fix="leave it out")
-        self.embodiment: EmbodimentSpec = load_embodiment(suite.embodiment)
-        self.spec = self.embodiment  # type: ignore[assignment]
+        self.spec = load_embodiment(suite.embodiment)
         self.render_mode = render_mode
         self.task = task
         self.instruction = suite.instruction(task)
@@ -49,10 +51,10 @@ class Simulator(gymnasium.Env):
         self.randomise = randomise
         if max_steps is not None:
             self.max_steps = max_steps
-        low, high = self.embodiment.limits("action")
+        low, high = self.spec.limits("action")
         self._low, self._high = low, high
         self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        low, high = self.embodiment.limits("state")
+        low, high = self.spec.limits("state")
         picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict({
             "images": gymnasium.spaces.Dict({self.camera: picture}),
@@ -61,8 +63,11 @@ class Simulator(gymnasium.Env):
         self._steps = -1  # before the first reset
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Put scene number `seed` on the table. `options`: `task` (another task of the same scene), `watch` (tasks judged
-        along), `render` (default True). Raises `UsageError` for a missing seed or an unknown option."""
+        """Put scene number `seed` on the table; returns (observation, info) as `step` does.
+
+        `options`: `task` (another task of the same scene), `watch` (tasks judged along), `render` (default True).
+        Raises `UsageError` for a missing seed or an unknown option.
+        """
         options = dict(options or {})
         if seed is None or int(seed) < 0:
             raise UsageError(f"{self.suite} reset", found=f"seed {seed}", expected="a seed of 0 or more",
@@ -83,22 +88,25 @@ class Simulator(gymnasium.Env):
     def step(self, action: Any, render: bool = True) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Act for one control step. `action` is (A,) in the limits of `spec` (clipped to them).
 
-        Reward is 1 on success, else 0. Raises `DataError` for a wrong shape or a non-finite value, before anything moves.
+        Reward is 1 on success, else 0. Raises `DataError` for a wrong shape or a non-finite value before anything
+        moves.
         """
         if self._steps < 0:
-            raise UsageError(f"{self.suite} step", found="no scene yet", expected="reset first", fix="call reset(seed=...)")
+            raise UsageError(
+                f"{self.suite} step", found="no scene yet", expected="reset first", fix="call reset(seed=...)"
+            )
         command = np.asarray(action, np.float64)
         if command.shape != self._low.shape or not np.isfinite(command).all():
             raise DataError(
                 f"{self.suite} action", found=f"shape {command.shape}, {command.tolist()}",
-                expected=f"{len(self._low)} finite numbers = {self.embodiment.action_names}",
+                expected=f"{len(self._low)} finite numbers = {self.spec.action_names}",
                 fix="check the policy's output; nothing was moved",
             )  # fmt: skip
         self._act(np.clip(command, self._low, self._high))
         self._steps += 1
         success, failure = self._judge()
-        truncated = self._steps >= self.max_steps and not (success or failure)
-        return self._observe(render), float(success), success or failure, truncated, self._info(success, failure)
+        over, late = success or failure, self._steps >= self.max_steps
+        return self._observe(render), float(success), over, late, self._info(success, failure)
 
     def _info(self, success: bool, failure: bool) -> dict[str, Any]:
         return {"success": success, "failure": failure, "watched": self._watched(), "step": self._steps}
@@ -106,6 +114,9 @@ class Simulator(gymnasium.Env):
     def _observe(self, render: bool) -> dict[str, Any]:
         images = {self.camera: self.frame(self.image_size)} if render else {}
         return {"images": images, "state": self._state()}
+
+    def __str__(self) -> str:
+        return f"{self.suite} {self.task}"
 
     def render(self) -> Any:
         """The current picture for people, (240, 240, 3) uint8."""

@@ -1,9 +1,10 @@
 """`metaworld`: the 50 tasks of Meta-World 3.1 with their own scripted experts, as a policy with a camera sees them.
 
-Four traps of the package are dealt with here, each found the hard way: the goal is hidden from the experts unless a cached
-observation space is dropped; its renderer takes 100 ms a picture (4096-pixel shadow maps, anti-aliasing); camera `corner2`
-is mounted upside down; `reset(seed=...)` ignores its seed. A compiled task is 20 MB of meshes, so a process has one
-model per task; a reset moves bodies and sites *of the model*, so each simulator puts its own places back before it acts.
+Four traps of the package are dealt with here, each found the hard way: the goal is hidden from the experts unless a
+cached observation space is dropped; its renderer takes 100 ms a picture (4096-pixel shadow maps, anti-aliasing); camera
+`corner2` is mounted upside down; `reset(seed=...)` ignores its seed. A compiled task is 20 MB of meshes, so a process
+has one model per task; a reset moves bodies and sites *of the model*, so each simulator puts its own places back before
+it acts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import warnings
 from typing import Any
 
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 
 from vla.errors import UsageError
@@ -22,6 +23,8 @@ from vla.sims.render import choose_gl, eye_for
 choose_gl()  # gymnasium's MuJoCo module looks at MUJOCO_GL when the line below imports it
 import metaworld.env_dict  # noqa: E402
 import metaworld.policies  # noqa: E402
+
+mujoco: Any = _mujoco  # its compiled parts carry no types
 
 _CAMERA_AT = (0.75, 0.075, 0.7)
 """Where everyone who learns from `corner2` puts it; the XML's own place cuts the table off."""

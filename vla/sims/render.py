@@ -1,8 +1,8 @@
 """Offscreen pictures: which OpenGL is used, whether it works, and one renderer per process and model.
 
-MuJoCo's own `Renderer` makes a GL context per object and prints `EGLError` when one is collected at exit. Here a process
-holds one GL context, one `MjrContext` per kind of model and size, and frees them in order at exit. Anti-aliasing, shadows and
-reflections are off: on a CPU they cost 13 to 19 times the time of the picture.
+MuJoCo's own `Renderer` makes a GL context per object and prints `EGLError` when one is collected at exit. Here a
+process holds one GL context, one `MjrContext` per kind of model and size, and frees them in order at exit.
+Anti-aliasing, shadows and reflections are off: on a CPU they cost 13 to 19 times the time of the picture.
 """
 
 from __future__ import annotations
@@ -22,86 +22,93 @@ from vla.errors import MachineError, UsageError
 MAX_SIZE = 480
 """Largest side of a picture, in pixels."""
 _MAX_GEOM = 2000
-_INSTALL = {
-    "egl": "apt-get install -y libegl1 libgl1-mesa-dri",
-    "osmesa": "apt-get install -y libosmesa6",
-}
 _gl: tuple[int, Any] | None = None  # (pid, GLContext): a context does not survive a fork
 _eyes: dict[tuple[int, Hashable, int], Eye] = {}
 
 
 def choose_gl() -> str:
-    """The value of MUJOCO_GL, set to `egl` or else `osmesa` when it was not; always before MuJoCo first looks at it.
+    """The value of MUJOCO_GL, set to `egl` where it starts or else to `osmesa` when it was not set.
 
     A machine without a display is assumed: a policy is trained on servers. Set MUJOCO_GL=glfw yourself to use a screen.
     """
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if not chosen:
-        chosen = "egl" if sys.platform != "linux" or _loads("libEGL.so.1") or not _loads("libOSMesa.so.8") else "osmesa"
-        if sys.platform == "linux":
-            os.environ["MUJOCO_GL"] = chosen
+    if not chosen and sys.platform == "linux":
+        chosen = "egl" if _egl_starts() else "osmesa"
+        os.environ["MUJOCO_GL"] = chosen
     return chosen
 
 
 def check_renderer() -> str:
-    """Draw nothing, once per process, and return the OpenGL backend that did it.
+    """Draw one picture, once per process, and return the OpenGL backend that did it.
 
-    Raises `MachineError` with the packages to install when no offscreen OpenGL works, or when MuJoCo is not installed.
+    Raises `MachineError` with the packages to install when no offscreen OpenGL works, when MuJoCo is not installed, or
+    in a process that was forked after its parent drew.
     """
-    _context()
-    return os.environ.get("MUJOCO_GL", "default")
-
-
-def _loads(library: str) -> bool:
+    backend = choose_gl()
     try:
-        ctypes.CDLL(library)
+        mujoco: Any = importlib.import_module("mujoco")
+        if not any(pid == os.getpid() for pid, _, _ in _eyes):
+            model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><camera pos='0 0 1'/></worldbody></mujoco>")
+            data = mujoco.MjData(model)
+            mujoco.mj_forward(model, data)
+            eye_for("check", model, 8).picture(model, data, 0)
+    except ModuleNotFoundError as error:
+        raise MachineError("offscreen renderer", found=f"Python package {error.name!r} is not installed",
+                           expected="MuJoCo", fix="pip install 'tendon-vla[sim]'") from error  # fmt: skip
+    except MachineError:
+        raise
+    except Exception as error:  # PyOpenGL, MuJoCo and drivers: ImportError, AttributeError, FatalError, GLError, ...
+        raise MachineError(
+            f"offscreen renderer, MUJOCO_GL={backend}", found=f"{type(error).__name__}: {error}".split("\n")[0],
+            expected="EGL or OSMesa that can draw",
+            fix="apt-get install -y libegl1 libgl1-mesa-dri, then MUJOCO_GL=egl; "
+            "or apt-get install -y libosmesa6, then MUJOCO_GL=osmesa",
+        ) from error  # fmt: skip
+    return backend
+
+
+def _egl_starts() -> bool:
+    """Whether EGL has a device that starts. The library without a driver is common, and PyOpenGL cannot change its mind
+    once it has loaded EGL, so the question is put to the library itself (EGL_EXT_platform_device)."""
+    try:
+        egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
         return False
-    return True
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
+    egl.eglInitialize.argtypes = [ctypes.c_void_p] * 3
+    found = [egl.eglGetProcAddress(name) for name in (b"eglQueryDevicesEXT", b"eglGetPlatformDisplayEXT")]
+    if not all(found):
+        return False
+    void, many = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, many, ctypes.POINTER(ctypes.c_int))(found[0])
+    display = ctypes.CFUNCTYPE(void, ctypes.c_uint, void, void)(found[1])
+    devices, count = (void * 16)(), ctypes.c_int()
+    platform_device = 0x313F
+    return bool(query(16, devices, ctypes.byref(count))) and any(
+        egl.eglInitialize(display(platform_device, devices[i], None), None, None) for i in range(count.value)
+    )
 
 
 def _context() -> Any:
-    """This process's GL context, made current."""
+    """This process's GL context, made at the first call and current from then on."""
     global _gl
     if _gl is not None and _gl[0] == os.getpid():
         return _gl[1]
-    asked = os.environ.get("MUJOCO_GL", "").strip().lower()
-    first = choose_gl()
-    # An automatic choice may fall back (libEGL without a driver is common); a user's own choice may not.
-    tried = [first] if asked or first != "egl" else ["egl", "osmesa"]
+    if _gl is not None:
+        raise MachineError("offscreen renderer", found="a process forked after its parent drew",
+                           expected="a process of its own: OpenGL does not survive a fork",
+                           fix="start workers with multiprocessing.get_context('spawn')")  # fmt: skip
     # A software rasteriser with threads is a third slower on a 64-pixel picture; cores are shared by processes instead.
     os.environ.setdefault("LP_NUM_THREADS", "0")
-    problems = []
-    for backend in tried:
-        try:
-            context = _open(backend)
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] in ("mujoco", "OpenGL"):
-                raise MachineError(
-                    "offscreen renderer", found=f"Python package {error.name!r} is not installed",
-                    expected="MuJoCo", fix="pip install 'tendon-vla[sim]'",
-                ) from error  # fmt: skip
-            raise
-        except Exception as error:  # PyOpenGL and the drivers raise ImportError, AttributeError, RuntimeError, GLError, ...
-            problems.append(f"{backend}: {type(error).__name__}: {error}".split("\n")[0])
-            os.environ.pop("PYOPENGL_PLATFORM", None)
-            continue
-        os.environ["MUJOCO_GL"] = backend
-        _gl = (os.getpid(), context)
-        atexit.unregister(_close)
-        atexit.register(_close)  # after MuJoCo registered the end of the display, hence run before it
-        return context
-    raise MachineError(
-        "offscreen renderer", found="; ".join(problems), expected="EGL or OSMesa",
-        fix=f"{_INSTALL.get(first, _INSTALL['egl'])}  (or: {_INSTALL['osmesa']} and export MUJOCO_GL=osmesa)",
-    )  # fmt: skip
-
-
-def _open(backend: str) -> Any:
-    """A current GL context of `backend`."""
+    backend = choose_gl()
     module = f"mujoco.{backend}" if backend in ("egl", "osmesa", "glfw") else "mujoco.gl_context"
-    context = importlib.import_module(module).GLContext(MAX_SIZE, MAX_SIZE)
+    kind = importlib.import_module(module).GLContext
+    kind._context = None  # read by __del__ even when __init__ failed: would print a second error over the first
+    context = kind(MAX_SIZE, MAX_SIZE)
     context.make_current()
+    _gl = (os.getpid(), context)
+    atexit.register(_close)  # after MuJoCo registered the end of the display, hence run before it
     return context
 
 
@@ -109,8 +116,7 @@ class Eye:
     """A renderer of square pictures for every model with the same meshes and textures (`eye_for` shares it)."""
 
     def __init__(self, model: Any, size: int) -> None:
-        import mujoco
-
+        mujoco: Any = importlib.import_module("mujoco")
         if not 8 <= size <= MAX_SIZE:
             raise UsageError("image size", found=size, expected=f"8 to {MAX_SIZE} pixels", fix="choose another size")
         self._mujoco = mujoco

@@ -1,4 +1,4 @@
-"""What can be simulated: suites, their tasks and the one sentence that names each task. Words only, no simulator needed.
+"""What can be simulated: suites, their tasks and the one sentence that names each. Words only, no simulator needed.
 
 Kept apart from the adapters so that `vla eval --help`, a config check or a report can name tasks on a machine that has
 neither MuJoCo nor a renderer.
@@ -121,7 +121,7 @@ def find_suite(name: str) -> Suite:
 
 
 def expand_tasks(suite: str, tasks: Sequence[str] | None) -> list[str]:
-    """Task ids in the order named, each once. None or [] is the suite's default; a group name (`push`) is all its tasks.
+    """Task ids in the order named, each once. None or [] is the suite's default; a group (`push`) is all its tasks.
 
     Raises `UsageError` for a name that is neither a task nor a group, with the nearest names.
     """

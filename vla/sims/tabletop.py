@@ -2,8 +2,8 @@
 
 Ours, MJCF from primitives, needs only MuJoCo. Three verbs (touch, push left/right/away, lift) times four colours are 20
 tasks. Scene number `seed` is the same whatever the task, so a swapped instruction can be judged on the very same scene.
-Models, the inverse-kinematics twin and the renderer are shared by all simulators of a process; a simulator owns its `MjData`
-(and, when randomised, its numbers). Not safe to step from several threads.
+Models, the inverse-kinematics twin and the renderer are shared by all simulators of a process; a simulator owns its
+`MjData` (and, when randomised, its numbers). Not safe to step from several threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 
 from vla.errors import UsageError
@@ -24,6 +24,7 @@ from vla.sims.render import eye_for
 from vla.sims.suites import COLOURS, TABLETOP_TASKS
 from vla.sims.tabletop_tasks import STEP, Judge, expert
 
+mujoco: Any = _mujoco  # its compiled parts carry no types
 _XML = Path(__file__).with_name("tabletop.xml")
 _ARM = 6
 _FINGER = 0.03
@@ -161,9 +162,10 @@ class Tabletop(Simulator):
 def randomise(model: Any, rng: np.random.Generator) -> None:
     """Change `model`'s looks and physics in place, always starting from the plain scene.
 
-    Cube hue +-0.03 (of 1; yellow +-0.015), saturation and value x 0.8..1.1; table value x 0.6..1.3 with +-0.06 per colour
-    channel; arm x 0.7..1.05; light: brightness x 0.6..1.3, direction +-0.4 in x and y; camera: +-1.5 cm in place, +-0.02 rad
-    in each axis, field of view +-1.5 degrees; friction of cubes and table x 0.7..1.4; each cube's mass x 0.5..2.
+    Cube hue +-0.03 (of 1; yellow +-0.015), saturation and value x 0.8..1.1; table value x 0.6..1.3 with +-0.06 per
+    colour channel; arm x 0.7..1.05; light: brightness x 0.6..1.3, direction +-0.4 in x and y; camera: +-1.5 cm in x, y
+    and z, +-0.02 rad about each axis, field of view +-1.5 degrees; friction of cubes and table x 0.7..1.4; each cube's
+    mass x 0.5..2.
     """
     plain, _ = _models()
     for colour in COLOURS:

@@ -1,7 +1,7 @@
 """The tabletop's rules: when a task is done or spoilt, and what the scripted expert does. Plain numbers, no MuJoCo.
 
-Both look only at the hand, the fingers and the cubes now (and where the cubes began), so an expert's label is clean at any
-disturbed state and any task can be judged on any rollout.
+Both look only at the hand, the fingers and the cubes now (and where the cubes began), so an expert's label is clean at
+any disturbed state and any task can be judged on any rollout.
 """
 
 from __future__ import annotations

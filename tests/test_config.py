@@ -1,0 +1,70 @@
+"""Configs: errors that name the line and the nearest key."""
+
+import pytest
+
+from vla.config import dump_config, find_config, load_config
+from vla.errors import UsageError
+from vla.train import TrainConfig
+
+GOOD = """\
+run: {out: runs/x, steps: 10}
+mixture:
+  datasets:
+    - {path: data/a}
+    - path: data/b
+      weight: 2
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def test_overrides_reach_dictionaries_lists_and_defaults(write):
+    config = load_config(write(GOOD), ["optim.lr=3e-4", "mixture.datasets.1.weight=5", "policy.decoding=autoregressive"], TrainConfig)
+    assert config.optim.lr == 3e-4 and config.mixture.datasets[1].weight == 5 and config.policy.decoding == "autoregressive"
+    with pytest.raises(Exception, match="frozen"):
+        config.run.steps = 3  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (GOOD + "optim:\n  warmup_step: 5\n", [], ["c.yaml:8", "warmup_step", "did you mean 'warmup'"]),
+        (GOOD + "optim:\n  lr: fast\n", [], ["c.yaml:8", "'fast'", "valid number"]),
+        (GOOD.replace("weight: 2", "weigth: 2"), [], ["c.yaml:6", "mixture.datasets.1.weigth", "did you mean 'weight'"]),
+        (GOOD, ["optim.lrr=1"], ["optim.lrr (the override)", "did you mean 'lr'"]),
+        (GOOD, ["optim.lr=.nan"], ["optim.lr", "finite"]),
+        (GOOD, ["nonsense"], ["a.b=value"]),
+        ("run: {steps: 3}\n", [], ["run.out: missing", "mixture: missing"]),
+        ("- 1\n", [], ["mapping"]),
+        ("run: {out: [\n", [], ["valid YAML"]),
+        ("run: !!python/object:os.system {}\n", [], ["valid YAML"]),
+    ],
+)
+def test_bad_configs_name_place_and_remedy(write, text, overrides, words):
+    with pytest.raises(UsageError) as error:
+        load_config(write(text), overrides, TrainConfig)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_file_names_the_nearest_shipped_one():
+    with pytest.raises(UsageError, match="train/demo"):
+        find_config("train/dmeo")
+
+
+def test_every_shipped_training_config_is_valid_and_survives_a_round_trip(write):
+    from vla.embodiment import CONFIGS
+
+    files = sorted((CONFIGS / "train").glob("*.yaml")) + sorted((CONFIGS / "smoke").glob("*.yaml"))
+    assert files
+    for file in files:
+        config = load_config(file, [], TrainConfig)
+        assert load_config(write(dump_config(config)), [], TrainConfig) == config

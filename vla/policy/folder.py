@@ -1,0 +1,80 @@
+"""The policy folder: weights, processor and `policy.json`. It can act by itself, or loading says what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from vla.actions import codec_from_json
+from vla.backbones import NanoProcessor
+from vla.config import validate
+from vla.embodiment import EmbodimentSpec
+from vla.errors import CheckpointError
+from vla.normalize import Normalizer
+from vla.policy.config import PolicyConfig
+from vla.policy.model import VLAPolicy
+
+
+def save_policy(policy: VLAPolicy, folder: Path) -> None:
+    """Write a policy folder. Not atomic by itself: `checkpoint.publish` wraps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.model.save_pretrained(folder)
+    NanoProcessor.of(policy.model.config, policy.tokenizer).save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in policy.end_head.state_dict().items()}, folder / "heads.safetensors")
+    (folder / "policy.json").write_text(json.dumps(policy.describe() | {"fingerprint": policy.fingerprint}, indent=1))
+
+
+def read_policy(folder: Path) -> VLAPolicy:
+    """Read a policy folder; raises `CheckpointError` naming what is missing or does not fit."""
+    meaning = _read_policy_json(folder)
+    config = validate(meaning["config"], PolicyConfig, f"{folder / 'policy.json'}: config")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        heads = load_file(folder / "heads.safetensors")
+    except Exception as error:  # transformers and safetensors raise many kinds; all of them mean "cannot be read"
+        raise CheckpointError(folder, found=f"{type(error).__name__}: {error}",
+                              expected="readable model.safetensors, heads.safetensors, tokenizer.json, config.json",
+                              fix="copy the folder again, or use an older checkpoint") from error  # fmt: skip
+    where = f"{folder / 'policy.json'}: normalizers"
+    normalizers = {
+        robot: {part: Normalizer.from_json(entry, f"{where}.{robot}.{part}") for part, entry in parts.items()}
+        for robot, parts in meaning["normalizers"].items()
+    }
+    embodiments = {k: EmbodimentSpec.model_validate(v) for k, v in meaning["embodiments"].items()}
+    codec = codec_from_json(meaning["codec"])
+    policy = VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, meaning["provenance"])
+    policy.end_head.load_state_dict(heads)
+    if policy.fingerprint != meaning["fingerprint"]:
+        raise CheckpointError(folder, found=f"fingerprint {policy.fingerprint[:12]}",
+                              expected=f"{meaning['fingerprint'][:12]}, as policy.json says",
+                              fix="weights and policy.json are not of one save: copy the whole folder again")  # fmt: skip
+    return policy.eval()
+
+
+def _read_policy_json(folder: Path) -> dict:
+    path = folder / "policy.json"
+    try:
+        meaning = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(folder, found="no policy.json", expected="a policy folder (weights, processor, policy.json)",
+                              fix="give a run folder or its policy/ folder") from None  # fmt: skip
+    except ValueError as error:
+        raise CheckpointError(path, found=str(error), expected="JSON", fix="copy the folder again") from error
+    needed = ("config", "embodiments", "normalizers", "codec", "prompt", "provenance", "fingerprint")
+    if missing := [key for key in needed if key not in meaning]:
+        raise CheckpointError(path, found=f"no {missing}", expected=f"keys {list(needed)}",
+                              fix="weights without these are not a policy; save it again")  # fmt: skip
+    return meaning
+
+
+def load_policy(path: str | Path, device: str | torch.device | None = None) -> VLAPolicy:
+    """A policy from a policy folder or a run folder, ready to act. Raises `CheckpointError` when it cannot."""
+    folder = Path(path)
+    if (folder / "policy" / "policy.json").is_file():
+        folder = folder / "policy"
+    return read_policy(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,256 @@
+"""The vision-language-action policy: a backbone whose vocabulary carries the codec's symbols.
+
+Two decodings (RT-2, Brohan et al. 2023 / OpenVLA, Kim et al. 2024, and OpenVLA-OFT, Kim et al. 2025):
+    autoregressive   prefix, <act>, s_0 .. s_{N-2}  ->  s_0 .. s_{N-1}   causal over the action positions
+    parallel         prefix, slot_0 .. slot_{N-1}   ->  s_0 .. s_{N-1}   one pass, bidirectional over them
+The prefix (images, text, state, end query) attends to itself in both directions, and never to the actions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+import vla
+from vla.actions import ActionCodec
+from vla.backbones import NanoVLM
+from vla.batch import Batch, Encoder, Example, collate
+from vla.embodiment import EmbodimentSpec
+from vla.errors import CheckpointError
+from vla.normalize import Normalizer
+from vla.policy.choose import Chooser
+from vla.policy.config import Decode, PolicyConfig
+from vla.policy.protocol import Chunk, Loss
+from vla.prompt import PROMPTS
+from vla.schema import Observation, Window
+
+
+class VLAPolicy(nn.Module):
+    """A vision-language model that speaks actions. See the module docstring for the sequence layout."""
+
+    def __init__(
+        self, config: PolicyConfig, model: NanoVLM, tokenizer: PreTrainedTokenizerFast,
+        embodiments: dict[str, EmbodimentSpec], normalizers: dict[str, dict[str, Normalizer]], codec: ActionCodec,
+        provenance: dict | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config, self.model, self.tokenizer, self.codec = config, model, tokenizer, codec
+        self.embodiments, self.normalizers = embodiments, normalizers
+        self.provenance = provenance or {}
+        """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
+        layout = {name: model.config.special_id(name) for name in ("image", "state", "end", "pad")}
+        self.encoder = Encoder(
+            embodiments=embodiments, normalizers=normalizers, codec=codec, prompt=config.prompt,
+            tokenize=_Tokenize(tokenizer), layout=layout | {"image_tokens": model.config.image_tokens},
+            image_size=model.config.image_size, horizon=config.chunk,
+        )  # fmt: skip
+        d = model.config.text_config.hidden_size
+        self.end_head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, self.encoder.state_dim))
+        centres = codec.centres if codec.centres is not None else np.zeros(0, np.float32)
+        self.register_buffer("centres", torch.from_numpy(centres), persistent=False)
+
+    # ------------------------------------------------------------------------------------------------ learning
+
+    def encode(self, window: Window, augment: bool = False, seed: int = 0) -> Example:
+        """Window -> Example; with `augment`, images and state are varied as a function of (seed, window.n)."""
+        return self.encoder.window(window, self.config.augment if augment else None, seed)
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return collate(examples, self.encoder.layout["pad"])
+
+    def forward(self, batch: Batch) -> Loss:
+        """The losses, as sums and counts (DDP wraps `forward`, so this is it)."""
+        hidden = self._hidden(batch)
+        logits = self._symbol_logits(hidden[:, -batch.symbols.shape[1] :]).float()  # (B, N, K)
+        valid = batch.valid.flatten(1)  # (B, N)
+        log_p = logits.log_softmax(-1)
+        if self.config.soft_sigma and self.codec.centres is not None:
+            distance = (batch.unit.flatten(1)[..., None] - self.centres) / self.config.soft_sigma
+            entropies = -(torch.softmax(-0.5 * distance.square(), -1) * log_p).sum(-1)
+        else:
+            entropies = F.nll_loss(log_p.transpose(1, 2), batch.symbols, reduction="none")
+        end = self.end_head(hidden[:, -batch.symbols.shape[1] - 1]).float()  # (B, S)
+        end_losses = F.smooth_l1_loss(end, batch.end, reduction="none", beta=0.1)
+        return Loss(
+            action=(entropies * valid).sum(), action_count=valid.sum(),
+            end=(end_losses * batch.end_valid).sum(), end_count=batch.end_valid.sum(),
+            correct=((logits.argmax(-1) == batch.symbols) & valid).sum(),
+        )  # fmt: skip
+
+    def loss(self, batch: Batch) -> Loss:
+        """Same as calling the policy."""
+        return self(batch)
+
+    def action_logits(self, batch: Batch) -> Tensor:
+        """(B, N, K). Autoregressive policies are teacher-forced with `batch.symbols`."""
+        return self._symbol_logits(self._hidden(batch)[:, -batch.symbols.shape[1] :])
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states (B, T + N, d) of prefix and action positions."""
+        B, N = batch.symbols.shape
+        config = self.model.config
+        if self.config.decoding == "parallel":
+            tail = torch.arange(config.slot_ids.start, config.slot_ids.start + N, device=batch.ids.device).expand(B, N)
+        else:
+            start = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
+            tail = torch.cat([start, batch.symbols[:, :-1] + config.action_ids.start], dim=1)
+        mask, positions = self._attention(batch.mask, N)
+        return self.model(
+            torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, attention_mask=mask, position_ids=positions
+        ).last_hidden_state
+
+    def _attention(self, prefix: Tensor, N: int) -> tuple[Tensor, Tensor]:
+        """Additive mask (B, 1, T + N, T + N) and positions (B, T + N) for a prefix mask (B, T) and N action positions."""
+        B, T = prefix.shape
+        allowed = torch.zeros(B, T + N, T + N, dtype=torch.bool, device=prefix.device)
+        allowed[:, :, :T] = prefix[:, None, :]
+        tail = torch.ones(N, N, dtype=torch.bool, device=prefix.device)
+        allowed[:, T:, T:] = tail if self.config.decoding == "parallel" else tail.tril()
+        positions = (prefix.cumsum(-1) - 1).clamp(min=0)
+        after = positions[:, -1:] + 1 + torch.arange(N, device=prefix.device)
+        return _additive(allowed, self._dtype), torch.cat([positions, after], dim=1)
+
+    def _symbol_logits(self, hidden: Tensor) -> Tensor:
+        """Only the rows of the head that are actions: a malformed chunk cannot be expressed."""
+        ids = self.model.config.action_ids
+        return F.linear(hidden, self.model.lm_head.weight[ids.start : ids.stop])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    # ------------------------------------------------------------------------------------------------ acting
+
+    @property
+    def chunk(self) -> int:
+        return self.config.chunk
+
+    @property
+    def execute(self) -> int:
+        return min(self.config.execute, self.config.chunk)
+
+    @property
+    def image_size(self) -> int:
+        return self.encoder.image_size
+
+    @property
+    def recorded_seeds(self) -> dict[str, dict[str, list[list[int]]]]:
+        """suite -> task -> [first, last] ranges of every seed seen in training."""
+        return self.provenance.get("recorded_seeds", {})
+
+    @property
+    def instructions(self) -> list[str]:
+        """Every sentence of the training data."""
+        return self.provenance.get("instructions", [])
+
+    def act(self, observation: Observation, instruction: str, embodiment: str | None = None, **options: Any) -> Chunk:
+        """One chunk for one observation. `embodiment` may be left out when the policy knows only one robot."""
+        if embodiment is None:
+            if len(self.embodiments) != 1:
+                raise CheckpointError("act()", found="no embodiment", expected=f"one of {sorted(self.embodiments)}",
+                                      fix="pass embodiment=...")  # fmt: skip
+            embodiment = next(iter(self.embodiments))
+        return self.act_batch([observation], [instruction], embodiment, **options)[0]
+
+    @torch.inference_mode()
+    def act_batch(
+        self, observations: Sequence[Observation], instructions: Sequence[str], embodiment: str,
+        decode: Decode | None = None, seeds: Sequence[int] | None = None, drop_state: bool = False,
+    ) -> list[Chunk]:  # fmt: skip
+        """Chunks for several observations of one kind of robot.
+
+        `decode` overrides the policy's own; `seeds` (one per observation) feed "sample". Raises `DataError` for an
+        observation that does not fit the embodiment, `CheckpointError` for an unknown robot.
+        """
+        if embodiment not in self.embodiments:
+            raise CheckpointError("act()", found=f"embodiment {embodiment!r}", expected=f"one of {sorted(self.embodiments)}",
+                                  fix="use a policy trained on this robot")  # fmt: skip
+        pairs = zip(observations, instructions, strict=True)
+        batch = self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
+        choose = Chooser(decode or self.config.decode, self.codec, self.centres, seeds or range(len(batch)))
+        if self.config.decoding == "parallel":
+            choose(self._symbol_logits(self._hidden(batch)[:, -batch.symbols.shape[1] :]))
+        else:
+            self._decode_steps(batch, choose)
+        dims, normalizer = self.embodiments[embodiment].action_dim, self.normalizers[embodiment]["action"]
+        shape = (len(batch), self.chunk, self.encoder.action_dim)
+        unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape)[..., :dims] for part in choose.parts)
+        actions = normalizer.from_unit(unit)
+        return [Chunk(actions[i], confidence[i].astype(np.float32), symbols[i]) for i in range(len(batch))]
+
+    def _decode_steps(self, batch: Batch, choose: Chooser) -> None:
+        """Constrained greedy (or sampled) decoding: the prefix once, then one symbol at a time over a cache."""
+        B, N = batch.symbols.shape
+        T = batch.ids.shape[1]
+        config = self.model.config
+        mask, positions = self._attention(batch.mask, N)
+        cache = DynamicCache(config=config.text_config)
+        self.model(
+            batch.ids, batch.images, batch.state, attention_mask=mask[:, :, :T, :T], position_ids=positions[:, :T],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        ids = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
+        for i in range(N):
+            hidden = self.model(
+                ids, attention_mask=mask[:, :, T + i : T + i + 1, : T + i + 1], position_ids=positions[:, T + i : T + i + 1],
+                past_key_values=cache, use_cache=True,
+            ).last_hidden_state  # fmt: skip
+            ids = choose(self._symbol_logits(hidden)) + config.action_ids.start
+
+    # ------------------------------------------------------------------------------------------------ identity
+
+    def describe(self) -> dict:
+        """The content of `policy.json`: everything but weights and tokenizer."""
+        return {
+            "format": 1,
+            "config": self.config.model_dump(mode="json"),
+            "embodiments": {k: v.model_dump(mode="json") for k, v in self.embodiments.items()},
+            "normalizers": {k: {part: n.to_json() for part, n in v.items()} for k, v in self.normalizers.items()},
+            "codec": self.codec.to_json(),
+            "prompt": {"version": self.config.prompt, "template": PROMPTS[self.config.prompt]},
+            "image": {"size": self.image_size, "resize": "bilinear, antialiased", "layout": "RGB uint8, scaled to [-1, 1]"},
+            "provenance": self.provenance,
+            "versions": {"tendon-vla": vla.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                         "python": platform.python_version()},
+        }  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over weights and meaning (normalisers, codec, prompt): equal fingerprints act alike."""
+        digest = hashlib.sha256()
+        meaning = self.describe()
+        for key in ("normalizers", "codec", "prompt", "image"):
+            digest.update(json.dumps(meaning[key], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Tokenize:
+    """Text -> ids without special tokens; a class, because loader workers must pickle it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T, T) bool -> (B, 1, T, T) 0 or a very negative number (finite: a padded row stays free of NaN)."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -1e9)[:, None]
