@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -225,8 +224,7 @@ class LeRobotWriter:
         self._write_videos(index)
         self._write_data(index, columns)
         meta = self.root / "meta"
-        names = pd.DataFrame({"task_index": np.arange(len(tasks))}, index=pd.Index(tasks, name="task"))
-        replace_file(meta / "tasks.parquet", _parquet(pa.Table.from_pandas(names)))
+        replace_file(meta / "tasks.parquet", _parquet(_task_table(tasks)))
         open_rows = self._write_episodes(index, rows)
         stats = {key: column_stats(np.concatenate(values)) for key, values in columns.items()}
         stats |= {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
@@ -371,6 +369,13 @@ def _data_file(row: dict[str, Any]) -> tuple[int, int]:
 
 def _next_file(at: tuple[int, int]) -> tuple[int, int]:
     return (at[0], at[1] + 1) if at[1] + 1 < CHUNK_FILES else (at[0] + 1, 0)
+
+
+def _task_table(tasks: list[str]) -> pa.Table:
+    import pandas as pd  # half a second, and workers never need it
+
+    names = pd.DataFrame({"task_index": np.arange(len(tasks))}, index=pd.Index(tasks, name="task"))
+    return pa.Table.from_pandas(names)
 
 
 def _json(value: object) -> bytes:

@@ -57,3 +57,23 @@ def checkout() -> Path:
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("not in a checkout")
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tiny recorded datasets: {"tabletop": 30 episodes, "metaworld": 3 episodes}, recorded here and now."""
+    from data_tools.record import record
+
+    root = tmp_path_factory.mktemp("demos")
+    record("tabletop", None, 30, 0, root / "tabletop", workers=1, progress=False)
+    record("metaworld", ["button-press-topdown-v3"], 3, 0, root / "metaworld", workers=1, progress=False)
+    return {"tabletop": root / "tabletop", "metaworld": root / "metaworld"}
+
+
+@pytest.fixture(scope="session")
+def stores(demos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list:
+    """`demos` opened: [tabletop, metaworld]."""
+    from vla.episodes import EpisodeStore
+
+    cache = tmp_path_factory.mktemp("cache")
+    return [EpisodeStore.open(demos[name], cache_dir=cache, progress=False) for name in ("tabletop", "metaworld")]

@@ -54,7 +54,7 @@ class FakeSim:
             raise UsageError("reset", found=str(options), expected="task, watch, render", fix="-")
         self.task = options.get("task", self.task)
         self.watched = dict.fromkeys(options.get("watch", ()), False)
-        self.x = dict(zip(COLOURS, np.random.default_rng(seed).permutation([-0.2, 0.0, 0.2]), strict=True))
+        self.x: dict[str, float] = dict(zip(COLOURS, np.random.default_rng(seed).permutation([-0.2, 0.0, 0.2]), strict=True))
         self.at, self.steps = np.zeros(2), 0
         return self.see(options.get("render", True)), {}
 

@@ -4,10 +4,10 @@ No shuffle buffer, no iterator state, no index array. Rank r of W at step s read
 world size, any number of loader workers and any restart see the same samples in the same order.
 
 How n becomes a frame: the stream is cut into blocks of `BLOCK` draws. Each dataset owns an exact number of draws in each
-block (cumulative rounding, so shares are right to one draw at every block's end); a keyed permutation of the block says
+block (cumulative rounding, so shares are right to one draw at every block's end); a keyed shuffle of the block says
 which position is whose. The k-th draw of a dataset is element k % F of a keyed permutation of its F frames, with a new
-key for each epoch k // F: without replacement inside an epoch. Permutations are Feistel networks (Luby and Rackoff 1988)
-with cycle walking, computed, not stored.
+key for each epoch k // F: without replacement inside an epoch. That permutation is a Feistel network (Luby and Rackoff
+1988) with cycle walking, computed, not stored.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MixtureConfig(Config):
 
     datasets: list[DatasetConfig] = Field(min_length=1)
     holdout: float = Field(default=0.02, ge=0, lt=1)
-    """Share of each dataset's episodes kept out of training, chosen by a keyed hash; used for open-loop figures."""
+    """Share of each dataset's episodes kept out of training (at least one), chosen by a keyed hash; for open-loop figures."""
     frames: str = Field(default="raw", pattern="^(raw|jpeg)$")
     """How the training cache stores frames."""
     cache_dir: str | None = None
@@ -113,6 +113,7 @@ class Mixture:
         total = math.fsum(w for w, size in zip(weights, self.sizes, strict=True) if size)
         self.shares = [w / total if size else 0.0 for w, size in zip(weights, self.sizes, strict=True)]
         self._heaviest = int(np.argmax(self.shares))
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray, list[int]]] = {}
 
     def __len__(self) -> int:
         """Frames in one pass over every dataset."""
@@ -128,15 +129,26 @@ class Mixture:
     def locate(self, n: int) -> tuple[int, int, int]:
         """Stream position -> (dataset, episode of its store, frame inside the episode)."""
         block, position = divmod(n, BLOCK)
-        at = permute(position, BLOCK, mix(self.seed, 1, block))
-        before, after = self.drawn(block), self.drawn(block + 1)
-        dataset = 0
-        while at >= after[dataset] - before[dataset]:
-            at -= after[dataset] - before[dataset]
-            dataset += 1
-        epoch, i = divmod(before[dataset] + at, self.sizes[dataset])
+        owner, rank, before = self._block(block)
+        dataset = int(owner[position])
+        epoch, i = divmod(before[dataset] + int(rank[position]), self.sizes[dataset])
         frame = permute(i, self.sizes[dataset], mix(self.seed, 2, dataset, epoch))
         return dataset, *self.place(dataset, frame)
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """For each position of a block: whose it is, and how many earlier positions are the same dataset's."""
+        if block not in self._blocks:
+            before, after = self.drawn(block), self.drawn(block + 1)
+            counts = [b - a for a, b in zip(before, after, strict=True)]
+            shuffled = generator(self.seed, block, purpose=1).random(BLOCK).argsort(kind="stable")
+            owner = np.repeat(np.arange(len(counts)), counts)[shuffled]
+            rank = np.zeros(BLOCK, np.int64)
+            for dataset, count in enumerate(counts):
+                rank[owner == dataset] = np.arange(count)
+            if len(self._blocks) > 8:
+                self._blocks.clear()
+            self._blocks[block] = (owner, rank, before)
+        return self._blocks[block]
 
     def place(self, dataset: int, frame: int) -> tuple[int, int]:
         """Frame number among the chosen episodes -> (episode of the store, frame inside it)."""
@@ -177,7 +189,7 @@ class Mixture:
 
 def _split(count: int, holdout: float, part: str) -> np.ndarray:
     """Episodes of `part`. The split does not depend on the run's seed, so that figures of two seeds compare."""
-    held = min(round(count * holdout), count - 1)
+    held = min(max(round(count * holdout), 1), count - 1) if holdout else 0
     order = [permute(i, count, mix(0x5EED, count)) for i in range(count)]
     return np.sort(np.array(order[:held] if part == "holdout" else order[held:], np.int64))
 

@@ -163,7 +163,9 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         say(f"{parameters / 1e6:.2f} M parameters, {accelerator.device}, {accelerator.mixed_precision}, {world} process(es)")
 
     def save() -> None:
-        tensors = {f"model/{name}": p for p, name in names.items()} | {f"ema/{k}": v for k, v in ema.items()}
+        # Copies: `_averaged` exchanges the live and the averaged values in place while the policy is written.
+        tensors = {f"model/{name}": p.detach().clone() for p, name in names.items()}
+        tensors |= {f"ema/{name}": average.clone() for name, average in ema.items()}
         tensors |= pack_optimizer(optimizer.optimizer, names)
         facts = {"config": config.model_dump(mode="json"), "world": world}
         try:

@@ -192,16 +192,17 @@ def _to_jpeg(frame: np.ndarray) -> bytes:
 
 def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
     """Every frame of every span, in order, reading each video forward and seeking only where the order demands it."""
-    path, container, frames, last = None, None, iter(()), -1
+    path, container, frames, last, step = None, None, iter(()), -1, 1
     try:
         for span in spans:
             if span.path != path:
                 if container is not None:
                     container.close()
                 path, container, last = span.path, av.open(str(span.path)), -1
+                container.streams.video[0].codec_context.thread_count = 1  # small frames: threads only contend
                 frames = _forward(container)
             assert container is not None
-            step = span.ticks[1] - span.ticks[0] if len(span.ticks) > 1 else 1
+            step = span.ticks[1] - span.ticks[0] if len(span.ticks) > 1 else step
             if span.ticks[0] <= last or span.ticks[0] - last > _SEEK_BEYOND * step:
                 container.seek(int(span.ticks[0]), stream=container.streams.video[0], backward=True)
                 frames = _forward(container)
@@ -224,9 +225,8 @@ def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
 
 
 def _forward(container: Any) -> Iterator[tuple[int, np.ndarray]]:
-    stream, reformatter = container.streams.video[0], VideoReformatter()
-    stream.codec_context.thread_count = 1
-    for frame in container.decode(stream):
+    reformatter = VideoReformatter()
+    for frame in container.decode(container.streams.video[0]):
         if frame.pts is None:
             continue
         # Planar RGB needs no colour conversion, and creating a converter per frame would cost as much as decoding it.

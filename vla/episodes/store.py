@@ -32,6 +32,8 @@ class EpisodeStore:
     instructions: list[str]
     stats: dict[str, dict[str, Any]]
     """Feature -> {min, max, mean, std, count, q01, q10, q50, q90, q99}, as in meta/stats.json."""
+    suite: str
+    """Simulator suite the demonstrations were recorded in, "" when they came from elsewhere."""
     recorded_seeds: dict[str, list[int]]
     """Task -> reset seeds, {} when the dataset did not come from a simulator here."""
     _keys: dict[str, str]
@@ -63,6 +65,7 @@ class EpisodeStore:
         self.stats = layout.stats
         if compute_stats and layout.lacks_stats:
             self.stats = layout.stats | json.loads((entry / "cache.json").read_text())["stats"]
+        self.suite = str(layout.recording.get("suite", ""))
         self.recorded_seeds = {}
         for episode in layout.recording.get("episodes", [])[: layout.num_episodes]:
             if episode.get("seed") is not None:

@@ -73,9 +73,7 @@ def evaluate(
         running = pool.open(suite, image_size, LANES * width + 4, len(jobs))
 
         def play(some: Sequence[Any], tick: Any) -> Any:
-            return run_jobs(
-                pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick
-            )
+            return run_jobs(pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick)
 
         try:
             outcomes, _ = play(jobs, lambda: bar.update(1))

@@ -54,9 +54,7 @@ def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="which rows of the table, see below (default: all)",
     )
     add("--decode", choices=("mean", "argmax", "sample"), help="how symbols become actions (default: the policy's)")
-    add(
-        "--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)"
-    )
+    add("--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)")
     add("--workers", type=int, metavar="W", help="simulator processes (default: one per core)")
     add("--json", action="store_true", help="print the result as JSON instead of a table")
     add("--no-clips", action="store_true", help="record no films")

@@ -229,9 +229,7 @@ def _training_scenes(
     out = []
     for task in members:
         turns = [turn for name, _, turn in drawn if name == task]
-        recorded = sorted(
-            {s for low, high in policy.recorded_seeds.get(suite, {}).get(task, ()) for s in range(low, high + 1)}
-        )
+        recorded = sorted({s for low, high in policy.recorded_seeds.get(suite, {}).get(task, ()) for s in range(low, high + 1)})
         if not recorded:
             notes[f"train: the policy has no recorded seeds of {task}"] = None
             continue

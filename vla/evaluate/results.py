@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla.evaluate.jobs import CONDITIONS, Job, Outcome
-from vla.report.lines import lines_of
+from vla.report.lines import interval, lines_of, percent
 
 Z95 = 1.959963984540054
 
@@ -58,9 +58,7 @@ def make_row(group: str, condition: str, played: Sequence[tuple[Job, Outcome]]) 
     return row
 
 
-def make_rows(
-    jobs: Sequence[Job], outcomes: Mapping[int, Outcome]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def make_rows(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows by group and condition, rows of the condition `policy` by task)."""
     cells: dict[tuple[str, str], list[tuple[Job, Outcome]]] = {}
     tasks: dict[str, list[tuple[Job, Outcome]]] = {}
@@ -96,8 +94,7 @@ def cell(part: Mapping[str, Any] | None) -> str:
     """`195/200  98 [94, 99]`: successes of n, per cent, Wilson 95 % interval."""
     if part is None or part["rate"] is None:
         return "-"
-    percent, low, high = (100 * part[key] for key in ("rate", "low", "high"))
-    return f"{part['successes']}/{part['n']}  {percent:3.0f} [{low:.0f}, {high:.0f}]"
+    return f"{part['successes']}/{part['n']}  {percent(part['rate']):>3} {interval(part)}"
 
 
 def text_table(results: Mapping[str, Any]) -> str:

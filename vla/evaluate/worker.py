@@ -60,9 +60,7 @@ class Live:
             if self.success is None and (terminated or truncated):
                 self.success, self.failure = bool(info["success"]), bool(info["failure"])
             self.watched = any(info.get("watched", {}).values())
-            over = (
-                truncated or bool(self.success) or (self.success is not None and (not self.job.given or self.watched))
-            )
+            over = truncated or bool(self.success) or (self.success is not None and (not self.job.given or self.watched))
             if over or self.steps >= self.sim.max_steps:
                 return observation, True
         return observation, False
@@ -110,9 +108,7 @@ class Host:
         self.live[job.id] = live
         return live, observation
 
-    def handle(
-        self, starts: list[Job], chunks: dict[int, np.ndarray]
-    ) -> tuple[list[Outcome], list[tuple[int, int, dict]]]:
+    def handle(self, starts: list[Job], chunks: dict[int, np.ndarray]) -> tuple[list[Outcome], list[tuple[int, int, dict]]]:
         """Start jobs and play chunks (k, A). Returns finished episodes and (job, steps so far, observation) of the others."""
         done: list[Outcome] = []
         waiting: list[tuple[int, int, dict]] = []

@@ -24,7 +24,8 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder (atomically) and return its path. Missing or broken pieces are left out,
     broken ones with a line that says so."""
     run = gather(Path(run_dir))
-    parts = [header(run), verdict(run), rollouts(run), controls(run), by_task(run), curves(run), setup(run)]
+    body = [verdict(run), rollouts(run), controls(run), by_task(run), curves(run), setup(run)]
+    parts = [header(run), *body]  # the header names the files that could not be read, so it is written last
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

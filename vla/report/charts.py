@@ -7,9 +7,10 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -66,9 +67,7 @@ def line_chart(title: str, lines: Sequence[Line], *, unit: str = "", floor: floa
     body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">step</text>')
     for tick in nice_ticks(x0, x1, 4):
         if x0 <= tick and px(tick) < WIDTH - 60:
-            body.append(
-                f'<text class="tick" x="{px(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>'
-            )
+            body.append(f'<text class="tick" x="{px(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>')
     for line in lines:
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
         if line.low is not None and line.high is not None:
@@ -87,9 +86,7 @@ def line_chart(title: str, lines: Sequence[Line], *, unit: str = "", floor: floa
         {"n": line.name, "t": line.tone, "x": [round(v, 2) for v in line.x], "y": [float(f"{v:.4g}") for v in line.y]}
         for line in shown
     ]
-    box = json.dumps(
-        {"x0": x0, "x1": x1, "l": LEFT, "r": RIGHT, "w": WIDTH, "u": unit, "s": data}, separators=(",", ":")
-    )
+    box = json.dumps({"x0": x0, "x1": x1, "l": LEFT, "r": RIGHT, "w": WIDTH, "u": unit, "s": data}, separators=(",", ":"))
     return (
         f'<figure class="card chart"><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}; last: {last}")}" '
@@ -137,9 +134,9 @@ def _thin(line: Line) -> Line:
     return Line(line.name, [line.x[i] for i in keep], [line.y[i] for i in keep], line.tone, line.style, low, high)
 
 
-def interval_bar(rate: float, low: float, high: float, kind: str) -> str:
-    """A rate as a bar with its interval; all in 0..1. `kind` names the colour's meaning: "own", "control", "plain"."""
-    a, b, c = (round(100 * v, 2) for v in (rate, low, high))
+def interval_bar(part: Mapping[str, Any], kind: str) -> str:
+    """`part`'s rate as a bar with its interval low..high, all in 0..1. `kind` (see `lines.KIND`) chooses the colour."""
+    a, b, c = (round(100 * part[key], 2) for key in ("rate", "low", "high"))
     return (
         f'<svg class="bar {kind}" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="track" width="100" height="12"/><rect class="fill" width="{a}" height="12"/>'
@@ -159,9 +156,7 @@ def heat_strip(values: np.ndarray, kind: str) -> str:
             [[0x1F, 0x5A, 0xA6], [0x7F, 0xB3, 0xD9], [0xF4, 0xF1, 0xEA], [0xF2, 0xB0, 0x6B], [0xB4, 0x52, 0x06]], float
         )
         at = np.clip((values + 1) / 2, 0, 1) * (len(stops) - 1)
-        pixels = np.stack(
-            [np.interp(at, range(len(stops)), stops[:, c]) for c in range(3)] + [np.full_like(at, 255.0)], -1
-        )
+        pixels = np.stack([np.interp(at, range(len(stops)), stops[:, c]) for c in range(3)] + [np.full_like(at, 255.0)], -1)
     return "data:image/png;base64," + base64.b64encode(png(pixels.round().astype(np.uint8)[None])).decode()
 
 

@@ -10,6 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+ROW = {"group", "condition", "successes", "n", "rate", "low", "high", "original"}
+"""What a row of `results.json` must have to be shown."""
+
 
 @dataclass
 class Gathered:
@@ -38,18 +41,15 @@ def gather(root: Path) -> Gathered:
     run.status = _object(run, root / "STATUS.json")
     run.policy = _object(run, root / "policy" / "policy.json")
     run.config = _text(run, root / "config.yaml")
-    run.curve = [
-        line for line in _lines(run, root / "eval" / "curve.jsonl") if {"step", "group", "rate"} <= line.keys()
-    ]
+    run.curve = [line for line in _lines(run, root / "eval" / "curve.jsonl") if {"step", "group", "rate"} <= line.keys()]
     for path in sorted((root / "eval").glob("*.json")):
         results = _object(run, path)
-        if isinstance(results.get("rows"), list) and "suite" in results:
+        rows = results.get("rows")
+        if "suite" in results and isinstance(rows, list) and all(isinstance(r, dict) and ROW <= r.keys() for r in rows):
             run.evals.append({**results, "label": path.stem, "folder": path.parent})
         elif results:
             run.problems.append(f"{path.name}: not the result of an evaluation")
-    run.evals.sort(
-        key=lambda r: (r["label"] != r["suite"], r["label"])
-    )  # the plain ones first, labelled variants after
+    run.evals.sort(key=lambda r: (r["label"] != r["suite"], r["label"]))  # the plain ones first, labelled variants after
     run.evals.sort(key=lambda r: r["suite"] != "tabletop")
     run.parameters = count_parameters(root / "policy" / "model.safetensors")
     return run
@@ -119,7 +119,5 @@ def _lines(run: Gathered, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _by_step(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    found = {
-        int(line["step"]): line for line in lines if line.get("kind") == kind and number(line.get("step")) is not None
-    }
+    found = {int(line["step"]): line for line in lines if line.get("kind") == kind and number(line.get("step")) is not None}
     return [found[step] for step in sorted(found)]

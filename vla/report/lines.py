@@ -36,3 +36,14 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Map
             lines.setdefault("swap: does the original", {})[group] = row["original"]
     order = list(MEANING)
     return sorted(lines.items(), key=lambda line: order.index(line[0]) if line[0] in MEANING else len(order))
+
+
+def percent(rate: float) -> str:
+    """0..1 as whole per cent; 199 of 200 is `99.5`, never `100`."""
+    whole = f"{100 * rate:.0f}"
+    return f"{100 * rate:.1f}" if whole in ("0", "100") and 0 < rate < 1 else whole
+
+
+def interval(part: Mapping[str, Any]) -> str:
+    """`[94, 99]`, per cent."""
+    return f"[{percent(part['low'])}, {percent(part['high'])}]"

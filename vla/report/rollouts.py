@@ -47,11 +47,7 @@ def _card(run: Gathered, results: dict[str, Any], clip: dict[str, Any], film: by
     won = bool(clip["success"])
     verdict = "success" if won else "failure" if clip.get("failure") else "time out"
     rate = float(clip["fps"]) * int(clip["stride"])
-    swapped = (
-        f' <span class="muted">(swapped: scene drawn for {escape(str(clip["task"]))})</span>'
-        if clip.get("given")
-        else ""
-    )
+    swapped = f' <span class="muted">(swapped: scene drawn for {escape(str(clip["task"]))})</span>' if clip.get("given") else ""
     source = "data:video/mp4;base64," + base64.b64encode(film).decode()
     return (
         f'<article class="card film"><video muted loop playsinline controls preload="auto" width="240" height="240" '
@@ -65,8 +61,8 @@ def _card(run: Gathered, results: dict[str, Any], clip: dict[str, Any], film: by
 
 def _strips(run: Gathered, clip: dict[str, Any]) -> str:
     """Symbols (or, for a codec without one symbol per element, actions) and confidences over time."""
-    actions = np.asarray(clip["actions"], np.float64)
-    confidence = np.asarray(clip["confidence"], np.float64)
+    # NaN would make the data for the script invalid JSON, and the page lifeless.
+    actions, confidence = (np.nan_to_num(np.asarray(clip[key], np.float64)) for key in ("actions", "confidence"))
     steps, dims = actions.shape
     if clip.get("symbols") is not None:
         symbols = np.asarray(clip["symbols"], np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vla.report.charts import Line, interval_bar, line_chart, smooth
 from vla.report.gather import Gathered, number
-from vla.report.lines import KIND, MEANING, lines_of
+from vla.report.lines import KIND, MEANING, interval, lines_of, percent
 
 STATES = {
     "finished": ("good", "finished"), "running": ("plain", "still running, or killed without a word"),
@@ -26,9 +26,7 @@ def header(run: Gathered) -> str:
     words = []
     if run.parameters:
         kind = config.get("backbone", {}).get("kind", "")
-        words.append(
-            f"A vision-language-action policy of {run.parameters / 1e6:.1f} M parameters{f' ({kind})' if kind else ''}"
-        )
+        words.append(f"A vision-language-action policy of {run.parameters / 1e6:.1f} M parameters{f' ({kind})' if kind else ''}")
     else:
         words.append("A vision-language-action policy")
     if robots:
@@ -46,7 +44,7 @@ def header(run: Gathered) -> str:
 def _facts(run: Gathered, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     last = run.train[-1] if run.train else {}
     step, steps = run.status.get("step", last.get("step")), run.status.get("steps")
-    datasets = _provenance(run).get("datasets", [])
+    datasets = _datasets(run)
     episodes, frames = (sum(int(number(d.get(k)) or 0) for d in datasets) for k in ("episodes", "frames"))
     seconds = training_seconds(run)
     speeds = [s for line in run.train if (s := number(line.get("samples_s")))]
@@ -97,7 +95,7 @@ def verdict(run: Gathered) -> str:
                 for key, label in BESIDE.items()
                 if cells.get(key, {}).get(group, {}).get("rate") is not None
             ]
-            rest = "".join(f"<li><span>{label}</span><b>{100 * p['rate']:.0f} %</b></li>" for label, p in beside)
+            rest = "".join(f"<li><span>{label}</span><b>{percent(p['rate'])} %</b></li>" for label, p in beside)
             tiles.append(
                 f'<article class="card tile"><h3>{escape(group)}<small>{escape(results["suite"])}</small></h3>'
                 f'<p class="big">{percent(part["rate"])}<span>%</span></p>{interval_bar(part, "own")}'
@@ -128,9 +126,7 @@ def controls(run: Gathered) -> str:
         for label, parts in lines:
             kind = KIND.get(label, "control")
             cells = "".join(f"<td>{_cell(parts.get(g), kind)}</td>" for g in groups)
-            body += (
-                f'<tr><th scope="row">{escape(label)}<small>{escape(MEANING.get(label, ""))}</small></th>{cells}</tr>'
-            )
+            body += f'<tr><th scope="row">{escape(label)}<small>{escape(MEANING.get(label, ""))}</small></th>{cells}</tr>'
         notes = "".join(f"<li>{escape(str(note))}</li>" for note in results.get("notes", []))
         table = (
             f"<p class='muted'>{escape(_setting(results))}</p>"
@@ -157,8 +153,8 @@ def _cell(part: Mapping[str, Any] | None, kind: str) -> str:
     if part is None or part["rate"] is None:
         return '<span class="muted">–</span>'
     return (
-        f'<span class="rate">{percent(part["rate"])}<small> %</small></span> <span class="muted">'
-        f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]</span>{interval_bar(part['rate'], part['low'], part['high'], kind)}"
+        f'<span class="rate">{percent(part["rate"])}<small> %</small></span> '
+        f'<span class="muted">{part["successes"]}/{part["n"]}, {interval(part)}</span>{interval_bar(part, kind)}'
     )
 
 
@@ -190,7 +186,7 @@ def by_task(run: Gathered) -> str:
         if len(tasks) < 2 or results["label"] != results["suite"]:
             continue
         rows = "".join(
-            f"<li><span>{escape(str(t.get('instruction') or t['task']))}</span>{interval_bar(t['rate'], t['low'], t['high'], 'own')}"
+            f"<li><span>{escape(str(t.get('instruction') or t['task']))}</span>{interval_bar(t, 'own')}"
             f'<span class="muted">{t["successes"]}/{t["n"]}</span></li>'
             for t in tasks
         )
@@ -224,13 +220,9 @@ def curves(run: Gathered) -> str:
                 if (v := number((line.get("l1") or {}).get(robot, {}).get(dim))) is not None
             ]
             lines.append(Line(dim.split(".")[-1], [x for x, _ in found], [y for _, y in found], tone=i % 6 + 1))
-        charts.append(
-            line_chart(f"Held-out action error, {robot}", lines, floor=0.0, note="mean |error| in the robot's units")
-        )
+        charts.append(line_chart(f"Held-out action error, {robot}", lines, floor=0.0, note="mean |error| in the robot's units"))
     charts.append(
-        line_chart(
-            "Throughput", [Line("samples/s", *_series(run.train, "samples_s"))], floor=0.0, note="samples per second"
-        )
+        line_chart("Throughput", [Line("samples/s", *_series(run.train, "samples_s"))], floor=0.0, note="samples per second")
     )
     wait = _series(run.train, "data_wait")
     charts.append(
@@ -268,7 +260,7 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], 
 def setup(run: Gathered) -> str:
     """Data, versions and config: what somebody needs to make the run again."""
     blocks = []
-    datasets = [d for d in _provenance(run).get("datasets", []) if isinstance(d, dict)]
+    datasets = _datasets(run)
     if datasets:
         keys = [k for k in ("path", "robot", "episodes", "frames", "fingerprint") if any(k in d for d in datasets)]
         head = "".join(f"<th>{k}</th>" for k in keys)
@@ -286,9 +278,7 @@ def setup(run: Gathered) -> str:
         blocks.append(f'<h3>Versions</h3><dl class="pairs">{items}</dl>')
     if run.status:
         items = "".join(
-            f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>"
-            for k, v in run.status.items()
-            if k != "error"
+            f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in run.status.items() if k != "error"
         )
         blocks.append(f'<details><summary>STATUS.json</summary><dl class="pairs">{items}</dl></details>')
     if run.config:
@@ -305,6 +295,10 @@ def _datum(key: str, value: object) -> str:
 def _provenance(run: Gathered) -> dict[str, Any]:
     found = run.policy.get("provenance")
     return found if isinstance(found, dict) else {}
+
+
+def _datasets(run: Gathered) -> list[dict[str, Any]]:
+    return [d for d in _provenance(run).get("datasets", []) if isinstance(d, dict)]
 
 
 def training_seconds(run: Gathered) -> float:

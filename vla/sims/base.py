@@ -92,9 +92,7 @@ class Simulator(gymnasium.Env):
         moves.
         """
         if self._steps < 0:
-            raise UsageError(
-                f"{self.suite} step", found="no scene yet", expected="reset first", fix="call reset(seed=...)"
-            )
+            raise UsageError(f"{self.suite} step", found="no scene yet", expected="reset first", fix="call reset(seed=...)")
         command = np.asarray(action, np.float64)
         if command.shape != self._low.shape or not np.isfinite(command).all():
             raise DataError(

@@ -139,9 +139,7 @@ class Eye:
         """(size, size, 3) uint8 RGB, upright, of `data` (already forwarded) through fixed camera number `camera`."""
         mujoco = self._mujoco
         self._camera.fixedcamid = camera
-        mujoco.mjv_updateScene(
-            model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
-        )
+        mujoco.mjv_updateScene(model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         mujoco.mjr_render(self._rect, self._scene, self._context)
         mujoco.mjr_readPixels(self._raw, None, self._rect, self._context)

@@ -1,0 +1,168 @@
+"""Training for real, tiny: through accelerate's launcher, killed, resumed, on one and two processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vla.checkpoint import iter_log
+from vla.cli import launch_line
+from vla.config import validate
+from vla.errors import DivergedError, UsageError
+from vla.train import TrainConfig, learning_rate, train
+
+SMALL = {"hidden": 32, "layers": 2, "heads": 2, "mlp": 64, "tower_channels": [8, 8, 16], "keypoints": 8, "text_vocab": 320}
+
+
+def config_for(demos, out: Path, **changes) -> dict:
+    values = {
+        "run": {"out": str(out), "steps": 12, "log_every": 1, "eval_every": 6, "eval_windows": 8, "save_every": 2, "keep": 0,
+                "precision": "no"},
+        "mixture": {"datasets": [{"path": str(demos["tabletop"]), "weight": 3}, {"path": str(demos["metaworld"])}],
+                    "cache_dir": str(demos["tabletop"].parent / "cache"), "holdout": 0.1},
+        "policy": {"backbone": SMALL, "normalization": {"action": "bounds", "state": "bounds"}},
+        "optim": {"batch": 8, "warmup": 2},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, name = key.split("__")
+        values[section][name] = value
+    return values
+
+
+def build(values: dict) -> TrainConfig:
+    return validate(values, TrainConfig, "test")
+
+
+def losses(out: Path) -> list:
+    return [r["loss"] for r in iter_log(out / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def launch(tmp_path: Path, values: dict, *extra: str, processes: int = 1, wait: bool = True):
+    """The documented command line, in processes of its own."""
+    path = tmp_path / f"{Path(values['run']['out']).name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command, environment = launch_line(processes, 1)
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:], "-m", "vla.train", str(path), *extra]
+    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def straight(demos, tmp_path_factory):
+    """An uninterrupted run, for comparison."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(build(config_for(demos, out)))
+    return out
+
+
+def test_a_run_leaves_a_policy_a_log_and_a_status(straight):
+    assert json.loads((straight / "STATUS.json").read_text())["state"] == "finished"
+    assert len(losses(straight)) == 12 and np.isfinite(losses(straight)).all()
+    heldout = [r for r in iter_log(straight / "metrics.jsonl") if r["kind"] == "heldout"]
+    assert [r["step"] for r in heldout] == [6, 12]
+    assert set(heldout[0]["l1"]) == {"tabletop", "metaworld_sawyer"} and "eef.dx" in heldout[0]["l1"]["tabletop"]
+    from vla.policy import load_policy
+
+    assert set(load_policy(straight, device="cpu").embodiments) == {"tabletop", "metaworld_sawyer"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_and_resume_give_the_uninterrupted_run_bit_for_bit(demos, straight, tmp_path, workers):
+    values = config_for(demos, tmp_path / "killed", run__workers=workers)
+    process = launch(tmp_path, values, wait=False)
+    log, stop_at = tmp_path / "killed/metrics.jsonl", random.Random(workers).randint(3, 10)
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline and len(list(iter_log(log))) < stop_at:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, output = launch(tmp_path, values, "--resume")
+    assert code == 0, output
+    assert losses(tmp_path / "killed") == losses(straight)
+    last = "checkpoints/step_00000012/state.safetensors"
+    a, b = load_file(tmp_path / "killed" / last), load_file(straight / last)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_learn_what_one_does(demos, straight, tmp_path):
+    code, output = launch(tmp_path, config_for(demos, tmp_path / "two", run__processes=2), processes=2)
+    assert code == 0, output
+    assert np.allclose(losses(tmp_path / "two"), losses(straight), rtol=1e-4)
+    a, b = (load_file(p / "policy/model.safetensors") for p in (tmp_path / "two", straight))
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+
+
+def test_accumulation_equals_the_whole_batch(demos, straight, tmp_path):
+    train(build(config_for(demos, tmp_path / "micro", optim__micro_batch=3, run__eval_every=100)))
+    assert np.allclose(losses(tmp_path / "micro"), losses(straight), rtol=1e-5)
+
+
+def test_sigterm_saves_and_exits_75(demos, tmp_path):
+    values = config_for(demos, tmp_path / "term", run__steps=5000, run__save_every=4000, run__eval_every=4000)
+    process = launch(tmp_path, values, processes=1, wait=False)
+    log = tmp_path / "term/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline and len(list(iter_log(log))) < 3:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    for _ in range(200):  # the launcher may be gone before the trainer has saved
+        status = json.loads((tmp_path / "term/STATUS.json").read_text())
+        if status["state"] != "running":
+            break
+        time.sleep(0.1)
+    assert status["state"] == "preempted" and list((tmp_path / "term/checkpoints").glob("step_*/manifest.json"))
+
+
+def test_fewer_processes_than_asked_is_refused(demos, tmp_path):
+    with pytest.raises(UsageError, match="1 process"):
+        train(build(config_for(demos, tmp_path / "x", run__processes=2)))
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_existing_run_is_never_overwritten_and_a_changed_config_is_refused(demos, straight):
+    before = sorted((p, p.stat().st_mtime_ns) for p in (straight / "checkpoints").rglob("*"))
+    with pytest.raises(UsageError, match="--resume"):
+        train(build(config_for(demos, straight)))
+    with pytest.raises(UsageError, match=r"policy.codec.bins.*\n.*\n.*--allow-change policy.codec.bins"):
+        train(build(config_for(demos, straight, policy__codec={"bins": 128})), resume=True)
+    assert sorted((p, p.stat().st_mtime_ns) for p in (straight / "checkpoints").rglob("*")) == before
+
+
+def test_non_finite_gradients_are_not_applied_and_stop_the_run(demos, tmp_path, monkeypatch):
+    from vla.policy import Loss, VLAPolicy
+
+    forward, calls = VLAPolicy.forward, []
+
+    def broken(self, batch):
+        loss = forward(self, batch)
+        calls.append(1)
+        return Loss(loss.action * (float("nan") if len(calls) > 3 else 1.0), loss.action_count, loss.end, loss.end_count, loss.correct)
+
+    monkeypatch.setattr(VLAPolicy, "forward", broken)
+    with pytest.raises(DivergedError, match="3 steps"):
+        train(build(config_for(demos, tmp_path / "nan", optim__ema=0.0, run__eval_every=100)))
+    assert json.loads((tmp_path / "nan/STATUS.json").read_text())["state"] == "diverged"
+    saved = load_file(tmp_path / "nan/checkpoints/step_00000004/state.safetensors")  # one bad step was skipped before it
+    assert all(torch.isfinite(t).all() for t in saved.values())
+
+
+def test_learning_rate_warms_up_and_decays(tmp_path):
+    config = build({"run": {"out": "x", "steps": 100}, "mixture": {"datasets": [{"path": "x"}]}, "optim": {"warmup": 10}})
+    rates = [learning_rate(s, config) for s in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and rates[10] == pytest.approx(1e-3) and rates[99] < 1e-6
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
