@@ -56,7 +56,7 @@ demo-full: setup  ## five Meta-World tasks in one policy, with the curve over tr
 smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 minutes; learns nothing)
 	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke
 	$(call stage,Recording a handful of demonstrations in both simulators,30 s)
-	vla data record --suite tabletop --episodes 12 --seed 0 --out data/smoke-tabletop
+	vla data record --suite tabletop --episodes 20 --seed 0 --out data/smoke-tabletop
 	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 3 --seed 0 --out data/smoke-metaworld
 	$(call stage,Training for a few steps,40 s)
 	vla train configs/smoke/train.yaml

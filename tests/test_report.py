@@ -124,8 +124,8 @@ def test_everything_is_in_one_file(whole):
     assert write_report(whole) == whole / "report.html" and not (whole / "report.html.part").exists()
     for section in ("verdict", "rollouts", "controls", "tasks", "curves", "setup"):
         assert f'<section id="{section}"' in page
-    for text in ("95<span>%</span>", "19 of 20 fresh scenes", "3,593 episodes", "swap: does the original", "mujoco", "e" * 16,
-                 "Success over training",
+    for text in ("95<span>%</span>", "19 of 20 fresh, [85, 100] %", "3,593 episodes", "swap: does the original", "mujoco",
+                 "e" * 16, "Success over training",
                  "Held-out action error, tabletop", "990 of 990 steps", "symbols 0–255, 5 steps",
                  "tabletop (argmax)", "1 min 39 s"):  # fmt: skip
         assert text in page, text

@@ -173,8 +173,9 @@ def _read_tasks(root: Path, info: dict[str, Any], problems: Problems) -> list[st
         by_index = dict(zip(table["task_index"], text, strict=True))
         count = int(info.get("total_tasks") or len(by_index))
         return [str(by_index[number]) for number in range(count)]
-    except (OSError, pa.ArrowException, StopIteration, KeyError) as error:
-        problems.add(path, found=short(error), expected="columns task_index and task", fix=RESTORE)
+    except (OSError, pa.ArrowException, StopIteration, KeyError, ValueError) as error:
+        found = short(error) if path.is_file() else "no such file"
+        problems.add(path, found=found, expected="columns task_index and task", fix=RESTORE)
         return []
 
 

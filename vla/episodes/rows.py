@@ -75,6 +75,7 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
         problems.add(layout.root / "meta" / "tasks.parquet", found=f"task_index up to {task.max()} in the data",
                      expected=f"below {len(layout.instructions)}, the number of tasks", fix=RESTORE)  # fmt: skip
     timestamp = _column(table, "timestamp", np.float64)[order]
+    _check_rate(layout, timestamp, starts, problems)
     return Rows(episodes, starts, wide["state"], wide["action"], task, timestamp)
 
 
@@ -125,6 +126,19 @@ def _check_finite(
         problems.add(f"{layout.root}, episode {episode}, frame {frame - starts[episode]}, {key}[{d}] ({name})",
                      found=f"{values[frame, d]}{more}", expected="a finite number",
                      fix="repair or drop this episode; a NaN in an action would become a full-scale move")  # fmt: skip
+
+
+def _check_rate(layout: Layout, timestamp: np.ndarray, starts: np.ndarray, problems: Problems) -> None:
+    """Rows must follow each other by 1 / fps, give or take half of it."""
+    steps = np.diff(timestamp)
+    steps[starts[1:-1] - 1] = 1 / layout.fps  # from one episode to the next
+    wrong = np.flatnonzero(~(np.abs(steps - 1 / layout.fps) <= 0.5 / layout.fps))
+    if len(wrong):
+        episode = int(np.searchsorted(starts, wrong[0], "right")) - 1
+        problems.add(f"{layout.root}, episode {episode}, frame {wrong[0] - starts[episode]}, timestamp",
+                     found=f"{steps[wrong[0]]:g} s to the next row ({len(wrong)} such steps)",
+                     expected=f"{1 / layout.fps:g} s, since meta/info.json says {layout.fps:g} fps",
+                     fix="correct fps in meta/info.json, or resample the episode")  # fmt: skip
 
 
 def _check_statistics(layout: Layout, key: str, values: np.ndarray, problems: Problems) -> None:

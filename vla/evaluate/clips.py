@@ -21,6 +21,9 @@ from vla.evaluate.pool import Trace
 SIDE = 240
 """Pixels of a film's picture."""
 
+PER_GROUP = 2
+"""Successes, and failures, filmed of one group: more of the same teaches nothing."""
+
 Play = Callable[[Sequence[Job], Callable[[], object]], tuple[dict[int, Outcome], dict[int, Trace]]]
 
 
@@ -35,7 +38,7 @@ def choose(jobs: Sequence[Job], outcomes: Mapping[int, Outcome], most: int) -> l
     lost = {g: [job for job in own[g] if not outcomes[job.id].success] for g in groups}
     swapped = {(job.group, job.seed): job for job in jobs if job.condition == "swap" and job.judged}
     picked: dict[int, Job] = {}
-    for turn in range(most):
+    for turn in range(min(most, PER_GROUP)):
         for group in groups:
             twins = [swapped[group, job.seed] for job in won[group][:1] if (group, job.seed) in swapped]
             for some in (won[group], lost[group], twins):

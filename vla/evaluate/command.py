@@ -10,6 +10,8 @@ from typing import Any
 
 from vla.evaluate import CONDITIONS, REPORT_SEED, evaluate, text_table
 from vla.evaluate.demos import demos_of, roots_in
+from vla.evaluate.jobs import check_conditions
+from vla.sims import expand_tasks
 
 EXAMPLE = """\
 examples:
@@ -71,15 +73,16 @@ def run_folder(path: Path) -> Path | None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `vla eval`; 0 when the evaluation was made, whatever it found."""
+    expand_tasks(args.suite, args.task)
+    conditions = check_conditions([name.strip() for name in args.conditions.split(",") if name.strip()])
     from vla.policy import load_policy  # the only heavy import, after the arguments are known to be sound
 
     path = Path(args.policy)
     folder = run_folder(path)
     out = args.out or (folder / "eval" / f"{args.suite}.json" if folder else None)
     results = evaluate(
-        load_policy(path), args.suite, args.task, args.episodes, args.seed,
-        [name.strip() for name in args.conditions.split(",") if name.strip()], execute=args.execute, decode=args.decode,
-        out=out, workers=args.workers, demos=demos_of(roots_in(folder / "config.yaml")) if folder else None,
+        load_policy(path), args.suite, args.task, args.episodes, args.seed, conditions, execute=args.execute,
+        decode=args.decode, out=out, workers=args.workers, demos=demos_of(roots_in(folder / "config.yaml")) if folder else None,
         clips=0 if args.no_clips else 8, progress=not args.json,
     )  # fmt: skip
     print(json.dumps(results) if args.json else text_table(results))

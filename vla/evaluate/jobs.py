@@ -126,7 +126,7 @@ def check_seeds(policy: Actor, suite: str, seed: int, episodes: int) -> None:
     """
     last = seed + episodes - 1
     clashes = [
-        f"{task}: {max(seed, low)}..{min(last, high)}"
+        f"{task}: {max(seed, low)}" + (f"..{min(last, high)}" if max(seed, low) < min(last, high) else "")
         for task, ranges in policy.recorded_seeds.get(suite, {}).items()
         for low, high in ranges
         if low <= last and seed <= high

@@ -97,9 +97,9 @@ def verdict(run: Gathered) -> str:
             ]
             rest = "".join(f"<li><span>{label}</span><b>{percent(p['rate'])} %</b></li>" for label, p in beside)
             tiles.append(
-                f'<article class="card tile"><h3>{escape(group)}<small>{escape(results["suite"])}</small></h3>'
+                f'<article class="card tile"><p class="over">{escape(results["suite"])}</p><h3>{escape(group)}</h3>'
                 f'<p class="big">{percent(part["rate"])}<span>%</span></p>{interval_bar(part, "own")}'
-                f'<p class="muted">{part["successes"]} of {part["n"]} fresh scenes, {interval(part)} %</p>'
+                f'<p class="muted">{part["successes"]} of {part["n"]} fresh, {interval(part)} %</p>'
                 f"<ul>{rest}</ul></article>"
             )
     if not tiles:
@@ -110,7 +110,7 @@ def verdict(run: Gathered) -> str:
     return f'<section id="verdict" aria-label="Success on fresh scenes"><div class="tiles">{"".join(tiles)}</div></section>'
 
 
-BESIDE = {"train": "on training scenes", "swap: does the original": "swapped: does the original", "blank": "blank image",
+BESIDE = {"train": "on training scenes", "swap: does the original": "swapped: the original", "blank": "blank image",
           "replay": "replayed demonstration", "expert": "scripted expert"}  # fmt: skip
 """Lines of the table repeated under a verdict."""
 
