@@ -41,13 +41,15 @@ demo: setup  ## the main job: record, train one policy on two robots, evaluate w
 	vla report runs/demo
 	$(call total,make demo)
 
-FULL_TASKS := button-press-topdown-v3 drawer-open-v3 door-open-v3 window-open-v3 drawer-close-v3
-demo-full: setup  ## five Meta-World tasks in one policy, with the curve over training (up to 2 hours)
-	$(call stage,Recording 5 x 100 Meta-World demonstrations,10 min)
-	vla data record --suite metaworld --episodes 100 --seed 0 --out data/metaworld-full $(FULL_TASKS:%=--task %)
-	$(call stage,Training one policy on all of them,60 min)
+FULL_TASKS := button-press-topdown-v3 drawer-open-v3 door-open-v3 window-open-v3 window-close-v3 drawer-close-v3
+demo-full: setup  ## six Meta-World tasks in one policy, with the curve over training (up to 2 hours)
+	$(call stage,Recording 600 demonstrations of six Meta-World tasks,10 min)
+	vla data record --suite metaworld $(FULL_TASKS:%=--task %) --episodes 600 --seed 0 --out data/metaworld-full
+	$(call stage,Training one policy on all of them,45 min)
 	vla train configs/train/demo_full.yaml
-	$(call stage,Evaluating with matched controls,20 min)
+	$(call stage,The curve over training: every checkpoint on validation scenes,15 min)
+	vla eval runs/demo-full --suite metaworld $(FULL_TASKS:%=--task %) --episodes 20 --curve
+	$(call stage,50 fresh scenes per task with matched controls,20 min)
 	vla eval runs/demo-full --suite metaworld $(FULL_TASKS:%=--task %) --episodes 50 --seed 900000 --out runs/demo-full/eval/metaworld.json
 	$(call stage,The report,10 s)
 	vla report runs/demo-full

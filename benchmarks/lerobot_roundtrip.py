@@ -3,8 +3,8 @@
 Builds a throw-away environment with the newest `lerobot` that installs on the given Python, then compares every frame,
 action, state and task both ways. lerobot is never a dependency of ours, so this is a script and not part of the tests.
 
-    python benchmarks/lerobot_roundtrip.py --dir /tmp/roundtrip
-    python benchmarks/lerobot_roundtrip.py --dir /tmp/roundtrip --python python3.12
+    python benchmarks/lerobot_roundtrip.py --dir roundtrip
+    python benchmarks/lerobot_roundtrip.py --dir roundtrip --python python3.12
 
 The first run installs some gigabytes; `--dir` keeps them for the next. Exit code 0 means that everything agreed.
 

@@ -302,7 +302,8 @@ def add_record_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `vla data record`. Returns 0, or 130 after Ctrl-C (what was recorded is kept)."""
+    """Carry out `vla data record`. Returns 0, or 130 after Ctrl-C or SIGTERM (what was recorded is kept)."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         summary = record(
             args.suite, args.task, args.episodes, args.seed, args.out, noise=args.noise, workers=args.workers,
@@ -311,6 +312,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.out} holds what was recorded so far. Run the same command again to continue.")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if args.json:
         print(json.dumps(summary))
         return 0

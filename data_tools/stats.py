@@ -105,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
     stats = {key: value for key, value in stats.items() if value["min"]}
     for camera in store.cameras:
         pixels = PixelStats()
-        for index in range(store.num_frames):
-            pixels = pixels + PixelStats.of(store.frame(camera, index)[None])
+        for start in range(0, store.num_frames, 64):
+            block = range(start, min(start + 64, store.num_frames))
+            pixels = pixels + PixelStats.of(np.stack([store.frame(camera, index) for index in block]))
         stats[store.camera_key(camera)] = pixels.to_json()
     if args.write:
         path = args.root / "meta" / "stats.json"

@@ -17,6 +17,12 @@ def save(run, step, value=1.0, keep=3):
     return run.save(step, {"w": torch.full((100,), value)}, {"config": {}}, lambda into: into.mkdir(), keep)
 
 
+def newest_step(run):
+    found = run.newest()
+    assert found
+    return found[1]["step"]
+
+
 def test_newest_intact_checkpoint_wins_and_damage_is_named(tmp_path):
     run, said = Run(tmp_path), []
     for step in (1, 2, 3):
@@ -26,7 +32,9 @@ def test_newest_intact_checkpoint_wins_and_damage_is_named(tmp_path):
     data[-1] ^= 1  # safetensors alone would load this
     state.write_bytes(data)
     (tmp_path / "checkpoints/step_00000002/training.json").unlink()
-    folder, facts, tensors = run.newest(said.append)
+    found = run.newest(said.append)
+    assert found
+    folder, facts, tensors = found
     assert facts["step"] == 1 and tensors["w"][0] == 1.0 and folder.name == "step_00000001"
     assert any("sha256" in s for s in said) and any("missing" in s for s in said)
 
@@ -46,7 +54,7 @@ def test_pruning_keeps_the_newest(tmp_path):
     run = Run(tmp_path)
     for step in range(1, 6):
         save(run, step, keep=2)
-    assert run.steps() == [4, 5] and run.newest()[1]["step"] == 5
+    assert run.steps() == [4, 5] and newest_step(run) == 5
     assert Run(tmp_path / "empty").newest() is None
 
 
@@ -85,7 +93,7 @@ except MachineError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("refused:"), done.stderr
     run = Run(tmp_path)
-    assert run.steps() == [1] and run.newest()[1]["step"] == 1
+    assert run.steps() == [1] and newest_step(run) == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
 

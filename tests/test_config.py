@@ -27,7 +27,8 @@ def write(tmp_path):
 
 
 def test_overrides_reach_dictionaries_lists_and_defaults(write):
-    config = load_config(write(GOOD), ["optim.lr=3e-4", "mixture.datasets.1.weight=5", "policy.decoding=autoregressive"], TrainConfig)
+    overrides = ["optim.lr=3e-4", "mixture.datasets.1.weight=5", "policy.decoding=autoregressive"]
+    config = load_config(write(GOOD), overrides, TrainConfig)
     assert config.optim.lr == 3e-4 and config.mixture.datasets[1].weight == 5 and config.policy.decoding == "autoregressive"
     with pytest.raises(Exception, match="frozen"):
         config.run.steps = 3  # pyright: ignore

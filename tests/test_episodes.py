@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +20,10 @@ from PIL import Image
 from small_datasets import SIZE, content, make_episode, small_spec, write_dataset
 
 import vla.episodes.cache as cache
+from data_tools.stats import add_stats_parser
 from vla.embodiment import load_embodiment
 from vla.episodes import EpisodeStore
+from vla.errors import DataError
 
 
 def open_quietly(root: Path, **kw) -> EpisodeStore:
@@ -102,7 +106,7 @@ def _child(store: EpisodeStore, queue) -> None:
 def test_a_store_works_in_forked_and_spawned_workers(root: Path, method: str):
     store = open_quietly(root)
     expected = (_digest(store), float(store.action.sum()))  # opened and used before the fork
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
     workers = [context.Process(target=_child, args=(store, queue)) for _ in range(2)]
     for worker in workers:
@@ -203,11 +207,34 @@ def test_episodes_in_another_order_than_their_video(root: Path):
 
 def test_missing_statistics_are_computed_when_asked_for(root: Path):
     exact = open_quietly(root).stats
-    (root / "meta/stats.json").unlink()
+    path = root / "meta/stats.json"
+    path.write_text(json.dumps(exact | {"action": exact["action"] | {"max": [0.1] * 4}}))
+    assert np.allclose(open_quietly(root, compute_stats=True).stats["action"]["max"], exact["action"]["max"])
+    with pytest.raises(DataError, match="spans"):  # also when the decoded frames are already there
+        open_quietly(root)
+    path.unlink()
     store = open_quietly(root, compute_stats=True)
     for key in ("action", "observation.state"):
         for name in ("min", "max", "mean", "std", "q01", "q99"):
             assert np.allclose(store.stats[key][name], exact[key][name], atol=1e-9)
+
+
+def test_the_statistics_command_mends_a_dataset(root: Path, capsys: pytest.CaptureFixture):
+    exact = json.loads((root / "meta/stats.json").read_text())
+    (root / "meta/stats.json").unlink()
+    parser = argparse.ArgumentParser()
+    add_stats_parser(parser.add_subparsers())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLA_CACHE", str(root.parent / "cache"))
+        args = parser.parse_args(["stats", str(root), "--json"])
+        assert args.run(args) == 0 and not (root / "meta/stats.json").exists()
+        args = parser.parse_args(["stats", str(root), "--json", "--write"])
+        assert args.run(args) == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown == json.loads((root / "meta/stats.json").read_text())
+    for key, entry in shown.items():
+        assert all(np.allclose(entry[name], exact[key][name], atol=1e-9) for name in exact[key])
+    assert open_quietly(root).num_episodes == 6
 
 
 def test_two_processes_that_open_at_once_decode_once(root: Path):

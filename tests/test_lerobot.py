@@ -103,7 +103,8 @@ def test_statistics_are_exact_over_several_commits(tmp_path: Path):
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_pixel_statistics_equal_numpys(n: int, seed: int):
     rng = np.random.default_rng(seed)
-    pixels = rng.integers(*sorted(rng.choice(257, 2, replace=False)), (n, 1, 1, 3), dtype=np.uint8)
+    low, high = sorted(rng.choice(257, 2, replace=False))
+    pixels = rng.integers(low, high, (n, 1, 1, 3), dtype=np.uint8)
     half = n // 2
     found = (PixelStats.of(pixels[:half]) + PixelStats.of(pixels[half:])).to_json()
     flat = pixels.reshape(-1, 3) / 255

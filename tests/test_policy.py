@@ -64,7 +64,7 @@ def test_gradient_reaches_every_part(mixture):
 def test_image_state_and_instruction_matter(policy, mixture):
     seen = observation(mixture)
     black = {"images": {k: np.zeros_like(v) for k, v in seen["images"].items()}, "state": seen["state"]}
-    moved = {"images": seen["images"], "state": seen["state"] + np.float32([0.1, 0, 0, 0])}
+    moved = {"images": seen["images"], "state": seen["state"] + np.array([0.1, 0, 0, 0], np.float32)}
 
     def logits(seen, text, drop=False):
         example = policy.encoder.observation(seen, text, "tabletop", drop)

@@ -16,7 +16,6 @@ import yaml
 from safetensors.torch import load_file
 
 from vla.checkpoint import iter_log
-from vla.cli import launch_line
 from vla.config import validate
 from vla.errors import DivergedError, UsageError
 from vla.train import TrainConfig, learning_rate, train
@@ -47,18 +46,25 @@ def losses(out: Path) -> list:
     return [r["loss"] for r in iter_log(out / "metrics.jsonl") if r["kind"] == "train"]
 
 
-def launch(tmp_path: Path, values: dict, *extra: str, processes: int = 1, wait: bool = True):
-    """The documented command line, in processes of its own."""
+def start(tmp_path: Path, values: dict, *extra: str) -> subprocess.Popen[str]:
+    """The documented command line, in a process group of its own."""
     path = tmp_path / f"{Path(values['run']['out']).name}.yaml"
     path.write_text(yaml.safe_dump(values))
-    command, environment = launch_line(processes, 1)
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:], "-m", "vla.train", str(path), *extra]
-    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True)  # fmt: skip
-    if not wait:
-        return process
+    command = [sys.executable, "-m", "vla.cli", "train", str(path), *extra]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def launch(tmp_path: Path, values: dict, *extra: str) -> tuple[int, str]:
+    process = start(tmp_path, values, *extra)
     output, _ = process.communicate(timeout=240)
     return process.returncode, output
+
+
+def wait_for_lines(process: subprocess.Popen[str], log: Path, count: int) -> None:
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline and len(list(iter_log(log))) < count:
+        time.sleep(0.01)
+    assert len(list(iter_log(log))) >= count
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +89,8 @@ def test_a_run_leaves_a_policy_a_log_and_a_status(straight):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigkill_and_resume_give_the_uninterrupted_run_bit_for_bit(demos, straight, tmp_path, workers):
     values = config_for(demos, tmp_path / "killed", run__workers=workers)
-    process = launch(tmp_path, values, wait=False)
-    log, stop_at = tmp_path / "killed/metrics.jsonl", random.Random(workers).randint(3, 10)
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline and len(list(iter_log(log))) < stop_at:
-        time.sleep(0.01)
+    process = start(tmp_path, values)
+    wait_for_lines(process, tmp_path / "killed/metrics.jsonl", random.Random(workers).randint(3, 10))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     code, output = launch(tmp_path, values, "--resume")
@@ -99,7 +102,7 @@ def test_sigkill_and_resume_give_the_uninterrupted_run_bit_for_bit(demos, straig
 
 
 def test_two_processes_learn_what_one_does(demos, straight, tmp_path):
-    code, output = launch(tmp_path, config_for(demos, tmp_path / "two", run__processes=2), processes=2)
+    code, output = launch(tmp_path, config_for(demos, tmp_path / "two", run__processes=2))
     assert code == 0, output
     assert np.allclose(losses(tmp_path / "two"), losses(straight), rtol=1e-4)
     a, b = (load_file(p / "policy/model.safetensors") for p in (tmp_path / "two", straight))
@@ -111,21 +114,27 @@ def test_accumulation_equals_the_whole_batch(demos, straight, tmp_path):
     assert np.allclose(losses(tmp_path / "micro"), losses(straight), rtol=1e-5)
 
 
-def test_sigterm_saves_and_exits_75(demos, tmp_path):
-    values = config_for(demos, tmp_path / "term", run__steps=5000, run__save_every=4000, run__eval_every=4000)
-    process = launch(tmp_path, values, processes=1, wait=False)
-    log = tmp_path / "term/metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline and len(list(iter_log(log))) < 3:
-        time.sleep(0.02)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_exits_75(demos, tmp_path, processes):
+    """The whole group is signalled, as a scheduler does it; launchers would report 1."""
+    values = config_for(demos, tmp_path / "term", run__steps=5000, run__save_every=4000, run__eval_every=4000,
+                        run__processes=processes, run__workers=processes - 1)  # fmt: skip
+    process = start(tmp_path, values)
+    wait_for_lines(process, tmp_path / "term/metrics.jsonl", 3)
     os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-    for _ in range(200):  # the launcher may be gone before the trainer has saved
-        status = json.loads((tmp_path / "term/STATUS.json").read_text())
-        if status["state"] != "running":
-            break
-        time.sleep(0.1)
-    assert status["state"] == "preempted" and list((tmp_path / "term/checkpoints").glob("step_*/manifest.json"))
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output
+    assert json.loads((tmp_path / "term/STATUS.json").read_text())["state"] == "preempted"
+    assert list((tmp_path / "term/checkpoints").glob("step_*/manifest.json"))
+
+
+def test_exit_codes_reach_the_shell(demos, tmp_path):
+    missing = config_for(demos, tmp_path / "x", run__processes=2)
+    missing["mixture"]["datasets"][0]["path"] = str(tmp_path / "nowhere")
+    code, output = launch(tmp_path, missing)
+    assert code == 3 and "nowhere" in output and "Traceback" not in output
+    code, output = launch(tmp_path, config_for(demos, tmp_path / "x"), "optim.lrr=1")
+    assert code == 2 and "did you mean 'lr'" in output and not (tmp_path / "x").exists()
 
 
 def test_fewer_processes_than_asked_is_refused(demos, tmp_path):
@@ -151,7 +160,8 @@ def test_non_finite_gradients_are_not_applied_and_stop_the_run(demos, tmp_path, 
     def broken(self, batch):
         loss = forward(self, batch)
         calls.append(1)
-        return Loss(loss.action * (float("nan") if len(calls) > 3 else 1.0), loss.action_count, loss.end, loss.end_count, loss.correct)
+        factor = float("nan") if len(calls) > 3 else 1.0
+        return Loss(loss.action * factor, loss.action_count, loss.end, loss.end_count, loss.correct)
 
     monkeypatch.setattr(VLAPolicy, "forward", broken)
     with pytest.raises(DivergedError, match="3 steps"):

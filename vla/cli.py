@@ -6,7 +6,11 @@ import argparse
 import importlib
 import os
 import shlex
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             add(subparsers)
         else:
             subparsers.add_parser(verb, help=line)
-    args = parser.parse_intermixed_args(argv) if wanted == "train" else parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
     except VLAError as error:
@@ -62,9 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_data_parser(subparsers: Any) -> None:
     from data_tools.record import add_record_parser
+    from data_tools.stats import add_stats_parser
 
     data = subparsers.add_parser("data", help=VERBS["data"][2], description=VERBS["data"][2])
-    add_record_parser(data.add_subparsers(dest="what", metavar="WHAT", required=True))
+    jobs = data.add_subparsers(dest="what", metavar="WHAT", required=True)
+    add_record_parser(jobs)
+    add_stats_parser(jobs)
 
 
 def _add_train_parser(subparsers: Any) -> None:
@@ -93,8 +100,22 @@ def _train(args: argparse.Namespace) -> int:
     command += [word for key in args.allow_change for word in ("--allow-change", key)]
     shown = " ".join([*(f"{k}={v}" for k, v in environment.items()), shlex.join(command)])
     print(f"$ {shown}", file=sys.stderr, flush=True)
-    os.execvpe(sys.executable, [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]],
-               os.environ | environment)  # fmt: skip
+    return _launch([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]], environment)
+
+
+def _launch(command: list[str], environment: dict[str, str]) -> int:
+    """Run the launcher, pass signals on, and return the *trainer's* exit code: launchers turn every failure into 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "exit-code"
+        child = subprocess.Popen(command, env=os.environ | environment | {"TENDON_EXIT_CODE": str(said)})
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: child.send_signal(number))
+        code = child.wait()
+        for _ in range(300):  # a one-process launcher may be gone before the trainer has saved itself
+            if code == 0 or said.is_file():
+                break
+            time.sleep(0.1)
+        return int(said.read_text()) if said.is_file() else code
 
 
 def launch_line(processes: int, threads: int | None) -> tuple[list[str], dict[str, str]]:

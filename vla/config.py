@@ -110,7 +110,7 @@ def _apply(values: dict, override: str) -> tuple:
     at: Any = values
     try:
         for part in parents:
-            at = at[part] if isinstance(at, list) else at.setdefault(part, {})
+            at = at[part] if isinstance(at, list) else at.setdefault(part, {})  # pyright: ignore
         at[last] = _value(raw)
     except (TypeError, AttributeError, IndexError, KeyError) as error:
         raise UsageError(f"override {override!r}", found=f"{key} does not lead to a mapping",

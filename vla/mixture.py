@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -47,7 +48,7 @@ class MixtureConfig(Config):
     datasets: list[DatasetConfig] = Field(min_length=1)
     holdout: float = Field(default=0.02, ge=0, lt=1)
     """Share of each dataset's episodes kept out of training (at least one), chosen by a keyed hash; for open-loop figures."""
-    frames: str = Field(default="raw", pattern="^(raw|jpeg)$")
+    frames: Literal["raw", "jpeg"] = "raw"
     """How the training cache stores frames."""
     cache_dir: str | None = None
 

@@ -10,6 +10,7 @@ functions of (seed, n) or (seed, step, rank), and no random state is ever saved.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -37,6 +38,10 @@ from vla.loader import make_loader, split_batch
 from vla.mixture import MixtureConfig, mix, open_mixture
 from vla.open_loop import describe, evaluate_open_loop
 from vla.policy import PolicyConfig, build_policy, read_policy, save_policy
+
+
+class _OtherRank(Exception):
+    """The main process has an error to report; this one only stops."""
 
 
 class OptimConfig(Config):
@@ -96,7 +101,7 @@ _RESUMABLE = ("run.out", "run.log_every", "run.eval_every", "run.eval_windows", 
 
 def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ...] = ()) -> Path:
     """Run to the end and return the run folder. See the module docstring; raises `VLAError`s."""
-    state = PartialState(cpu=None if torch.cuda.is_available() else True)
+    state = PartialState(cpu=not torch.cuda.is_available())
     rank, world = state.process_index, state.num_processes
     if world != config.run.processes:
         raise UsageError("run.processes", found=f"{world} process(es) started", expected=str(config.run.processes),
@@ -113,26 +118,39 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     run = Run(Path(config.run.out))
 
     # ------------------------------------------------------------------------------------ what there is already
-    found = None
-    if main:
-        run.claim()
-    with state.main_process_first():  # the main process builds caches; the others then find them
+    def open_all() -> tuple:
         found = run.newest(say)
         if found and not resume:
             raise UsageError(run.root, found=f"a run at step {found[1]['step']}", expected="an empty run folder",
                              fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
-        mixture, heldout = open_mixture(config.mixture, config.policy.chunk, config.run.seed, progress=main)
+        if found:
+            _check_unchanged(found[1]["config"], config, run.root, allow_change)
+        return found, *open_mixture(config.mixture, config.policy.chunk, config.run.seed, progress=main)
+
+    opened, problem = None, None
+    if main:  # the main process looks first and builds caches; the others then find them, or stop with it
+        try:
+            existed = run.root.exists()
+            run.claim()
+            opened = open_all()
+        except VLAError as error:
+            problem = error
+            run.release()
+            if not existed:
+                shutil.rmtree(run.root, ignore_errors=True)  # a run that never began leaves nothing behind
+    if _sum_over_ranks(torch.tensor(float(problem is not None), device=accelerator.device)) > 0:
+        raise problem or _OtherRank()
+    found, mixture, heldout = opened or open_all()
     for line in mixture.report(config.run.steps, config.optim.batch):
         say("  ".join(f"{key} {value}" for key, value in line.items()))
 
     # ------------------------------------------------------------------------------------ policy and optimizer
     torch.manual_seed(config.run.seed)
     if found:
-        _check_unchanged(found[1]["config"], config, run.root, allow_change)
         policy = read_policy(found[0] / "policy").train()
     else:
         policy = build_policy(config.policy, mixture).train()
-    names = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     decayed = [p for n, p in policy.named_parameters() if p.requires_grad and p.ndim >= 2 and "embed" not in n]
     plain = [p for p in names if all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW(
@@ -171,7 +189,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         try:
             with _averaged(names, ema):
                 folder = run.save(step, tensors, facts, partial(save_policy, policy), config.run.keep)
-                publish(run.root / "policy", partial(shutil.copytree, folder / "policy"))
+                publish(run.root / "policy", partial(_copy, folder / "policy"))
         except MachineError as error:
             if config.run.on_save_error == "stop":
                 raise
@@ -211,7 +229,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                     accelerator.backward(total * world)
                 losses.append(loss)
                 totals.append(total.detach())
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip)
+            norm = torch.as_tensor(accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip))
             if torch.isfinite(norm):
                 optimizer.step()
                 bad_steps = 0
@@ -304,7 +322,11 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _update_average(ema: dict[str, Tensor], names: dict[Tensor, str], decay: float) -> None:
-    torch._foreach_lerp_([ema[name] for name in names.values()], [p.detach() for p in names], 1 - decay)
+    torch._foreach_lerp_([ema[name] for name in names.values()], [p.detach() for p in names], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _copy(source: Path, into: Path) -> None:
+    shutil.copytree(source, into)
 
 
 class _averaged:
@@ -369,23 +391,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="a key that may differ on resume")
     parser.add_argument("--json", action="store_true", help="print the final status as JSON")
     args = parser.parse_intermixed_args(argv)
+    _die_with_launcher()
+    code, root = 0, None
     try:
         config = load_config(args.config, args.overrides, TrainConfig)
-        root = train(config, args.resume, tuple(args.allow_change))
+        root = Path(config.run.out)
+        train(config, args.resume, tuple(args.allow_change))
+    except _OtherRank:
+        code = 1
     except VLAError as error:
-        if PartialState().is_main_process:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        code = error.exit_code
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", "0")) == 0:
+    answer = os.environ.get("TENDON_EXIT_CODE")  # set by `vla train`: launchers do not pass an exit code on
+    if int(os.environ.get("RANK", "0")) != 0:
+        return 0 if answer else code
+    if root is not None and (root / "metrics.jsonl").is_file() and code not in (2, 3):
+        # A run that failed or was stopped gets its report too.
         from vla.report import write_report
 
-        report = write_report(root)
-        status = Run(root).read_status()
+        report, status = write_report(root), Run(root).read_status()
         print(json.dumps(status | {"report": str(report)}) if args.json else f"report: {report}")
-    return 0
+    if answer:
+        Path(answer).write_text(str(code))
+        return 0  # the error is printed already; the launcher would add a traceback of its own
+    return code
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux for SIGTERM when the parent goes: `accelerate launch` with one process dies without telling us."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -234,7 +235,7 @@ def test_disk_full_while_recording_keeps_every_committed_episode(tmp_path: Path)
 
     script, out = tmp_path / "run.py", tmp_path / "ds"
     script.write_text(_FULL.format(paths=[str(Path(__file__).parents[1]), *sys.path]))
-    toy = dict(workers=0, image_size=32, progress=False, make=ToySim)
+    toy: dict[str, Any] = dict(workers=0, image_size=32, progress=False, make=ToySim)
     record("tabletop", ["touch-red"], 5, 0, tmp_path / "five", **toy)
     limit = max(p.stat().st_size for p in (tmp_path / "five").rglob("*") if p.is_file()) + 500
     done = subprocess.run([sys.executable, script, out, str(limit)], capture_output=True, text=True, check=True)

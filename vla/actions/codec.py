@@ -13,10 +13,15 @@ from vla.errors import CheckpointError
 class ActionCodec(Protocol):
     """Chunk <-> symbols. N symbols stand for a chunk of (H, A); K is the number of different symbols."""
 
-    size: int
-    """K."""
-    centres: np.ndarray | None
-    """(K,) float32 value of each symbol when symbols are ordered bins of one dimension, else None."""
+    @property
+    def size(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def centres(self) -> np.ndarray | None:
+        """(K,) float32 value of each symbol when symbols are ordered bins of one dimension, else None."""
+        ...
 
     def encode(self, unit: np.ndarray) -> np.ndarray:
         """(..., H, A) in [-1, 1] -> (..., N) int64 in [0, K). Raises `DataError` on a non-finite value."""

@@ -32,7 +32,7 @@ class NanoVLMConfig(PreTrainedConfig):
     """Sizes of a `NanoVLM`. `text_config` is a `LlamaConfig`; its `vocab_size` is derived, never given."""
 
     model_type = "tendon_nano"
-    sub_configs = {"text_config": LlamaConfig}
+    sub_configs = {"text_config": LlamaConfig}  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -177,7 +177,8 @@ class NanoVLM(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.embedding_std)
         elif isinstance(module, NanoVLM):
@@ -200,7 +201,7 @@ class NanoVLM(PreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             at_image = input_ids == config.special_id("image")
             pixels = pixel_values.to(embeddings.dtype) * (2.0 / 255.0) - 1.0
-            grid = _coordinates(*pixels.shape[-2:], pixels.device).to(pixels.dtype)
+            grid = _coordinates(pixels.shape[-2], pixels.shape[-1], pixels.device).to(pixels.dtype)
             mid, patches = self.tower(torch.cat([pixels, grid.expand(len(pixels), -1, -1, -1)], dim=1))
             tokens = self.projector(patches.transpose(1, 2)) + self.patch_positions
             if self.keypoints is not None:

@@ -30,7 +30,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm import tqdm
 
-from vla.episodes.layout import RESTORE, STATE, Layout, Problems
+from vla.episodes.layout import RESTORE, STATE, Layout, Problems, check_statistics
 from vla.episodes.rows import Rows, Span, find_frames, read_rows
 from vla.errors import DataError, MachineError
 from vla.normalize import Stats
@@ -91,6 +91,9 @@ def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path
     key = hashlib.sha256(f"{fingerprint} {options}".encode()).hexdigest()
     entry = cache_dir / key[:32]
     if (entry / "cache.json").is_file():
+        # The rows were judged when the entry was built, but perhaps for a reader that did not care for statistics.
+        for name, exact in read_manifest(entry)["stats"].items():
+            check_statistics(layout, name, np.array(exact["min"]), np.array(exact["max"]), problems)
         problems.raise_if_any()
         return entry
     # Everything is judged before anything is written.
@@ -113,6 +116,11 @@ def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path
                                fix="free some space, set VLA_CACHE to a larger disk, or cache as jpeg") from error  # fmt: skip
         raise
     return entry
+
+
+def read_manifest(entry: Path) -> dict[str, Any]:
+    """`cache.json` of an entry: `frames`, `cameras`, `num_frames` and the exact `stats` of state and action."""
+    return json.loads((entry / "cache.json").read_text())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class Layout:
     instructions: list[str]
     stats: dict[str, dict[str, Any]]
     recording: dict[str, Any]
-    lacks_stats: list[str] = field(default_factory=list)
+    judge_stats: bool
+    """Whether `stats` are going to be used, so that missing or foreign ones are findings."""
 
     @property
     def fps(self) -> float:
@@ -101,17 +102,32 @@ def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool)
             cameras[key.removeprefix(IMAGES).removeprefix("observation.")] = key
     stats = _read_json(root / "meta" / "stats.json", problems) or {}
     recording = _read_json(root / "meta" / "recording.json", problems) or {}
-    lacks = _lacking_statistics(root, features, stats)
-    if need_stats:
-        for finding in lacks:
-            problems.add(root / "meta" / "stats.json", found=finding, expected=f"{', '.join(STATISTICS)} per feature",
-                         fix=RECOMPUTE.format(root))  # fmt: skip
+    for finding in _lacking_statistics(root, features, stats) if need_stats else []:
+        problems.add(root / "meta" / "stats.json", found=finding, expected=f"{', '.join(STATISTICS)} per feature",
+                     fix=RECOMPUTE.format(root))  # fmt: skip
     spec = _specification(root, embodiment, info, cameras, stats, problems)
-    layout = Layout(root, info, spec, cameras, _read_tasks(root, info, problems), stats, recording, lacks)
+    tasks = _read_tasks(root, info, problems)
+    layout = Layout(root, info, spec, cameras, tasks, stats, recording, need_stats)
     if layout.num_episodes < 1 or layout.num_frames < 1:
         problems.add(root / "meta" / "info.json", found=f"{layout.num_episodes} episodes, {layout.num_frames} frames",
                      expected="at least one of each", fix="record some, e.g. `vla data record --help`")  # fmt: skip
     return layout, problems
+
+
+def check_statistics(layout: Layout, key: str, lowest: np.ndarray, highest: np.ndarray, problems: Problems) -> None:
+    """Statistics of another dataset are worse than none: what the rows span must lie in [min, max] of their own."""
+    entry = layout.stats.get(key) or {}
+    if not layout.judge_stats or any(np.size(entry.get(name, ())) != lowest.size for name in ("min", "max")):
+        return
+    low, high = (np.asarray(entry[name], np.float64).reshape(-1) for name in ("min", "max"))
+    slack = 1e-4 * np.maximum(high - low, np.maximum(np.abs(low), np.abs(high))) + 1e-9
+    outside = (lowest < low - slack) | (highest > high + slack)
+    if outside.any():
+        d = int(np.argmax(outside))
+        problems.add(layout.root / "meta" / "stats.json",
+                     found=f"{key}[{d}] of the data spans {lowest[d]:g} to {highest[d]:g}",
+                     expected=f"within its statistics, {low[d]:g} to {high[d]:g}",
+                     fix=f"these are another dataset's statistics: {RECOMPUTE.format(layout.root)}")  # fmt: skip
 
 
 def _read_info(root: Path) -> dict[str, Any]:

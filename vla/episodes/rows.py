@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from av.error import FFmpegError
 
-from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, short
+from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, check_statistics, short
 
 _MOST_NAMED = 5
 """How many bad values of one kind are named one by one; the rest are counted."""
@@ -69,7 +69,9 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
             return None
         wide[part] = values = values[order]
         _check_finite(layout, key, values, starts, dims, problems)
-        _check_statistics(layout, key, values, problems)
+        finite = np.isfinite(values)
+        check_statistics(layout, key, values.min(0, initial=np.inf, where=finite),
+                         values.max(0, initial=-np.inf, where=finite), problems)  # fmt: skip
     task = _column(table, "task_index", np.int32)[order]
     if layout.instructions and (task.min() < 0 or task.max() >= len(layout.instructions)):
         problems.add(layout.root / "meta" / "tasks.parquet", found=f"task_index up to {task.max()} in the data",
@@ -139,23 +141,6 @@ def _check_rate(layout: Layout, timestamp: np.ndarray, starts: np.ndarray, probl
                      found=f"{steps[wrong[0]]:g} s to the next row ({len(wrong)} such steps)",
                      expected=f"{1 / layout.fps:g} s, since meta/info.json says {layout.fps:g} fps",
                      fix="correct fps in meta/info.json, or resample the episode")  # fmt: skip
-
-
-def _check_statistics(layout: Layout, key: str, values: np.ndarray, problems: Problems) -> None:
-    """Statistics of another dataset are worse than none: every value must lie in [min, max] of its own."""
-    entry = layout.stats.get(key) or {}
-    if not values.shape[1] or any(np.size(entry.get(name, ())) != values.shape[1] for name in ("min", "max")):
-        return
-    low, high = (np.asarray(entry[name], np.float64).reshape(-1) for name in ("min", "max"))
-    slack = 1e-4 * np.maximum(high - low, np.maximum(np.abs(low), np.abs(high))) + 1e-9
-    with np.errstate(invalid="ignore"):
-        outside = (np.nanmin(values, 0) < low - slack) | (np.nanmax(values, 0) > high + slack)
-    if outside.any():
-        d = int(np.argmax(outside))
-        problems.add(layout.root / "meta" / "stats.json",
-                     found=f"{key}[{d}] of the data spans {np.nanmin(values[:, d]):g} to {np.nanmax(values[:, d]):g}",
-                     expected=f"within its statistics, {low[d]:g} to {high[d]:g}",
-                     fix=f"these are another dataset's statistics: vla data stats {layout.root} --write")  # fmt: skip
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vla.embodiment import EmbodimentSpec
-from vla.episodes.cache import content_hash, default_cache, ensure
+from vla.episodes.cache import content_hash, default_cache, ensure, read_manifest
 from vla.episodes.layout import read_layout
 
 
@@ -47,8 +46,8 @@ class EpisodeStore:
         """Open a LeRobot v3.0 dataset, decoding it into the cache the first time.
 
         `frames`: `raw` is fastest, `jpeg` (quality 95, 4:4:4) about ten times smaller. `embodiment` overrides
-        `meta/embodiment.json`; without either, a spec is derived from the features. `compute_stats` fills missing state
-        and action statistics with exact ones; otherwise missing statistics are an error, never a guess.
+        `meta/embodiment.json`; without either, a spec is derived from the features. `compute_stats` replaces the state
+        and action statistics by exact ones; otherwise missing or foreign statistics are an error, never a guess.
 
         Raises `DataError` naming every problem at once (nothing is written then), `MachineError` when the disk is full.
         """
@@ -63,8 +62,8 @@ class EpisodeStore:
         self._keys = layout.cameras
         self._entry = entry
         self.stats = layout.stats
-        if compute_stats and layout.lacks_stats:
-            self.stats = layout.stats | json.loads((entry / "cache.json").read_text())["stats"]
+        if compute_stats:
+            self.stats = layout.stats | read_manifest(entry)["stats"]
         self.suite = str(layout.recording.get("suite", ""))
         self.recorded_seeds = {}
         for episode in layout.recording.get("episodes", [])[: layout.num_episodes]:
@@ -81,7 +80,7 @@ class EpisodeStore:
         self.state, self.action, self.episode_starts = column("state"), column("action"), np.array(column("starts"))
         self.task_of_frame = column("task")
         self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
-        self._jpeg = json.loads((self._entry / "cache.json").read_text())["frames"] == "jpeg"
+        self._jpeg = read_manifest(self._entry)["frames"] == "jpeg"
         # Per camera: frames per batch, and per batch an array (raw) or (bytes, offsets) (jpeg) over the mapped file.
         self._batches: dict[str, tuple[int, list[Any]]] = {}
         self._tables = []  # keeps the mappings alive

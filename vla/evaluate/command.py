@@ -60,6 +60,7 @@ def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="W", help="simulator processes (default: one per core)")
     add("--json", action="store_true", help="print the result as JSON instead of a table")
     add("--no-clips", action="store_true", help="record no films")
+    add("--curve", action="store_true", help="instead: the policy alone, at every checkpoint of a run, on validation scenes")
     parser.set_defaults(run=run)
     return parser
 
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.policy)
     folder = run_folder(path)
+    if args.curve:
+        return _run_curve(args, folder or path)
     out = args.out or (folder / "eval" / f"{args.suite}.json" if folder else None)
     results = evaluate(
         load_policy(path), args.suite, args.task, args.episodes, args.seed, conditions, execute=args.execute,
@@ -92,4 +95,16 @@ def run(args: argparse.Namespace) -> int:
 
         places.append(f"report  {write_report(folder)}")
     print("\n".join(places), file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _run_curve(args: argparse.Namespace, folder: Path) -> int:
+    from vla.evaluate.curve import CURVE_SEED, curve_table, success_curve
+    from vla.report import write_report
+
+    seed = CURVE_SEED if args.seed == REPORT_SEED else args.seed
+    lines = success_curve(folder, args.suite, args.task, args.episodes, seed, execute=args.execute, decode=args.decode,
+                          workers=args.workers, progress=not args.json)  # fmt: skip
+    print(json.dumps(lines) if args.json else curve_table(lines))
+    print(f"report  {write_report(folder)}", file=sys.stderr if args.json else sys.stdout)
     return 0

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from vla.actions import codec_from_json
-from vla.backbones import NanoProcessor
+from vla.backbones import NanoProcessor, NanoVLM
 from vla.config import validate
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError
@@ -47,6 +47,9 @@ def read_policy(folder: Path) -> VLAPolicy:
     }
     embodiments = {k: EmbodimentSpec.model_validate(v) for k, v in meaning["embodiments"].items()}
     codec = codec_from_json(meaning["codec"])
+    if not isinstance(model, NanoVLM):
+        raise CheckpointError(folder / "config.json", found=f"a {type(model).__name__}", expected="a NanoVLM",
+                              fix="this version runs the built-in backbone only; update tendon-vla")  # fmt: skip
     policy = VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, meaning["provenance"])
     policy.end_head.load_state_dict(heads)
     if policy.fingerprint != meaning["fingerprint"]:

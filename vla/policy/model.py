@@ -57,6 +57,7 @@ class VLAPolicy(nn.Module):
         d = model.config.text_config.hidden_size
         self.end_head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, self.encoder.state_dim))
         centres = codec.centres if codec.centres is not None else np.zeros(0, np.float32)
+        self.centres: Tensor
         self.register_buffer("centres", torch.from_numpy(centres), persistent=False)
 
     # ------------------------------------------------------------------------------------------------ learning
