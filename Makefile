@@ -32,7 +32,7 @@ demo: setup  ## the main job: record, train one policy on two robots, evaluate w
 	$(call stage,Recording 100 Meta-World demonstrations,2 min)
 	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 100 --seed 0 --out data/metaworld
 	$(call stage,Training one policy on both robots,12 min)
-	vla train configs/train/demo.yaml
+	vla train configs/train/demo.yaml --resume
 	$(call stage,Tabletop: 200 fresh scenes per verb with matched controls,3 min)
 	vla eval runs/demo --suite tabletop --episodes 200 --seed 900000 --out runs/demo/eval/tabletop.json
 	$(call stage,Meta-World: 50 fresh scenes with matched controls,3 min)
@@ -41,12 +41,12 @@ demo: setup  ## the main job: record, train one policy on two robots, evaluate w
 	vla report runs/demo
 	$(call total,make demo)
 
-FULL_TASKS := button-press-topdown-v3 drawer-open-v3 door-open-v3 window-open-v3 window-close-v3 drawer-close-v3
+FULL_TASKS := button-press-topdown-v3 dial-turn-v3 door-lock-v3 door-unlock-v3 handle-pull-v3 door-open-v3
 demo-full: setup  ## six Meta-World tasks in one policy, with the curve over training (up to 2 hours)
 	$(call stage,Recording 600 demonstrations of six Meta-World tasks,10 min)
 	vla data record --suite metaworld $(FULL_TASKS:%=--task %) --episodes 600 --seed 0 --out data/metaworld-full
 	$(call stage,Training one policy on all of them,45 min)
-	vla train configs/train/demo_full.yaml
+	vla train configs/train/demo_full.yaml --resume
 	$(call stage,The curve over training: every checkpoint on validation scenes,15 min)
 	vla eval runs/demo-full --suite metaworld $(FULL_TASKS:%=--task %) --episodes 20 --curve
 	$(call stage,50 fresh scenes per task with matched controls,20 min)

@@ -26,8 +26,9 @@ class Chooser:
         p = logits.float().softmax(-1)
         entropy = -(p * p.clamp(min=1e-12).log()).sum(-1)
         if self.decode == "mean":
-            values = p @ self.centres
-            symbols = (values[..., None] - self.centres).abs().argmin(-1)
+            # What is done is the expectation; what an autoregressive model reads next is a symbol it has seen in training,
+            # the likeliest one: between two modes lies a symbol that never occurs.
+            values, symbols = p @ self.centres, p.argmax(-1)
         else:
             if self.decode == "sample":
                 draws = np.stack([rng.random(p.shape[1]) for rng in self._draws]).astype(np.float32)

@@ -52,6 +52,8 @@ class PolicyConfig(Config):
     """Steps of a chunk that are carried out before looking again."""
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     decode: Decode = "mean"
+    history_dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Autoregressive training: share of the true previous symbols that are hidden from the model, against copying them."""
     soft_sigma: float = Field(default=0.02, ge=0)
     """Standard deviation, in unit space, of the Gaussian around the true action that the bins are taught; 0: hard labels."""
     end_weight: float = Field(default=1.0, ge=0)

@@ -104,7 +104,12 @@ class VLAPolicy(nn.Module):
             tail = torch.arange(config.slot_ids.start, config.slot_ids.start + N, device=batch.ids.device).expand(B, N)
         else:
             start = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
-            tail = torch.cat([start, batch.symbols[:, :-1] + config.action_ids.start], dim=1)
+            history = batch.symbols[:, :-1] + config.action_ids.start
+            if self.training and self.config.history_dropout:
+                # Without this the cheapest prediction is "like the previous step", and at test time its own errors run away.
+                dropped = torch.rand(history.shape, device=history.device) < self.config.history_dropout
+                history = history.masked_fill(dropped, config.special_id("act"))
+            tail = torch.cat([start, history], dim=1)
         mask, positions = self._attention(batch.mask, N)
         return self.model(
             torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, attention_mask=mask, position_ids=positions
