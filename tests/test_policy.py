@@ -216,3 +216,41 @@ def test_soft_bins_pull_towards_neighbours(mixture):
             policy._symbol_logits = lambda hidden, logits=logits: logits
             losses.append(policy.loss(batch).action.item())
         assert (losses[0] < losses[1] - 1e-3) is cheaper
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+def test_it_learns_eight_windows_by_heart(mixture, decoding):
+    """The loop in small: loss falls, and free-running decoding repeats what was taught, in robot units."""
+    policy = make(mixture, decoding=decoding, history_dropout=0.0)
+    windows = [mixture.window(n) for n in range(40)]
+    windows = [w for w in windows if w.embodiment == "tabletop"][:8]
+    batch = policy.collate([policy.encode(w) for w in windows])
+    optimizer = torch.optim.AdamW(policy.parameters(), 3e-3)
+    first = None
+    for _ in range(300):
+        loss = policy.loss(batch)
+        total = loss.total(1.0, loss.action_count, loss.end_count)
+        first = first or total.item()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    policy.eval()
+    loss = policy.loss(batch)
+    assert loss.total(1.0, loss.action_count, loss.end_count).item() < 0.6 * first
+    chunks = policy.act_batch([{"images": w.images, "state": w.state} for w in windows], [w.instruction for w in windows],
+                              "tabletop", decode="argmax")  # fmt: skip
+    errors = np.concatenate([np.abs(c.actions - w.actions)[w.valid] for c, w in zip(chunks, windows, strict=True)])
+    assert np.mean(errors < 0.05) > 0.9
+
+
+def test_history_dropout_only_acts_in_training(mixture):
+    policy = make(mixture, decoding="autoregressive", history_dropout=0.5)
+    batch = policy.collate([policy.encode(mixture.window(0))])
+
+    def logits(seed):
+        torch.manual_seed(seed)
+        return policy.action_logits(batch)
+
+    assert not torch.equal(logits(0), logits(1)) and torch.equal(logits(2), logits(2))
+    policy.eval()
+    assert torch.equal(logits(0), logits(1))
