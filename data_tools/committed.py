@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.durable import TEMPORARY
 from data_tools.stats import PixelStats
+from vla.durable import TEMPORARY
 from vla.embodiment import EmbodimentSpec, explain
 from vla.errors import DataError, UsageError
 
@@ -107,7 +107,7 @@ def sweep(root: Path, index: list[dict[str, Any]], video_keys: list[str]) -> lis
     for folder in ("data", "videos", "meta"):
         for path in sorted((root / folder).rglob("*")):
             shard = path.suffix in (".parquet", ".mp4") and path.parent != root / "meta"
-            if path.is_file() and (path.name.endswith(TEMPORARY) or (shard and path not in wanted)):
+            if path.is_file() and (TEMPORARY in path.name or (shard and path not in wanted)):
                 path.unlink()
                 removed.append(str(path.relative_to(root)))
     return removed

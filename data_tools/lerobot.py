@@ -13,6 +13,7 @@ reader that believes `info.json` sees the last commit; what lies behind it is cu
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -26,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, locate, read_committed, sweep
-from data_tools.durable import disk_full, replace_file
 from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
 from data_tools.video import VIDEO, describe, encode, join, joinable
+from vla.durable import disk_full, is_disk_full, replace_file
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, MachineError, UsageError
 from vla.schema import Episode
@@ -54,6 +55,7 @@ class EncodedEpisode:
     seed: int | None
     pixels: dict[str, np.ndarray]  # camera -> (3, 256) histogram
     stats: dict[str, dict] = field(default_factory=dict)  # feature -> statistics
+    digests: dict[str, str] = field(default_factory=dict)  # camera -> sha256 of the frames; none unless they are kept exactly
 
     def __len__(self) -> int:
         return len(self.action)
@@ -65,6 +67,7 @@ def encode_episode(episode: Episode, fps: int, video: str = "lossless") -> Encod
     T = len(episode)
     pixels = {camera: PixelStats.of(frames) for camera, frames in episode.images.items()}
     last = np.arange(T) == T - 1
+    exact = episode.images if video == "lossless" else {}
     stats = {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
     stats |= {"action": column_stats(episode.action), "next.done": column_stats(last),
               "next.success": column_stats(last & episode.success),
@@ -75,6 +78,7 @@ def encode_episode(episode: Episode, fps: int, video: str = "lossless") -> Encod
         {camera: encode(frames, fps, video) for camera, frames in episode.images.items()},
         episode.state, episode.action, episode.instruction, episode.success, episode.task, episode.seed,
         {camera: counted.histogram for camera, counted in pixels.items()}, stats,
+        {camera: hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest() for camera, frames in exact.items()},
     )  # fmt: skip
 
 
@@ -111,7 +115,8 @@ class LeRobotWriter:
         self.orphans: list[str] = []
         """Files an interrupted writer had left, removed on opening."""
         self.recorded: list[dict[str, Any]] = []
-        """`{"episode_index", "task", "seed"}` of every episode, committed or pending."""
+        """`{"episode_index", "task", "seed", "pixels"}` of every episode, committed or pending; `pixels` maps cameras to
+        the sha256 of their frames, which a reader checks what it decoded against (`lossless` only)."""
         self.tried: dict[str, int] = {}
         self.tasks: list[str] = []
         self.num_frames = self.committed = 0
@@ -131,8 +136,12 @@ class LeRobotWriter:
         if info.is_file() and not resume:
             raise UsageError(self.root, found="a dataset", expected="no dataset yet",
                              fix="continue it (resume), remove it, or choose another --out")  # fmt: skip
-        with disk_full(self.root, "nothing has been recorded yet"):
+        try:
             self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise disk_full(self.root, error, "nothing has been recorded yet") from error
+            raise
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,9 +153,8 @@ class LeRobotWriter:
             if info.is_file():
                 self._resume(json.loads(info.read_text()))
             else:
-                with disk_full(self.root, "nothing has been recorded yet"):
-                    replace_file(self.root / "meta" / "embodiment.json", _json(spec.model_dump(mode="json")))
-                    replace_file(info, _json(self._info()))
+                self._put(self.root / "meta" / "embodiment.json", _json(spec.model_dump(mode="json")))
+                self._put(info, _json(self._info()))
         except BaseException:
             os.close(self._lock)
             raise
@@ -165,7 +173,7 @@ class LeRobotWriter:
             raise DataError(f"{self.root}, episode {self.num_episodes}", found=f"cameras, state, action {found}",
                             expected=f"{expected}, as {self.spec.name!r} has", fix="record with that robot")  # fmt: skip
         entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
-        self.recorded.append(entry)
+        self.recorded.append(entry | ({"pixels": encoded.digests} if encoded.digests else {}))
         self._pending.append(encoded)
         if time.monotonic() - self._last_commit > max(_COMMIT_SECONDS, _COMMIT_SHARE * self._commit_cost):
             self.commit()
@@ -175,8 +183,7 @@ class LeRobotWriter:
         if not self._pending:
             return
         began = time.monotonic()
-        with disk_full(self.root, f"{self.committed} episodes are safe and readable"):
-            self._write()
+        self._write()
         self.committed, self._pending = self.num_episodes, []
         self._last_commit = time.monotonic()
         self._commit_cost = self._last_commit - began
@@ -224,17 +231,17 @@ class LeRobotWriter:
         self._write_videos(index)
         self._write_data(index, columns)
         meta = self.root / "meta"
-        replace_file(meta / "tasks.parquet", _parquet(_task_table(tasks)))
+        self._put(meta / "tasks.parquet", _parquet(_task_table(tasks)))
         open_rows = self._write_episodes(index, rows)
         stats = {key: column_stats(np.concatenate(values)) for key, values in columns.items()}
         stats |= {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
-        replace_file(meta / "stats.json", _json(stats))
+        self._put(meta / "stats.json", _json(stats))
         generation = {"episodes": len(index), "histograms": {c: p.histogram.tolist() for c, p in pixels.items()}}
         # Two generations, so that whichever info.json survives a crash finds its own.
-        replace_file(meta / "pixels.json", json.dumps([g for g in (self._previous, generation) if g]).encode())
-        replace_file(meta / "recording.json", json.dumps(self._recording()).encode())
+        self._put(meta / "pixels.json", json.dumps([g for g in (self._previous, generation) if g]))
+        self._put(meta / "recording.json", json.dumps(self._recording()))
         info = self._info(len(index), frames, len(tasks), index[-1])
-        replace_file(meta / "info.json", _json(info))
+        self._put(meta / "info.json", _json(info))
         self.tasks, self.num_frames, self._previous = tasks, frames, generation
         self._columns, self._pixels, self._index, self._open_rows = columns, pixels, index, open_rows
 
@@ -272,7 +279,7 @@ class LeRobotWriter:
     def _put_video(self, key: str, at: tuple[int, int], clips: list[tuple[bytes, int | None]]) -> None:
         path = self._path(VIDEO_PATH, at, key)
         try:
-            replace_file(path, join(clips, self.fps))
+            self._put(path, join(clips, self.fps))
         except ValueError as error:
             raise DataError(path, found=error, expected="the video of the episodes recorded so far",
                             fix="restore the file, or record into another folder") from error  # fmt: skip
@@ -299,7 +306,7 @@ class LeRobotWriter:
             flat = pa.array(values.reshape(-1))
             wide = values.ndim == 2 and values.shape[1] > 1  # a feature of shape [1] is a plain column
             arrays[key] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if wide else flat
-        replace_file(self._path(DATA_PATH, at), _parquet(pa.table(arrays)))
+        self._put(self._path(DATA_PATH, at), _parquet(pa.table(arrays)))
 
     def _write_episodes(self, index: list[dict[str, Any]], stats: list[dict[str, Any]]) -> pa.Table:
         """Write the episodes files the pending episodes touch; return the one still being filled."""
@@ -315,17 +322,18 @@ class LeRobotWriter:
                 row["meta/episodes/chunk_index"], row["meta/episodes/file_index"] = at
             more = pa.Table.from_pylist([row | entry for row, entry in new[:room]])
             table = more if table is None else pa.concat_tables([table, more.select(table.column_names)])
-            replace_file(self._path(EPISODES_PATH, at), _parquet(table))
+            self._put(self._path(EPISODES_PATH, at), _parquet(table))
             new = new[room:]
         assert table is not None
         return table
 
+    def _put(self, path: Path, data: str | bytes | memoryview) -> None:
+        replace_file(path, data, f"{self.committed} episodes are safe and readable")
+
     def _path(self, template: str, at: tuple[int, int], key: str = "") -> Path:
         return self.root / template.format(chunk_index=at[0], file_index=at[1], video_key=key)
 
-    def _info(
-        self, episodes: int = 0, frames: int = 0, tasks: int = 0, last: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def _info(self, episodes: int = 0, frames: int = 0, tasks: int = 0, last: dict[str, Any] | None = None) -> dict[str, Any]:
         features: dict[str, Any] = {}
         for name, camera in self.spec.cameras.items():
             key = image_key(name)
@@ -378,11 +386,11 @@ def _task_table(tasks: list[str]) -> pa.Table:
     return pa.Table.from_pandas(names)
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value, indent=4, allow_nan=False).encode()
+def _json(value: object) -> str:
+    return json.dumps(value, indent=4, allow_nan=False)
 
 
 def _parquet(table: pa.Table) -> memoryview:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="snappy")
+    pq.write_table(table, sink, compression="snappy", write_page_checksum=True)
     return memoryview(sink.getvalue())

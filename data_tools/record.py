@@ -111,9 +111,7 @@ class _Plan:
     def failed(self) -> int:
         return sum(self._next) - sum(self.kept)
 
-    def results(
-        self, submit: Callable[[str, int], Future], window: int
-    ) -> Iterator[tuple[str, EncodedEpisode | None]]:
+    def results(self, submit: Callable[[str, int], Future], window: int) -> Iterator[tuple[str, EncodedEpisode | None]]:
         """(task, episode or None for a failure) per attempt. At most `window` attempts are under way; an attempt
         starts only when it is needed even if all earlier ones succeed, so the set of attempts does not depend on
         timing."""
@@ -280,12 +278,12 @@ def add_record_parser(subparsers: Any) -> argparse.ArgumentParser:
         "record", help="record a simulator's scripted expert as a LeRobot v3.0 dataset",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  vla data record --suite tabletop --episodes 3600 --seed 0 --out data/tabletop\n"
-        "  vla data record --suite metaworld --task button-press-topdown-v3 --episodes 100 --out data/button\n\n"
+        "  vla data record --suite metaworld --task button-press-topdown-v3 drawer-open-v3 --episodes 100 --out data/two\n\n"
         "Run the same line again to continue an interrupted recording, or with a larger --episodes to extend it.",
     )  # fmt: skip
     add = parser.add_argument
     add("--suite", required=True, help="tabletop or metaworld")
-    add("--task", action="append", metavar="T", help="a task or a group such as push; repeatable (default: the suite's)")
+    add("--task", nargs="+", action="extend", metavar="T", help="tasks or groups such as `push` (default: the suite's)")
     add("--episodes", type=int, required=True, metavar="N", help="successful episodes to keep, over all tasks, dealt evenly")
     add("--seed", type=int, default=0, metavar="K", help="first scene; scenes count up from it (default %(default)s)")
     add("--out", type=Path, required=True, metavar="DIR", help="dataset folder, new or begun by the same command")

@@ -97,7 +97,7 @@ def add_stats_parser(subparsers: argparse._SubParsersAction) -> argparse.Argumen
 
 def run(args: argparse.Namespace) -> int:
     """Recompute state and action statistics (and pixels, through the cache) of a dataset; write them when asked to."""
-    from data_tools.durable import replace_file
+    from vla.durable import replace_file
     from vla.episodes import EpisodeStore
 
     store = EpisodeStore.open(args.root, compute_stats=True, progress=not args.json)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.write:
         path = args.root / "meta" / "stats.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
-        replace_file(path, json.dumps(known | stats, indent=4).encode())
+        replace_file(path, json.dumps(known | stats, indent=4))
     if args.json:
         print(json.dumps(stats))
     else:

@@ -1,4 +1,5 @@
-"""A simulator in ten lines of physics, for tests of evaluation: three coloured targets, one point that moves.
+"""A simulator in ten lines of physics and a policy for it, for tests of evaluation: three coloured targets, one point
+that moves.
 
 Its own module because simulator processes import it by name. The picture tells where each colour is (one pixel each);
 the point moves in x and y, and the target nearest in x when it arrives at y = 0.2 is the one that was "reached".
@@ -7,12 +8,18 @@ the point moves in x and y, and the target nearest in x when it arrives at y = 0
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from vla.embodiment import load_embodiment
 from vla.errors import MachineError, UsageError
+from vla.evaluate import SimulatorPool, evaluate
+from vla.evaluate.jobs import Demo, Demos
 from vla.sims.suites import Suite
 
 COLOURS = ("red", "green", "blue")
@@ -91,3 +98,60 @@ def go_to(x: float, at: np.ndarray) -> np.ndarray:
     """Sideways first, then forward."""
     dx = x - float(at[0])
     return np.array([np.clip(dx * 50, -1, 1), float(abs(dx) < 0.03), 0, 0], np.float32)
+
+
+class FakePolicy:
+    """Goes to the colour it is told, found in the picture; `blind` always goes to the middle, `deaf` always to red."""
+
+    def __init__(self, kind: str = "honest", instructions: tuple[str, ...] | None = None) -> None:
+        self.kind = kind
+        self.embodiments = {"tabletop": load_embodiment("tabletop")}
+        self.chunk, self.execute, self.image_size, self.decode, self.fingerprint = 8, 4, 64, "mean", "f" * 64
+        self.recorded_seeds = {s: {t: [[0, 9], [20, 29]] for t in TASKS} for s in ("fake", "lone")}
+        self.instructions = list(instructions if instructions is not None else (f"reach {c}" for c in COLOURS))
+        self.batches: list[int] = []
+        self.saw: list[tuple] = []
+
+    def act_batch(self, observations, instructions, embodiment, *, decode=None, seeds=None, drop_state=False):
+        assert seeds is not None and len(observations) == len(instructions) == len(seeds)
+        self.batches.append(len(observations))
+        chunks = []
+        for observation, instruction, seed in zip(observations, instructions, seeds, strict=True):
+            picture = observation["images"]["front"]
+            grey = bool((picture == 127).all())
+            self.saw.append((seed, instruction, grey, drop_state))
+            colour = "red" if self.kind == "deaf" else instruction.removeprefix("reach ")
+            x = 0.0 if self.kind == "blind" or grey else (int(picture[0, COLOURS.index(colour), 0]) - 127) / 500
+            at, actions = np.array(observation["state"][:2], np.float64), []
+            for _ in range(self.chunk):
+                actions.append(go_to(x, at))
+                at = at + 0.02 * actions[-1][:2]
+            rows = np.stack(actions)
+            chunks.append(SimpleNamespace(actions=rows, confidence=np.full(rows.shape, 0.5, np.float32),
+                                          symbols=((rows + 1) * 127).astype(int).ravel()))  # fmt: skip
+        return chunks
+
+
+@contextmanager
+def fake_pool() -> Iterator[SimulatorPool]:
+    """Two processes of this simulator; they inherit sys.path and import this module from it."""
+    sys.path.insert(0, os.path.dirname(__file__))
+    try:
+        with SimulatorPool(2, "fake_sims") as running:
+            yield running
+    finally:
+        sys.path.remove(os.path.dirname(__file__))
+
+
+CONDITIONS = ("policy", "train", "swap", "blank", "nostate", "replay", "random", "expert")
+
+
+def run(policy, pool, conditions=CONDITIONS, suite="fake", episodes=30, **kw) -> dict[str, Any]:
+    """`evaluate` here, with something to replay."""
+    kw.setdefault("demos", Demos({t: [Demo(np.full((12, 4), 0.5, np.float32))] for t in TASKS}))
+    return evaluate(policy, suite, episodes=episodes, conditions=conditions, pool=pool, sims="fake_sims", progress=False, **kw)
+
+
+def row(results: dict[str, Any], condition: str, group: str = "reach") -> dict[str, Any]:
+    """One row of the results."""
+    return next(r for r in results["rows"] if (r["condition"], r["group"]) == (condition, group))

@@ -62,7 +62,7 @@ def test_unknown_file_names_the_nearest_shipped_one():
 
 
 def test_every_shipped_training_config_is_valid_and_survives_a_round_trip(write):
-    from vla.embodiment import CONFIGS
+    from vla.config import CONFIGS
 
     files = sorted((CONFIGS / "train").glob("*.yaml")) + sorted((CONFIGS / "smoke").glob("*.yaml"))
     assert files

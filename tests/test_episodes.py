@@ -90,7 +90,7 @@ def test_a_failed_build_leaves_nothing_and_the_next_one_works(root: Path, monkey
         open_quietly(root)
     assert not [p for p in (root.parent / "cache").iterdir() if p.is_dir() and p.name != "hashes"]
     monkeypatch.setattr(cache, "_decode", decode)
-    (root.parent / "cache" / "0123.tmp-1").mkdir()
+    (root.parent / "cache" / ".0123.tmp-1").mkdir()
     assert open_quietly(root).num_episodes == 6
 
 
@@ -186,6 +186,7 @@ def test_pictures_inside_the_parquet_files(root: Path):
 def test_episodes_in_another_order_than_their_video(root: Path):
     """Merged datasets store episodes anywhere in a file; spans are then read by seeking."""
     before = content(root, root.parent / "cache")
+    (root / "meta/recording.json").unlink()  # what other tools merge has none
     meta = root / "meta/episodes/chunk-000/file-000.parquet"
     data = root / "data/chunk-000/file-000.parquet"
     rows, table = pq.read_table(meta).to_pylist(), pq.read_table(data)

@@ -17,6 +17,7 @@ import data_tools.lerobot as lerobot
 from data_tools.lerobot import LeRobotWriter
 from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
 from data_tools.video import VIDEO, encode, join
+from vla.durable import temporary_name
 from vla.episodes import EpisodeStore
 from vla.errors import DataError, UsageError
 from vla.normalize import QUANTILES
@@ -140,9 +141,12 @@ class Killed(BaseException):
     pass
 
 
-def test_a_writer_stopped_after_any_file_leaves_a_dataset_that_opens_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def half(data: str | bytes | memoryview) -> bytes:
+    part = data[: len(data) // 2]
+    return part.encode() if isinstance(part, str) else bytes(part)
+
+
+def test_a_writer_stopped_after_any_file_leaves_a_dataset_that_opens_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The second commit is cut short after each of its files in turn."""
     write_dataset(tmp_path / "whole", 6)
     expected, replace = content(tmp_path / "whole", tmp_path / "cache"), lerobot.replace_file
@@ -151,13 +155,13 @@ def test_a_writer_stopped_after_any_file_leaves_a_dataset_that_opens_and_goes_on
         write_dataset(root, 3)
         spent = 0
 
-        def stop(path: Path, data, left: int = left) -> None:
+        def stop(path: Path, data, safe: str, left: int = left) -> None:
             nonlocal spent
             if spent == left:
-                path.with_name(f".{path.name}.tmp").write_bytes(bytes(data[: len(data) // 2]))
+                temporary_name(path).write_bytes(half(data))
                 raise Killed(str(path))
             spent += 1
-            replace(path, data)
+            replace(path, data, safe)
 
         monkeypatch.setattr(lerobot, "replace_file", stop)
         writer = LeRobotWriter(root, small_spec())

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from vla.config import load_config
 from vla.errors import DataError
 from vla.loader import make_loader
-from vla.mixture import BLOCK, Mixture, MixtureConfig, generator, mix, open_mixture, permute
+from vla.mixture import BLOCK, Mixture, MixtureConfig, open_mixture
 from vla.policy import PolicyConfig, build_policy
+from vla.randomness import Purpose, generator, mix, permute
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -27,8 +28,9 @@ def test_permutations_differ_by_key_and_look_shuffled():
 
 
 def test_generator_depends_on_every_argument():
-    draws = {generator(*key).random() for key in [(0, 0), (0, 1), (1, 0), (0, 0, 1)]}
-    assert len(draws) == 4 and generator(3, 4).random() == generator(3, 4).random()
+    keys = [(Purpose.BLOCK, 0, 0), (Purpose.BLOCK, 0, 1), (Purpose.BLOCK, 1, 0), (Purpose.AUGMENT, 0, 0)]
+    assert len({generator(*key).random() for key in keys}) == 4
+    assert generator(Purpose.SAMPLE, 3, 4).random() == generator(Purpose.SAMPLE, 3, 4).random()
 
 
 @settings(max_examples=15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -41,6 +42,8 @@ def test_counts_seeds_and_order(tmp_path: Path):
             if (100 + i) % 10 != 7:
                 counts[task]["kept"] += 1
                 expected.append({"episode_index": len(expected), "task": task, "seed": 100 + i})
+    hashes = [episode.pop("pixels")["front"] for episode in meta["episodes"]]
+    assert len(set(hashes)) == 14 and all(len(digest) == 64 for digest in hashes)
     assert meta["episodes"] == expected and summary["tasks"] == counts == meta["tasks"]
     assert (meta["suite"], meta["version"]) == ("tabletop", 1) and meta["noise"]["sigma"] == 0.3
     store = EpisodeStore.open(tmp_path / "ds", tmp_path / "cache", progress=False)
@@ -133,9 +136,7 @@ def test_killed_at_any_moment_and_run_again_equals_never_killed(tmp_path: Path, 
     assert content(out, tmp_path / "cache") == expected
     one, two = (json.loads((r / "meta/recording.json").read_text()) for r in (tmp_path / "whole", out))
     assert one == two
-    assert json.loads((out / "meta/stats.json").read_text()) == json.loads(
-        (tmp_path / "whole/meta/stats.json").read_text()
-    )
+    assert json.loads((out / "meta/stats.json").read_text()) == json.loads((tmp_path / "whole/meta/stats.json").read_text())
 
 
 class Hopeless(ToySim):
@@ -188,6 +189,15 @@ def test_the_command_refuses_nonsense_and_writes_nothing(
     line = ["data", "record", "--episodes", "2", "--out", str(tmp_path / "ds"), *arguments]
     assert main(line) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "ds").exists()
+
+
+@pytest.mark.parametrize("given", [["--task", "a", "b"], ["--task", "a", "--task", "b"]])
+def test_tasks_are_listed_or_repeated(given: list[str]):
+    parser = argparse.ArgumentParser()
+    recorder.add_record_parser(parser.add_subparsers())
+    line = ["record", "--suite", "tabletop", *given, "--episodes", "2", "--out", "ds"]
+    assert parser.parse_args(line).task == ["a", "b"]
+    assert parser.parse_args([w for w in line if w not in given]).task is None
 
 
 def test_the_command_records_both_simulators(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vla.errors import CheckpointError
 from vla.report import write_report
 from vla.report.charts import Line, heat_strip, line_chart, nice_ticks, png, smooth
 from vla.report.gather import count_parameters, gather
@@ -140,7 +141,11 @@ def test_nothing_from_the_run_is_taken_for_html(whole):
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
 
 
-def test_an_empty_folder_still_gets_a_report(tmp_path):
+def test_a_run_that_has_only_begun_gets_a_report_and_other_folders_are_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match="run"):
+            write_report(folder)
+    (tmp_path / "config.yaml").write_text("run: {out: x}\n")
     page, _ = check(write_report(tmp_path))
     assert "Not yet tried in a simulator" in page and tmp_path.name in page
 

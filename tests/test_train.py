@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from safetensors.torch import load_file
 
 from vla.checkpoint import iter_log
 from vla.config import validate
-from vla.errors import DivergedError, UsageError
+from vla.errors import DataError, DivergedError, UsageError
+from vla.mixture import Mixture
 from vla.train import TrainConfig, learning_rate, train
 
 SMALL = {"hidden": 32, "layers": 2, "heads": 2, "mlp": 64, "tower_channels": [8, 8, 16], "keypoints": 8, "text_vocab": 320}
@@ -26,7 +29,7 @@ SMALL = {"hidden": 32, "layers": 2, "heads": 2, "mlp": 64, "tower_channels": [8,
 def config_for(demos, out: Path, **changes) -> dict:
     values = {
         "run": {"out": str(out), "steps": 12, "log_every": 1, "eval_every": 6, "eval_windows": 8, "save_every": 2, "keep": 0,
-                "precision": "no"},
+                "precision": "no", "processes": 1},
         "mixture": {"datasets": [{"path": str(demos["tabletop"]), "weight": 3}, {"path": str(demos["metaworld"])}],
                     "cache_dir": str(demos["tabletop"].parent / "cache"), "holdout": 0.1},
         "policy": {"backbone": SMALL, "normalization": {"action": "bounds", "state": "bounds"}},
@@ -91,7 +94,7 @@ def test_sigkill_and_resume_give_the_uninterrupted_run_bit_for_bit(demos, straig
     values = config_for(demos, tmp_path / "killed", run__workers=workers)
     process = start(tmp_path, values)
     wait_for_lines(process, tmp_path / "killed/metrics.jsonl", random.Random(workers).randint(3, 10))
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(json.loads((tmp_path / "killed/STATUS.json").read_text())["pid"], signal.SIGKILL)
     process.communicate()
     code, output = launch(tmp_path, values, "--resume")
     assert code == 0, output
@@ -128,6 +131,40 @@ def test_sigterm_saves_and_exits_75(demos, tmp_path, processes):
     assert list((tmp_path / "term/checkpoints").glob("step_*/manifest.json"))
 
 
+def test_ctrl_c_saves_without_a_traceback(demos, tmp_path):
+    values = config_for(demos, tmp_path / "c", run__steps=5000, run__save_every=4000, run__eval_every=4000)
+    process = start(tmp_path, values)
+    wait_for_lines(process, tmp_path / "c/metrics.jsonl", 2)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75 and "Traceback" not in output, output
+
+
+def test_resume_mends_a_policy_folder_the_crash_left_behind(demos, straight, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    shutil.rmtree(out / "policy")
+    shutil.copytree(out / "checkpoints/step_00000006/policy", out / "policy")
+    train(build(config_for(demos, out)), resume=True)
+    a, b = (json.loads((out / p / "policy.json").read_text()) for p in ("policy", "checkpoints/step_00000012/policy"))
+    assert a["fingerprint"] == b["fingerprint"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_stops_every_process_with_the_data_code(demos, tmp_path, monkeypatch, workers):
+    values = config_for(demos, tmp_path / "bad", run__workers=workers)
+    good = Mixture.window
+
+    def window(self, n):
+        made = good(self, n)
+        return replace(made, actions=made.actions * np.nan) if n == 21 else made
+
+    monkeypatch.setattr(Mixture, "window", window)
+    with pytest.raises(DataError, match="finite"):
+        train(build(values))
+    assert json.loads((tmp_path / "bad/STATUS.json").read_text())["state"] == "failed"
+
+
 def test_exit_codes_reach_the_shell(demos, tmp_path):
     missing = config_for(demos, tmp_path / "x", run__processes=2)
     missing["mixture"]["datasets"][0]["path"] = str(tmp_path / "nowhere")
@@ -147,8 +184,10 @@ def test_an_existing_run_is_never_overwritten_and_a_changed_config_is_refused(de
     before = sorted((p, p.stat().st_mtime_ns) for p in (straight / "checkpoints").rglob("*"))
     with pytest.raises(UsageError, match="--resume"):
         train(build(config_for(demos, straight)))
-    with pytest.raises(UsageError, match=r"policy.codec.bins.*\n.*\n.*--allow-change policy.codec.bins"):
-        train(build(config_for(demos, straight, policy__codec={"bins": 128})), resume=True)
+    with pytest.raises(UsageError, match=r"policy.codec.bins"):
+        train(build(config_for(demos, straight, policy__codec={"bins": 128})), resume=True, allow_change=("policy.codec.bins",))
+    with pytest.raises(UsageError, match=r"optim.clip.*\n.*\n.*--allow-change optim.clip"):
+        train(build(config_for(demos, straight, optim__clip=2.0)), resume=True)
     assert sorted((p, p.stat().st_mtime_ns) for p in (straight / "checkpoints").rglob("*")) == before
 
 
@@ -167,7 +206,8 @@ def test_non_finite_gradients_are_not_applied_and_stop_the_run(demos, tmp_path, 
     with pytest.raises(DivergedError, match="3 steps"):
         train(build(config_for(demos, tmp_path / "nan", optim__ema=0.0, run__eval_every=100)))
     assert json.loads((tmp_path / "nan/STATUS.json").read_text())["state"] == "diverged"
-    saved = load_file(tmp_path / "nan/checkpoints/step_00000004/state.safetensors")  # one bad step was skipped before it
+    assert [p.name for p in (tmp_path / "nan/checkpoints").iterdir()] == ["step_00000002"]  # nothing is kept while it is ill
+    saved = load_file(tmp_path / "nan/checkpoints/step_00000002/state.safetensors")
     assert all(torch.isfinite(t).all() for t in saved.values())
 
 

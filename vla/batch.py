@@ -19,9 +19,9 @@ from vla.actions import ActionCodec
 from vla.backbones import prepare_image
 from vla.config import Config
 from vla.embodiment import EmbodimentSpec
-from vla.mixture import generator
 from vla.normalize import Normalizer
-from vla.prompt import act_prompt
+from vla.prompt import act_prompt, clean_instruction
+from vla.randomness import Purpose, generator
 from vla.schema import Observation, Window
 
 
@@ -37,6 +37,7 @@ class Example:
     symbols: np.ndarray  # (N,) int64
     end: np.ndarray  # (S,) float32: final state in [-1, 1]
     end_valid: np.ndarray  # (S,) bool: the dimensions the end loss looks at
+    hidden: np.ndarray  # (N,) bool: symbols an autoregressive model may not read as history in this example
     n: int = -1
 
 
@@ -53,6 +54,7 @@ class Batch:
     symbols: Tensor  # (B, N) int64
     end: Tensor  # (B, S) float32
     end_valid: Tensor  # (B, S) bool
+    hidden: Tensor  # (B, N) bool
     n: Tensor  # (B,) int64 stream positions
 
     def to(self, device: torch.device | str) -> Batch:
@@ -81,7 +83,7 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
     return Batch(
         ids=torch.from_numpy(ids), mask=torch.from_numpy(mask), images=torch.from_numpy(np.ascontiguousarray(images)),
         n=torch.tensor([e.n for e in examples]),
-        **{name: stack(name) for name in ("state", "unit", "valid", "symbols", "end", "end_valid")},
+        **{name: stack(name) for name in ("state", "unit", "valid", "symbols", "end", "end_valid", "hidden")},
     )  # fmt: skip
 
 
@@ -99,6 +101,9 @@ class AugmentConfig(Config):
     absolute target."""
     state_noise: float = Field(default=0.02, ge=0)
     """Standard deviation of Gaussian noise on the state, in unit space."""
+    history_dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Autoregressive training: share of the true previous symbols hidden from the model. Without it the cheapest prediction
+    is "like the step before", and at test time the model's own errors run away (docs/results.md)."""
 
 
 class Encoder:
@@ -128,16 +133,17 @@ class Encoder:
         valid[:, : spec.action_dim] = window.valid
         unit[~valid] = 0.0
         images = self._images(window.images, spec)
-        state = self._state(norm["state"], window.state)
+        state, hidden = self._state(norm["state"], window.state), np.zeros(H * A, bool)
         if augment is not None:
-            rng = generator(seed, window.n, purpose=3)
+            rng = generator(Purpose.AUGMENT, seed, window.n)
             images = np.stack([_augment(image, augment, rng) for image in images])
             noise = rng.normal(0.0, augment.state_noise, spec.state_dim) if augment.state_noise else 0.0
             state[: spec.state_dim] += noise
+            hidden = rng.random(H * A) < augment.history_dropout
         return Example(
             ids=self._prefix(window.instruction, len(images)), images=images, state=state, unit=unit, valid=valid,
             symbols=self.codec.encode(unit), end=self._state(norm["state"], window.final_state),
-            end_valid=self._end_valid[window.embodiment], n=window.n,
+            end_valid=self._end_valid[window.embodiment], hidden=hidden, n=window.n,
         )  # fmt: skip
 
     def observation(self, observation: Observation, instruction: str, embodiment: str, drop_state: bool = False) -> Example:
@@ -152,7 +158,7 @@ class Encoder:
         return Example(
             ids=self._prefix(instruction, len(images)), images=images, state=state, unit=none,
             valid=none.astype(bool), symbols=np.zeros(none.size, np.int64), end=np.zeros_like(state),
-            end_valid=np.zeros(self.state_dim, bool),
+            end_valid=np.zeros(self.state_dim, bool), hidden=np.zeros(none.size, bool),
         )  # fmt: skip
 
     def _images(self, images: dict[str, np.ndarray], spec: EmbodimentSpec) -> np.ndarray:
@@ -164,7 +170,7 @@ class Encoder:
         return padded
 
     def _prefix(self, instruction: str, cameras: int) -> np.ndarray:
-        key = (instruction, cameras)
+        key = (instruction if isinstance(instruction, str) else clean_instruction(instruction), cameras)
         if key not in self._ids:
             if len(self._ids) > 10_000:  # a server meets many sentences; a dictionary must not grow for ever
                 self._ids.clear()

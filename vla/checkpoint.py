@@ -5,13 +5,13 @@
 
 A save writes a temporary folder, flushes every file, writes `manifest.json` (sha256 and size of each file) last, and
 renames. Safetensors and JSON only. Loading takes the newest folder whose manifest holds, names what it passed over, and
-fails only when none is left. A crash at any moment leaves the last good state.
+fails only when none is left. A crash at any moment leaves the last good state, if need be under a hidden name that the
+next owner of the run (`Run.claim`) gives its own again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,80 +27,87 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vla.errors import CheckpointError, MachineError, UsageError
+from vla.durable import TEMPORARY, disk_full, flush, is_disk_full, read_lines, replace_file, temporary_name
+from vla.errors import CheckpointError, UsageError
 
 MANIFEST = "manifest.json"
+_OLD = ".old-"
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Make `folder` hold exactly what `write(temporary)` wrote, or leave everything as it was.
 
-    Raises `MachineError` on a full disk or a file-size limit; the temporary folder is removed and the old one untouched.
+    Raises `MachineError` on a full disk or a file-size limit; whatever fails, the temporary folder is removed and the old
+    one is in its place. After a crash between the two renames `recover` finishes the job.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = temporary_name(folder), folder.with_name(f".{folder.name}{_OLD}{os.getpid()}")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {}
         for path in files:
-            _flush(path)
+            flush(path)
             manifest[str(path.relative_to(temporary))] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
-        _flush(temporary / MANIFEST)
-        _flush(temporary)
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        flush(temporary / MANIFEST)
+        for path in temporary.rglob("*"):
+            if path.is_dir():
+                flush(path)
+        flush(temporary)
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        _flush(folder.parent)
-    except Exception as error:
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
-            raise MachineError(folder, found=f"{error}", expected="room for one more save",
-                               fix=f"free disk space (df -h {folder.parent}); the last save is intact") from error  # fmt: skip
+            raise disk_full(folder, error, "the last save is intact") from error
         raise
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` is ENOSPC, EDQUOT or EFBIG; safetensors reports them as text only."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return any(words in str(error) for words in ("No space left", "File too large", "quota exceeded", "StorageFull"))
+def recover(parent: Path) -> None:
+    """Clear away what dead processes left in `parent`; call it as the folder's only owner.
+
+    A folder that is missing under its own name was being replaced when its owner died: a temporary one whose manifest
+    holds takes its place, else the old one does. Everything else that is temporary or old goes.
+    """
+    for leftover in [*parent.glob(f".*{TEMPORARY}*"), *parent.glob(f".*{_OLD}*")]:  # the newer ones first
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
+            continue
+        old = _OLD in leftover.name
+        folder = parent / leftover.name[1:].rpartition(_OLD if old else TEMPORARY)[0]
+        if not folder.exists() and (old or not verify(leftover)):
+            leftover.rename(folder)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def verify(folder: Path) -> list[str]:
     """What is wrong with a published folder, one line per file; empty when the manifest holds."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        entries = json.loads((folder / MANIFEST).read_text())["files"].items()
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{MANIFEST}: {error}"]
     problems = []
-    for name, entry in files.items():
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
+        elif path.stat().st_size != size:
+            problems.append(f"{name}: {path.stat().st_size} bytes, not {size}")
+        elif _sha256(path) != digest:
             problems.append(f"{name}: sha256 differs")
     return problems
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        _flush(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise MachineError(path, found=str(error), expected="room for a small file", fix="free disk space") from error
-        raise
 
 
 class Run:
@@ -113,11 +120,18 @@ class Run:
     # -------------------------------------------------------------------------------------------- ownership
 
     def claim(self) -> None:
-        """Take the folder, or raise `UsageError` naming who has it. The lock dies with the process."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held until release()
+        """Take the folder and mend what a crash left in it, or raise `UsageError` naming who has it.
+
+        The lock dies with the process."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held until release()
+        except OSError as error:
+            raise UsageError(self.root, found=str(error), expected="a folder that can be made and written",
+                             fix="choose another run.out") from error  # fmt: skip
+        try:
+            # A record lock, not flock: forked loader workers would inherit that one and hold it after our death.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
@@ -126,8 +140,8 @@ class Run:
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
-        for leftover in [*self.root.glob(".*.tmp-*"), *self.checkpoints.glob(".*.tmp-*"), *self.checkpoints.glob(".*.old-*")]:
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        for folder in (self.root, self.checkpoints):
+            recover(folder)
 
     def release(self) -> None:
         if self._lock:
@@ -142,7 +156,7 @@ class Run:
 
     def status(self, state: str, **facts: Any) -> None:
         """Write STATUS.json: `running`, `finished`, `preempted`, `failed` or `diverged`, and what goes with it."""
-        write_atomic(self.root / "STATUS.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=1))
+        replace_file(self.root / "STATUS.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=1))
 
     def read_status(self) -> dict:
         with contextlib.suppress(OSError, ValueError):
@@ -150,16 +164,29 @@ class Run:
         return {}
 
     def log(self, record: dict) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.root / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to metrics.jsonl, or raise `MachineError` on a full disk and leave the file as it was."""
+        path = self.root / "metrics.jsonl"
+        try:
+            with open(path, "ab", buffering=0) as file:
+                end, line = file.tell(), json.dumps(record).encode() + b"\n"
+                try:
+                    written = file.write(line)
+                    if written < len(line):  # a limit is reported by the write after the one it cut short
+                        file.write(line[written:])
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            if is_disk_full(error):
+                raise disk_full(path, error, "the lines before this one are intact") from error
+            raise
 
     def trim_log(self, step: int) -> None:
         """Drop log lines after `step`: they will be written again."""
         path = self.root / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            write_atomic(path, "".join(line + "\n" for line in kept))
+            kept = [record for record in read_lines(path)[0] if record.get("step", 0) <= step]
+            replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -219,15 +246,8 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str],
         if not state:
             raise CheckpointError("state.safetensors", found=f"no optimizer state for {name}", expected="one per parameter",
                                   fix="resume with the code and config that made it")  # fmt: skip
-        optimizer.state[parameter] = {k: v.to(parameter.device) if k != "step" else v for k, v in state.items()}
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        # `step` too: the fused optimizer wants it where the parameter is, as load_state_dict would put it.
+        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
 
 
 def _sha256(path: Path) -> str:
@@ -235,16 +255,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line).get("step", 0)
-    except ValueError:  # a line cut off by the crash
-        return float("inf")
-
-
 def iter_log(path: Path) -> Iterator[dict]:
     """Lines of a metrics.jsonl; a line cut off by a crash is passed over."""
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+    yield from read_lines(path)[0]

@@ -5,12 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import shlex
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,69 +70,25 @@ def _add_data_parser(subparsers: Any) -> None:
 
 
 def _add_train_parser(subparsers: Any) -> None:
+    from vla.launch import add_arguments
+
     parser = subparsers.add_parser(
         "train", help=VERBS["train"][2], formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fine-tune a policy. Prints the `accelerate launch` line that does it, and runs it.",
         epilog="examples:\n  vla train configs/smoke/train.yaml\n"
         "  vla train train/demo run.steps=2000 policy.decoding=autoregressive run.out=runs/ar --resume",
     )  # fmt: skip
-    parser.add_argument("config", help="a YAML file, or a shipped name such as train/demo")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest intact checkpoint, if there is one")
-    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="a key that may differ on resume")
-    parser.add_argument("--json", action="store_true", help="print the final status as JSON")
+    add_arguments(parser)
     parser.set_defaults(run=_train)
 
 
 def _train(args: argparse.Namespace) -> int:
     from vla.config import load_config
-    from vla.train import TrainConfig
+    from vla.launch import launch
+    from vla.train import TrainConfig, processes
 
     config = load_config(args.config, args.overrides, TrainConfig)  # complain here, before anything is launched
-    command, environment = launch_line(config.run.processes, config.run.threads)
-    command += ["-m", "vla.train", args.config, *args.overrides]
-    command += ["--resume"] * args.resume + ["--json"] * args.json
-    command += [word for key in args.allow_change for word in ("--allow-change", key)]
-    shown = " ".join([*(f"{k}={v}" for k, v in environment.items()), shlex.join(command)])
-    print(f"$ {shown}", file=sys.stderr, flush=True)
-    return _launch([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]], environment)
-
-
-def _launch(command: list[str], environment: dict[str, str]) -> int:
-    """Run the launcher, pass signals on, and return the *trainer's* exit code: launchers turn every failure into 1."""
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "exit-code"
-        child = subprocess.Popen(command, env=os.environ | environment | {"TENDON_EXIT_CODE": str(said)})
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda number, frame: child.send_signal(number))
-        code = child.wait()
-        for _ in range(300):  # a one-process launcher may be gone before the trainer has saved itself
-            if code == 0 or said.is_file():
-                break
-            time.sleep(0.1)
-        return int(said.read_text()) if said.is_file() else code
-
-
-def launch_line(processes: int, threads: int | None) -> tuple[list[str], dict[str, str]]:
-    """The `accelerate launch` command and environment for this machine.
-
-    On a CPU, several processes need `--multi_gpu` together with ACCELERATE_USE_CPU: `--cpu --num_processes 2` starts one
-    process and says nothing (accelerate 1.15).
-    """
-    import torch
-
-    command = ["accelerate", "launch", "--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no",
-               "--mixed_precision", "no"]  # fmt: skip
-    environment: dict[str, str] = {}
-    if processes > 1:
-        command += ["--multi_gpu", "--main_process_port", "0"]
-    if not torch.cuda.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        if processes == 1:
-            command.append("--cpu")
-    return command, environment
+    return launch("vla.train", args, processes(config), config.run.threads)
 
 
 def _add_report_parser(subparsers: Any) -> None:

@@ -13,8 +13,11 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vla.embodiment import CONFIGS
 from vla.errors import UsageError
+
+_INSTALLED = Path(__file__).parent / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.exists() else Path(__file__).parent.parent / "configs"
+"""Where shipped YAML lies: inside the wheel, or beside `vla/` in a checkout."""
 
 
 class Config(BaseModel):
@@ -32,11 +35,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...], model:
     Raises `UsageError` listing every problem with its line number and, for unknown keys, the nearest known one.
     """
     file = find_config(path)
-    text = file.read_text()
     try:
+        text = file.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
         lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(file, found=" ".join(str(error).split()), expected="valid YAML",
                          fix="correct the line named above") from error  # fmt: skip
     if not isinstance(values, dict):
@@ -120,7 +123,10 @@ def _apply(values: dict, override: str) -> tuple:
 
 
 def _value(raw: str) -> Any:
-    value = yaml.safe_load(raw) if raw else ""
+    try:
+        value = yaml.safe_load(raw) if raw else ""
+    except yaml.YAMLError:
+        return raw  # text that is no YAML is text
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; people mean a number
         try:
             return float(value)
@@ -134,6 +140,9 @@ def _line_numbers(node: Any, at: tuple = ()) -> dict[tuple, int]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*at, key.value)
+            if path in lines:
+                name = ".".join(map(str, path))
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {name} a second time (first in line {lines[path]})")
             lines[path] = key.start_mark.line + 1
             lines |= _line_numbers(value, path)
     elif isinstance(node, yaml.SequenceNode):

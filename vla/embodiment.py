@@ -12,8 +12,9 @@ from typing import Annotated
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from vla.config import CONFIGS, Config
 from vla.errors import DataError, UsageError
 
 CONVENTIONS: dict[str, str] = {
@@ -31,23 +32,14 @@ CONVENTIONS: dict[str, str] = {
 }
 """Every convention a channel may declare. Two channels with different conventions never mix silently."""
 
-_CONFIGS = Path(__file__).parent / "configs"
-CONFIGS = _CONFIGS if _CONFIGS.exists() else Path(__file__).parent.parent / "configs"
-"""Where shipped YAML lives: inside the wheel, or beside `vla/` in a checkout."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Camera(_Frozen):
+class Camera(Config):
     """One RGB camera; images are (height, width, 3) uint8."""
 
     height: int = Field(gt=0)
     width: int = Field(gt=0)
 
 
-class Channel(_Frozen):
+class Channel(Config):
     """A run of dimensions that share one meaning."""
 
     name: str
@@ -72,7 +64,7 @@ class Channel(_Frozen):
         return self
 
 
-class EmbodimentSpec(_Frozen):
+class EmbodimentSpec(Config):
     """A robot as a policy sees it: what comes in, what goes out, how often."""
 
     name: str

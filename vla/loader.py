@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vla.batch import Batch, Example, collate
+from vla.errors import VLAError
 from vla.mixture import Mixture
 from vla.policy import VLAPolicy
 
@@ -20,8 +21,11 @@ class _Stream(Dataset):
     def __init__(self, mixture: Mixture, policy: VLAPolicy, seed: int) -> None:
         self.mixture, self.encoder, self.augment, self.seed = mixture, policy.encoder, policy.config.augment, seed
 
-    def __getitem__(self, n: int) -> Example:
-        return self.encoder.window(self.mixture.window(n), self.augment, self.seed)
+    def __getitem__(self, n: int) -> Example | VLAError:
+        try:
+            return self.encoder.window(self.mixture.window(n), self.augment, self.seed)
+        except VLAError as error:  # as a value: torch rebuilds a worker's exception from its text alone
+            return error
 
 
 class _Positions(Sampler[list[int]]):
@@ -58,8 +62,11 @@ class _Collate:
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
-    def __call__(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.pad)
+    def __call__(self, examples: list[Example | VLAError]) -> Batch | VLAError:
+        good = [e for e in examples if isinstance(e, Example)]
+        if len(good) < len(examples):
+            return next(e for e in examples if isinstance(e, VLAError))
+        return collate(good, self.pad)
 
 
 def _quiet_worker(worker: int) -> None:

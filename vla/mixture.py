@@ -6,8 +6,8 @@ world size, any number of loader workers and any restart see the same samples in
 How n becomes a frame: the stream is cut into blocks of `BLOCK` draws. Each dataset owns an exact number of draws in each
 block (cumulative rounding, so shares are right to one draw at every block's end); a keyed shuffle of the block says
 which position is whose. The k-th draw of a dataset is element k % F of a keyed permutation of its F frames, with a new
-key for each epoch k // F: without replacement inside an epoch. That permutation is a Feistel network (Luby and Rackoff
-1988) with cycle walking, computed, not stored.
+key for each epoch k // F: without replacement inside an epoch. That permutation is computed, not stored
+(`vla/randomness.py`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from vla.config import Config
 from vla.embodiment import EmbodimentSpec, explain
 from vla.episodes import EpisodeStore
 from vla.errors import DataError
+from vla.randomness import Purpose, generator, mix, permute
 from vla.schema import Window
 
 BLOCK = 4096
 """Draws per block. Large enough that every dataset of a mixture of 60 gets its share to the draw."""
-
-_ROUNDS = 6
-_MASK = (1 << 64) - 1
 
 
 class DatasetConfig(Config):
@@ -38,7 +36,7 @@ class DatasetConfig(Config):
 
     path: str
     """Folder of a LeRobot v3.0 dataset."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
     """Share of the samples, relative to the other datasets' weights (not multiplied by size)."""
 
 
@@ -51,36 +49,6 @@ class MixtureConfig(Config):
     frames: Literal["raw", "jpeg"] = "raw"
     """How the training cache stores frames."""
     cache_dir: str | None = None
-
-
-def mix(*words: int) -> int:
-    """64-bit hash of a few integers (splitmix64 finaliser); the house's only source of keys."""
-    h = 0x9E3779B97F4A7C15
-    for word in words:
-        h = (h ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        h = (h ^ h >> 27) * 0x94D049BB133111EB & _MASK
-        h ^= h >> 31
-    return h
-
-
-def permute(i: int, size: int, key: int) -> int:
-    """Element i of a keyed permutation of range(size), in constant memory."""
-    if size <= 1:
-        return 0
-    side = math.isqrt(size - 1) + 1  # side * side >= size, so cycle walking leaves the square almost never
-    while True:
-        left, right = divmod(i, side)
-        for round_ in range(_ROUNDS):
-            left, right = right, (left + mix(key, round_, right)) % side
-        i = left * side + right
-        if i < size:
-            return i
-
-
-def generator(seed: int, n: int, purpose: int = 0) -> np.random.Generator:
-    """Random numbers as a function of (seed, n, purpose): augmentation, noise. No state is ever saved."""
-    return np.random.Generator(np.random.Philox(key=np.array([mix(seed, purpose), mix(n)], np.uint64)))
 
 
 class Mixture:
@@ -133,7 +101,7 @@ class Mixture:
         owner, rank, before = self._block(block)
         dataset = int(owner[position])
         epoch, i = divmod(before[dataset] + int(rank[position]), self.sizes[dataset])
-        frame = permute(i, self.sizes[dataset], mix(self.seed, 2, dataset, epoch))
+        frame = permute(i, self.sizes[dataset], mix(self.seed, Purpose.EPOCH, dataset, epoch))
         return dataset, *self.place(dataset, frame)
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -141,7 +109,7 @@ class Mixture:
         if block not in self._blocks:
             before, after = self.drawn(block), self.drawn(block + 1)
             counts = [b - a for a, b in zip(before, after, strict=True)]
-            shuffled = generator(self.seed, block, purpose=1).random(BLOCK).argsort(kind="stable")
+            shuffled = generator(Purpose.BLOCK, self.seed, block).random(BLOCK).argsort(kind="stable")
             owner = np.repeat(np.arange(len(counts)), counts)[shuffled]
             rank = np.zeros(BLOCK, np.int64)
             for dataset, count in enumerate(counts):
@@ -191,7 +159,7 @@ class Mixture:
 def _split(count: int, holdout: float, part: str) -> np.ndarray:
     """Episodes of `part`. The split does not depend on the run's seed, so that figures of two seeds compare."""
     held = min(max(round(count * holdout), 1), count - 1) if holdout else 0
-    order = [permute(i, count, mix(0x5EED, count)) for i in range(count)]
+    order = [permute(i, count, mix(Purpose.SPLIT, count)) for i in range(count)]
     return np.sort(np.array(order[:held] if part == "holdout" else order[held:], np.int64))
 
 

@@ -11,6 +11,7 @@ from vla.policy import VLAPolicy
 
 def evaluate_open_loop(policy: VLAPolicy, heldout: Mixture, windows: int) -> dict:
     """Loss, token accuracy and per-dimension L1 in robot units on about `windows` windows spread over held-out episodes."""
+    was_training = policy.training
     policy.eval()
     totals, errors = {"action": 0.0, "count": 0, "correct": 0, "end": 0.0, "ends": 0}, {}
     per_dataset = max(1, windows // len(heldout.stores))
@@ -31,7 +32,7 @@ def evaluate_open_loop(policy: VLAPolicy, heldout: Mixture, windows: int) -> dic
             for window, chunk in zip(some, chunks, strict=True):
                 error = np.where(window.valid, np.abs(chunk.actions - window.actions), np.nan)
                 errors.setdefault(window.embodiment, []).append(error)
-    policy.train()
+    policy.train(was_training)
     l1 = {
         robot: dict(zip(policy.embodiments[robot].action_names, np.nanmean(np.concatenate(e), axis=0).tolist(), strict=True))
         for robot, e in errors.items()
@@ -41,6 +42,7 @@ def evaluate_open_loop(policy: VLAPolicy, heldout: Mixture, windows: int) -> dic
 
 
 def describe(record: dict) -> str:
+    """One line for the terminal."""
     l1 = "; ".join(f"{robot} " + " ".join(f"{k} {v:.3f}" for k, v in dims.items()) for robot, dims in record["l1"].items())
     return (f"step {record['step']}: held-out loss {record['loss']:.3f}, aux {record['aux']:.3f}, "
             f"token accuracy {record['token_accuracy']:.2f}, L1 {l1}")  # fmt: skip

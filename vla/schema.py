@@ -80,7 +80,7 @@ class Window:
         if self.actions.ndim != 2 or self.valid.shape != self.actions.shape:
             raise DataError(
                 where, found=f"actions {self.actions.shape}, valid {self.valid.shape}",
-                expected="both (H, A)", fix="check the dataset with `vla data check`",
+                expected="both (H, A)", fix="check the dataset's columns",
             )
         if not self.valid[0].any():
             raise DataError(

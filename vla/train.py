@@ -10,44 +10,47 @@ functions of (seed, n) or (seed, step, rank), and no random state is ever saved.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
-from pydantic import Field
+from accelerate import Accelerator, DistributedType, PartialState
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from vla.batch import Batch
-from vla.checkpoint import Run, pack_optimizer, publish, unpack_optimizer, write_atomic
+from vla.checkpoint import Run, pack_optimizer, publish, unpack_optimizer
 from vla.config import Config, dump_config, load_config
+from vla.durable import replace_file
 from vla.errors import DivergedError, MachineError, Preempted, UsageError, VLAError
+from vla.launch import StopSignal, add_arguments, answer_launcher, die_with_launcher, introduce
 from vla.loader import make_loader, split_batch
-from vla.mixture import MixtureConfig, mix, open_mixture
+from vla.mixture import MixtureConfig, open_mixture
 from vla.open_loop import describe, evaluate_open_loop
 from vla.policy import PolicyConfig, build_policy, read_policy, save_policy
+from vla.randomness import Purpose, mix
 
 
 class _OtherRank(Exception):
-    """The main process has an error to report; this one only stops."""
+    """Another process has an error to report; this one only stops."""
 
 
 class OptimConfig(Config):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     warmup: int = Field(default=100, ge=0)
     """Steps of linear warm-up; a cosine to `final_lr` follows."""
     final_lr: float = Field(default=0.0, ge=0)
@@ -62,7 +65,7 @@ class OptimConfig(Config):
 
 
 class RunConfig(Config):
-    out: str
+    out: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
     """The run folder."""
     steps: int = Field(ge=1)
     seed: int = 0
@@ -73,16 +76,19 @@ class RunConfig(Config):
     save_every: int = Field(default=1000, ge=1)
     keep: int = Field(default=3, ge=0)
     """Checkpoints to keep; 0 keeps all."""
-    on_save_error: str = Field(default="stop", pattern="^(stop|warn)$")
+    on_save_error: Literal["stop", "warn"] = "stop"
     """What a full disk does to the run. The previous checkpoint is intact either way."""
-    processes: int = Field(default=1, ge=1)
-    """Processes `vla train` launches, and the number the run insists on (a launcher that silently starts fewer is refused)."""
+    processes: int | Literal["auto"] = "auto"
+    """Processes `vla train` launches, and the number the run insists on (a launcher that silently starts fewer is refused).
+    `auto`: one per GPU; without a GPU one per core, as far as they divide the batch."""
     workers: int = Field(default=0, ge=0)
     """Loader workers per process."""
     threads: int | None = Field(default=1, ge=1)
     """torch threads per process on a CPU. One is right when each core has a process."""
-    precision: str = Field(default="auto", pattern="^(auto|no|bf16)$")
+    precision: Literal["auto", "no", "bf16"] = "auto"
     """`auto`: bf16 where the device computes in it."""
+    deterministic: bool = True
+    """Ask torch for deterministic algorithms (CUDA; a CPU with one thread per process is so anyway)."""
 
 
 class TrainConfig(Config):
@@ -93,25 +99,49 @@ class TrainConfig(Config):
     policy: PolicyConfig = PolicyConfig()
     optim: OptimConfig = OptimConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.run.processes != "auto" and (self.run.processes < 1 or self.optim.batch % self.run.processes):
+            raise ValueError(f"optim.batch {self.optim.batch} must be a multiple of run.processes {self.run.processes}")
+        return self
+
+
+def processes(config: TrainConfig) -> int:
+    """How many processes the run has on this machine."""
+    if config.run.processes != "auto":
+        return config.run.processes
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(n for n in range(1, cores + 1) if config.optim.batch % n == 0)
+
 
 _RESUMABLE = ("run.out", "run.log_every", "run.eval_every", "run.eval_windows", "run.save_every", "run.keep",
-              "run.on_save_error", "run.processes", "run.workers", "run.threads", "mixture.cache_dir")  # fmt: skip
+              "run.on_save_error", "run.processes", "run.deterministic", "run.workers", "run.threads",
+              "mixture.cache_dir")  # fmt: skip
 """Keys that do not change what is learned, so a resumed run may change them."""
 
 
 def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ...] = ()) -> Path:
     """Run to the end and return the run folder. See the module docstring; raises `VLAError`s."""
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The timeout covers the slowest thing one process does alone: decoding a large dataset into the cache, once.
+    state = PartialState(cpu=not torch.cuda.is_available(), **_timeout(hours=12))
     rank, world = state.process_index, state.num_processes
-    if world != config.run.processes:
+    if config.run.processes not in (world, "auto"):
         raise UsageError("run.processes", found=f"{world} process(es) started", expected=str(config.run.processes),
                          fix=f"start it with `vla train`, or set run.processes={world}")  # fmt: skip
     if config.optim.batch % world:
         raise UsageError("optim.batch", found=config.optim.batch, expected=f"a multiple of {world} processes",
                          fix=f"optim.batch={config.optim.batch // world * world or world}")  # fmt: skip
+    if torch.cuda.is_available() and config.run.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if config.run.threads and not torch.cuda.is_available():
         torch.set_num_threads(config.run.threads)
+    stop = StopSignal()  # from here on a signal means: save at the next step, and go
     accelerator = Accelerator(mixed_precision=_precision(config.run.precision), cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UsageError("accelerate", found=str(accelerator.distributed_type), expected="plain data parallelism",
+                         fix="launch without FSDP or DeepSpeed; saving sharded state is not built yet")  # fmt: skip
     main = accelerator.is_main_process
     say = (lambda text: tqdm.write(text, file=sys.stderr)) if main else (lambda text: None)
     transformers_logging.disable_progress_bar()  # one bar is enough
@@ -127,19 +157,23 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             _check_unchanged(found[1]["config"], config, run.root, allow_change)
         return found, *open_mixture(config.mixture, config.policy.chunk, config.run.seed, progress=main)
 
-    opened, problem = None, None
+    def together(error: BaseException | None) -> None:
+        """Every process calls it after a step that only one of them could fail at: they go on, or stop, as one."""
+        if _sum_over_ranks(torch.tensor(float(error is not None), device=accelerator.device)) > 0:
+            raise error or _OtherRank()
+
+    opened, problem, existed, claimed = None, None, run.root.exists(), False
     if main:  # the main process looks first and builds caches; the others then find them, or stop with it
         try:
-            existed = run.root.exists()
             run.claim()
+            claimed = True
             opened = open_all()
         except VLAError as error:
             problem = error
-            run.release()
-            if not existed:
+            if claimed and not existed:
                 shutil.rmtree(run.root, ignore_errors=True)  # a run that never began leaves nothing behind
-    if _sum_over_ranks(torch.tensor(float(problem is not None), device=accelerator.device)) > 0:
-        raise problem or _OtherRank()
+            run.release()
+    together(problem)
     found, mixture, heldout = opened or open_all()
     for line in mixture.report(config.run.steps, config.optim.batch):
         say("  ".join(f"{key} {value}" for key, value in line.items()))
@@ -151,7 +185,8 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     else:
         policy = build_policy(config.policy, mixture).train()
     names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    decayed = [p for n, p in policy.named_parameters() if p.requires_grad and p.ndim >= 2 and "embed" not in n]
+    tables = {id(p) for m in policy.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    decayed = [p for p in names if p.ndim >= 2 and id(p) not in tables and not names[p].endswith("patch_positions")]
     plain = [p for p in names if all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
@@ -170,12 +205,14 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                     ema[name].copy_(tensors[f"ema/{name}"])
         unpack_optimizer(optimizer, names, tensors)
         say(f"resuming {run.root} at step {step}")
+        if main:  # a crash between the two publishes of the last save left an older policy/ behind
+            publish(run.root / "policy", partial(_copy, found[0] / "policy"))
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
 
     # ------------------------------------------------------------------------------------ one owner writes
     parameters = sum(p.numel() for p in names)
     if main:
-        write_atomic(run.root / "config.yaml", dump_config(config))
+        replace_file(run.root / "config.yaml", dump_config(config))
         run.trim_log(step)
         run.status("running", step=step, steps=config.run.steps, pid=os.getpid())
         say(f"{parameters / 1e6:.2f} M parameters, {accelerator.device}, {accelerator.mixed_precision}, {world} process(es)")
@@ -191,11 +228,10 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                 folder = run.save(step, tensors, facts, partial(save_policy, policy), config.run.keep)
                 publish(run.root / "policy", partial(_copy, folder / "policy"))
         except MachineError as error:
-            if config.run.on_save_error == "stop":
+            if config.run.on_save_error == "stop" or step == config.run.steps:  # a run without a policy has not succeeded
                 raise
             say(f"warning: not saved, training goes on\n{error}")
 
-    stop = _StopSignal()
     loader = make_loader(
         mixture, policy, seed=config.run.seed, batch=config.optim.batch, steps=config.run.steps, first_step=step, rank=rank,
         world=world, workers=config.run.workers,
@@ -210,16 +246,22 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     try:
         while step < config.run.steps:
             before = time.perf_counter()
-            batch: Batch = next(batches).to(accelerator.device)
+            batch: Batch | VLAError = next(batches)  # a bad sample comes as an error, for all processes to stop at
             waited += time.perf_counter() - before
 
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(mix(config.run.seed, 5, step, rank) >> 1)  # dropout = f(seed, step, rank)
+            torch.manual_seed(mix(config.run.seed, Purpose.STEP, step, rank) >> 1)  # dropout = f(seed, step, rank)
             # Every rank divides by the global number of valid elements; DDP then averages, hence the factor `world`.
-            agreed = torch.stack([batch.valid.sum(), batch.end_valid.sum(), torch.tensor(stop.asked, device=batch.n.device)])
-            agreed = _sum_over_ranks(agreed.double())
+            if isinstance(batch, VLAError):
+                mine = [0, 0, stop.asked, 1]
+            else:
+                mine = [int(batch.valid.sum()), int(batch.end_valid.sum()), stop.asked, 0]
+            agreed = _sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=accelerator.device))
+            if isinstance(batch, VLAError) or agreed[3] > 0:
+                raise batch if isinstance(batch, VLAError) else _OtherRank("another process met a bad sample")
+            batch = batch.to(accelerator.device)
             losses, totals = [], []
             micros = split_batch(batch, policy, config.optim.micro_batch)
             for i, micro in enumerate(micros):
@@ -260,21 +302,32 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                         refresh=False,
                     )
             bar.update()
-            if bad_steps >= 3:
-                raise DivergedError(f"step {step}", found="3 steps in a row with a non-finite gradient", expected="finite",
-                                    fix="lower optim.lr, or look at the windows named above with `vla data check`")  # fmt: skip
+            if bad_steps >= 3 or (bad_steps and step == config.run.steps):
+                raise DivergedError(f"step {step}", found=f"{bad_steps} steps in a row with a non-finite gradient",
+                                    expected="finite gradients",
+                                    fix="lower optim.lr, or look at the windows named above")  # fmt: skip
 
-            if step % config.run.eval_every == 0 or step == config.run.steps:
-                if main and heldout.sizes and sum(heldout.sizes):
-                    with _averaged(names, ema):
-                        record = {"kind": "heldout", "step": step} | evaluate_open_loop(policy, heldout, config.run.eval_windows)
-                    run.log(record)
-                    say(describe(record))
-                accelerator.wait_for_everyone()
-            if step % config.run.save_every == 0 or step == config.run.steps or agreed[2] > 0:
+            healthy = bad_steps == 0  # a policy that just met NaN is neither measured nor kept
+            if healthy and (step % config.run.eval_every == 0 or step == config.run.steps):
+                problem = None
+                if main and sum(heldout.sizes):
+                    try:
+                        with _averaged(names, ema):
+                            record = {"kind": "heldout", "step": step}
+                            record |= evaluate_open_loop(policy, heldout, config.run.eval_windows)
+                        run.log(record)
+                        say(describe(record))
+                    except VLAError as error:
+                        problem = error
+                together(problem)
+            if healthy and (step % config.run.save_every == 0 or step == config.run.steps or agreed[2] > 0):
+                problem = None
                 if main:
-                    save()
-                accelerator.wait_for_everyone()
+                    try:
+                        save()
+                    except VLAError as error:
+                        problem = error
+                together(problem)
             if agreed[2] > 0 and step < config.run.steps:
                 if main:
                     run.status("preempted", step=step, steps=config.run.steps)
@@ -285,10 +338,13 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     except BaseException as error:
         if main and not isinstance(error, Preempted):
             state_name = "diverged" if isinstance(error, DivergedError) else "failed"
-            run.status(state_name, step=step, steps=config.run.steps, error=str(error)[:2000])
+            with suppress(VLAError):  # a disk too full for a status must not hide why the run ended
+                run.status(state_name, step=step, steps=config.run.steps, error=str(error)[:2000])
         raise
     finally:
         bar.close()
+        # Workers ignore SIGTERM (see loader.py), so leaving them to the interpreter's exit would wait for ever.
+        getattr(batches, "_shutdown_workers", lambda: None)()
         run.release()
     return run.root
 
@@ -348,28 +404,15 @@ class _averaged:
             average.copy_(kept)
 
 
-class _StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked, self.name = 0, ""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked, self.name = 1, signal.Signals(number).name
-
-
 def _check_unchanged(then: dict, now: TrainConfig, where: Path, allowed: tuple[str, ...]) -> None:
     before, after = _flat(then), _flat(now.model_dump(mode="json"))
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-    changed = [k for k in changed if k not in _RESUMABLE and k not in allowed]
+    changed = [k for k in changed if k not in _RESUMABLE and k not in allowed or k.startswith("policy.")]
     if changed:
         raise UsageError(where, found="; ".join(f"{k}: {before.get(k)} then, {after.get(k)} now" for k in changed),
                          expected="the config the run was started with",
-                         fix="undo the change, or add " + " ".join(f"--allow-change {k}" for k in changed))  # fmt: skip
+                         fix="undo the change" + "".join(f", or add --allow-change {k}" for k in changed if k[:7] != "policy.")
+                         + "; what is under policy. is fixed for a run's life")  # fmt: skip
 
 
 def _flat(values: object, at: str = "") -> dict[str, object]:
@@ -379,51 +422,43 @@ def _flat(values: object, at: str = "") -> dict[str, object]:
     return {k: v for key, value in items for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
 
 
+def _timeout(hours: int) -> dict:
+    """Arguments for the process group; one process alone has none."""
+    return {"timeout": timedelta(hours=hours)} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `accelerate launch -m vla.train`."""
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m vla.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: accelerate launch -m vla.train configs/smoke/train.yaml run.steps=50",
     )  # fmt: skip
-    parser.add_argument("config", help="a YAML file, or a shipped name such as smoke/train")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest intact checkpoint, if there is one")
-    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="a key that may differ on resume")
-    parser.add_argument("--json", action="store_true", help="print the final status as JSON")
+    add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
-    _die_with_launcher()
+    die_with_launcher()
+    introduce(int(os.environ.get("RANK", "0")))
     code, root = 0, None
     try:
         config = load_config(args.config, args.overrides, TrainConfig)
         root = Path(config.run.out)
         train(config, args.resume, tuple(args.allow_change))
     except _OtherRank:
-        code = 1
+        code = None
     except VLAError as error:
         code = error.exit_code
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    answer = os.environ.get("TENDON_EXIT_CODE")  # set by `vla train`: launchers do not pass an exit code on
-    if int(os.environ.get("RANK", "0")) != 0:
-        return 0 if answer else code
-    if root is not None and (root / "metrics.jsonl").is_file() and code not in (2, 3):
+    rank = int(os.environ.get("RANK", "0"))
+    exit_code = answer_launcher(code, speak=code is not None and (rank == 0 or code != 0))
+    if rank == 0 and root and (root / "metrics.jsonl").is_file() and code not in (2, 3):
         # A run that failed or was stopped gets its report too.
         from vla.report import write_report
 
         report, status = write_report(root), Run(root).read_status()
         print(json.dumps(status | {"report": str(report)}) if args.json else f"report: {report}")
-    if answer:
-        Path(answer).write_text(str(code))
-        return 0  # the error is printed already; the launcher would add a traceback of its own
-    return code
-
-
-def _die_with_launcher() -> None:
-    """Ask Linux for SIGTERM when the parent goes: `accelerate launch` with one process dies without telling us."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    return exit_code
 
 
 if __name__ == "__main__":

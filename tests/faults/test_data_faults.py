@@ -50,7 +50,7 @@ def refused(root: Path, kind: type[VLAError] = DataError, **kw) -> VLAError:
     error = caught.value
     assert error.where and error.found and error.expected and error.fix
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
-    entries = [p for p in cache.iterdir() if p.name != "hashes"] if cache.exists() else []
+    entries = [p for p in cache.iterdir() if p.name != "hashes" and p.suffix != ".lock"] if cache.exists() else []
     assert not entries, f"written on failure: {entries}"
     return error
 
@@ -73,10 +73,12 @@ def test_missing_dataset(tmp_path: Path):
 def test_another_format_or_version(root: Path):
     edit_info(root, codebase_version="v2.1")
     error = refused(root)
-    assert "v2.1" in error.found and "vla data convert" in error.fix
+    assert "v2.1" in error.found and "convert_dataset_v21_to_v30" in error.fix and f"--root={root}" in error.fix
     (root / "meta/info.json").unlink()
     (root / "meta/episodes.jsonl").write_text("{}")
-    assert "vla data convert" in refused(root).fix
+    assert "convert_dataset_v21_to_v30" in refused(root).fix
+    (root / "meta/episodes.jsonl").rename(root / "dataset_info.json")
+    assert "RLDS" in refused(root).found
     (root / "meta/info.json").write_text('{"codebase_version": ')
     assert "info.json" in refused(root).where
 
@@ -122,12 +124,58 @@ def test_a_video_whose_middle_is_garbage(root: Path):
     middle = slice(len(data) // 3, len(data) // 2)
     data[middle] = np.random.default_rng(0).bytes(middle.stop - middle.start)
     (root / VIDEO).write_bytes(data)
-    cache = root.parent / "cache"
-    try:
-        EpisodeStore.open(root, cache, progress=False)
-    except DataError as error:
-        assert VIDEO in error.where
-        assert not [p for p in cache.iterdir() if p.is_dir() and p.name != "hashes"]
+    assert VIDEO in refused(root).where
+
+
+@pytest.fixture(scope="module", params=["noise", "lossless", "yuv420p"])
+def filmed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise, kept exactly; or smooth moving pictures, kept exactly or as a foreign dataset has them, without our hashes."""
+    root = tmp_path_factory.mktemp(request.param) / "ds"
+    with LeRobotWriter(root, small_spec(), video="yuv420p" if request.param == "yuv420p" else "lossless") as writer:
+        for n in range(6):
+            episode = make_episode(n)
+            y, x = np.mgrid[0:32, 0:32]
+            for t, frame in enumerate(episode.images["front"] if request.param != "noise" else []):
+                frame[:] = np.stack([(x * 3 + t * 9) % 256, (y * 5 + n * 31) % 256, x + y], -1)
+            writer.add(episode)
+    hashed = ["pixels" in entry for entry in json.loads((root / "meta/recording.json").read_text())["episodes"]]
+    assert hashed == [request.param != "yuv420p"] * 6
+    return root
+
+
+def test_a_video_damaged_anywhere_is_refused_or_decodes_exactly(filmed: Path, tmp_path: Path):
+    """FFmpeg paints over damage and says nothing unless it is asked, and of lossless pictures it notices only half."""
+    rng, refusals = np.random.default_rng(1), 0
+    expected = content(filmed, tmp_path / "cache")
+    for n in range(40):
+        root = Path(shutil.copytree(filmed, tmp_path / f"ds{n}"))
+        data = bytearray((root / VIDEO).read_bytes())
+        at = int(rng.integers(len(data)))
+        damage = rng.bytes(min(int(rng.integers(1, 64)), len(data) - at))
+        data[at : at + len(damage)] = damage
+        (root / VIDEO).write_bytes(data)
+        try:
+            assert content(root, tmp_path / "cache") == expected
+        except DataError as error:
+            refusals += 1
+            assert VIDEO in str(error)
+    assert refusals > 10
+
+
+def test_hashes_of_other_pixels_name_the_episode(root: Path):
+    path = root / "meta/recording.json"
+    recording = json.loads(path.read_text())
+    recording["episodes"][3]["pixels"]["wrist"] = "0" * 64
+    path.write_text(json.dumps(recording))
+    error = refused(root)
+    assert "episode 3, camera 'wrist'" in error.where and "other pixels" in error.found and "0" * 64 in error.expected
+
+
+@pytest.mark.parametrize("broken", [1, [[]], [{"seed": 1}], [{"seed": "1", "task": "a"}], [{"seed": None, "pixels": "x"}]])
+def test_a_recording_that_is_none(root: Path, broken: Any):
+    path = root / "meta/recording.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"episodes": broken}))
+    assert "recording.json" in refused(root).where
 
 
 def test_missing_camera_and_wrong_dimensions_come_together(root: Path):
@@ -153,6 +201,16 @@ def test_nan_in_actions_is_named_by_episode_frame_and_dimension(root: Path, valu
     pq.write_table(table.set_column(table.column_names.index("action"), "action", column), root / DATA)
     error = refused(root)
     assert "episode 4, frame 2, action[1] (eef.dy)" in str(error) and str(value) in str(error)
+
+
+def test_an_action_that_changed_on_the_disk_is_refused(root: Path):
+    """One flipped bit of one number; pages carry checksums."""
+    row_group = pq.read_metadata(root / DATA).row_group(0)
+    chunk = next(c for c in map(row_group.column, range(row_group.num_columns)) if c.path_in_schema.startswith("action"))
+    data = bytearray((root / DATA).read_bytes())
+    data[chunk.data_page_offset + 100] ^= 1
+    (root / DATA).write_bytes(data)
+    assert DATA in refused(root).where
 
 
 def test_missing_or_foreign_statistics(root: Path):
@@ -205,7 +263,8 @@ def test_any_broken_file_is_an_error_or_harmless(whole: Path, tmp_path_factory: 
         data[at : at + int(rng.integers(1, 200))] = rng.bytes(int(rng.integers(0, 200)))
     path.write_bytes(data)
     try:
-        EpisodeStore.open(root, root.parent / "cache", progress=False)
+        found = content(root, root.parent / "cache")
+        assert path.suffix != ".mp4" or found == content(whole, whole.parent / "cache"), "wrong frames, and nobody said so"
     except VLAError as error:
         assert error.found and error.fix
     finally:
@@ -243,7 +302,7 @@ def test_disk_full_while_recording_keeps_every_committed_episode(tmp_path: Path)
     kept = json.loads((out / "meta/info.json").read_text())["total_episodes"]
     assert 0 < kept < 40 and code == 5
     assert str(out) in where and f"{kept} episodes are safe" in found and "room" in expected and "free" in fix
-    assert not [p for p in out.rglob("*.tmp")]
+    assert not [p for p in out.rglob("*.tmp-*")]
     record("tabletop", ["touch-red"], 40, 0, tmp_path / "whole", **toy)
     whole = content(tmp_path / "whole", tmp_path / "cache")
     assert content(out, tmp_path / "cache") == whole[:kept]
@@ -272,3 +331,16 @@ def test_nan_is_refused_when_recording_too(tmp_path: Path):
         with pytest.raises(DataError, match=r"action\[1, 2\]"):
             writer.add(episode)
     assert len(content(tmp_path / "ds", tmp_path / "cache")) == 1
+
+
+def test_a_recording_stopped_before_its_first_commit_says_so(tmp_path):
+    """What a SIGKILL in the first seconds leaves: a dataset of 0 episodes, which is no dataset to train on yet."""
+    from data_tools.record import record
+
+    record("tabletop", ["touch-red"], 1, 0, tmp_path / "d", workers=0, progress=False)
+    info = json.loads((tmp_path / "d/meta/info.json").read_text())
+    (tmp_path / "d/meta/info.json").write_text(json.dumps(info | {"total_episodes": 0, "total_frames": 0, "splits": {}}))
+    for path in [*(tmp_path / "d/data").rglob("*.parquet"), *(tmp_path / "d/meta/episodes").rglob("*.parquet")]:
+        path.unlink()
+    with pytest.raises(DataError, match="0 episodes"):
+        EpisodeStore.open(tmp_path / "d", cache_dir=tmp_path / "c", progress=False)

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 SPECIALS = ("pad", "image", "state", "end", "act")
@@ -51,6 +51,8 @@ class NanoVLMConfig(PreTrainedConfig):
         vocab_size = text_vocab_size + len(SPECIALS) + num_slots + num_symbols
         if not isinstance(text_config, LlamaConfig):
             text_config = LlamaConfig(**{**_TEXT_DEFAULTS, **(text_config or {}), "vocab_size": vocab_size})
+        if text_config.vocab_size != vocab_size:
+            raise ValueError(f"text_config.vocab_size is {text_config.vocab_size}, the parts add up to {vocab_size}")
         self.text_config = text_config
         self.image_size, self.tower_channels = image_size, tuple(tower_channels)
         self.keypoints, self.state_dim, self.embedding_std = keypoints, state_dim, embedding_std
@@ -128,10 +130,12 @@ class Keypoints(nn.Module):
         scale, shift = self.film(sentence)[:, :, None, None].chunk(2, dim=1)
         modulated = torch.relu(mid * (1 + scale) + shift)
         h, w = mid.shape[-2:]
-        weights = self.conv(modulated).flatten(2).float().softmax(-1)  # (I, K, h*w)
-        grid = _coordinates(h, w, mid.device).flatten(1)  # (2, h*w)
-        places = weights @ grid.T  # (I, K, 2)
-        values = (weights * self.value(modulated).flatten(2)).sum(-1)
+        scores, features = self.conv(modulated).flatten(2), self.value(modulated).flatten(2)
+        # Sub-pixel positions are the reason for this token: bf16 would round them to a sixteenth of the picture's half.
+        with torch.autocast(mid.device.type, enabled=False):
+            weights = scores.float().softmax(-1)  # (I, K, h*w)
+            places = weights @ _coordinates(h, w, mid.device).flatten(1).T  # (I, K, 2)
+            values = (weights * features.float()).sum(-1)
         return self.out(torch.cat([places.flatten(1), values], dim=-1).to(sentence.dtype))
 
 
@@ -144,7 +148,7 @@ def _coordinates(h: int, w: int, device: torch.device) -> Tensor:
 
 
 class NanoVLM(PreTrainedModel):
-    """The model: ids, images and states in, hidden states out; `lm_head` is applied by the caller where it is needed."""
+    """The model: ids, images and states in, hidden states or logits out."""
 
     config_class = NanoVLMConfig
     config: NanoVLMConfig
@@ -157,8 +161,6 @@ class NanoVLM(PreTrainedModel):
     def __init__(self, config: NanoVLMConfig) -> None:
         super().__init__(config)
         d = config.text_config.hidden_size
-        # Eager attention beats SDPA on a CPU at these lengths (SDPA's backward is slow for ~60 tokens); on CUDA it is
-        # a tie. Users may still pass attn_implementation="sdpa".
         self.tower = ConvTower(config.tower_channels)
         self.projector = nn.Sequential(nn.Linear(self.tower.out_channels, d), nn.ReLU(), nn.Linear(d, d))
         patches = (config.image_size // _PATCH) ** 2
@@ -208,8 +210,9 @@ class NanoVLM(PreTrainedModel):
                 is_text = input_ids < config.text_vocab_size
                 count = is_text.sum(-1, keepdim=True).clamp(min=1)
                 sentence = (embeddings * is_text[..., None]).sum(1) / count
-                images_per_row = at_image.sum(-1) // config.image_tokens
-                sentence = sentence.repeat_interleave(images_per_row, dim=0, output_size=len(pixels))
+                # Row of each image, from where its first token stands (repeat_interleave has no deterministic backward).
+                row_of_image = at_image.nonzero()[:: config.image_tokens, 0]
+                sentence = sentence[row_of_image]
                 tokens = torch.cat([tokens, self.keypoints(mid, sentence)[:, None]], dim=1)
             embeddings = embeddings.masked_scatter(at_image[..., None], tokens.to(embeddings.dtype))
         if states is not None:
@@ -219,16 +222,25 @@ class NanoVLM(PreTrainedModel):
         return embeddings
 
     def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, states: Tensor | None = None,
+        labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """transformers' view: logits (B, T, V), or of the last `logits_to_keep` positions; `labels` (B, T) add a loss.
+
+        Further arguments are those of `hidden`. A policy calls `hidden` and applies the head where it needs it.
+        """
+        out = self.hidden(input_ids, pixel_values, states, **kwargs)
+        assert out.last_hidden_state is not None
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.text_config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)  # pyright: ignore
+
+    def hidden(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, states: Tensor | None = None,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Cache | None = None,
+        use_cache: bool = False, **kwargs: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """Last hidden states (B, T, d). `attention_mask` is (B, T) or a 4-D additive mask (B, 1, T, T_total)."""
         return self.language_model(
             inputs_embeds=self.embed(input_ids, pixel_values, states),
@@ -240,4 +252,5 @@ class NanoVLM(PreTrainedModel):
 
 
 AutoConfig.register(NanoVLMConfig.model_type, NanoVLMConfig, exist_ok=True)
+AutoModel.register(NanoVLMConfig, NanoVLM, exist_ok=True)
 AutoModelForImageTextToText.register(NanoVLMConfig, NanoVLM, exist_ok=True)

@@ -8,7 +8,6 @@ renamed, so it is whole or absent; a lock makes a second process wait instead of
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
@@ -30,6 +29,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm import tqdm
 
+from vla.durable import TEMPORARY, flush, is_disk_full, replace_file, temporary_name
 from vla.episodes.layout import RESTORE, STATE, Layout, Problems, check_statistics
 from vla.episodes.rows import Rows, Span, find_frames, read_rows
 from vla.errors import DataError, MachineError
@@ -75,11 +75,8 @@ def content_hash(root: Path, cache_dir: Path) -> str:
             digest.update(f"{name}\0{entry[0]}\0{entry[2]}\n".encode())
     if seen != known:
         # A convenience only: a read-only or full cache folder costs time, not correctness.
-        with contextlib.suppress(OSError):
-            memory_path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = memory_path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(seen))
-            os.replace(temporary, memory_path)
+        with contextlib.suppress(OSError, MachineError):
+            replace_file(memory_path, json.dumps(seen))
     return digest.hexdigest()
 
 
@@ -110,7 +107,7 @@ def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path
             if not (entry / "cache.json").is_file():
                 _build(layout, rows, spans, entry, frames, progress)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             need = layout.num_frames * sum(c.height * c.width * 3 for c in layout.spec.cameras.values()) / 2**30
             raise MachineError(cache_dir, found=f"{error.strerror} while decoding", expected=f"room for {need:.2f} GiB",
                                fix="free some space, set VLA_CACHE to a larger disk, or cache as jpeg") from error  # fmt: skip
@@ -131,9 +128,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path, frames: str, progress: bool) -> None:
-    for stale in entry.parent.glob(f"{entry.name}.tmp-*"):  # we hold the lock: whoever made it is gone
+    for stale in entry.parent.glob(f".{entry.name}{TEMPORARY}*"):  # we hold the lock: whoever made it is gone
         shutil.rmtree(stale, ignore_errors=True)
-    temporary = entry.with_name(f"{entry.name}.tmp-{os.getpid()}")
+    temporary = temporary_name(entry)
     temporary.mkdir()
     try:
         cameras = list(layout.spec.cameras)
@@ -142,6 +139,7 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
             for n, camera in enumerate(cameras):
                 size = layout.spec.cameras[camera]
                 decoded = _decode(spans[camera], layout.root) if camera in spans else _unpack(layout, rows, camera)
+                decoded = _as_recorded(decoded, layout, rows, camera)
                 _write_frames(temporary / f"frames-{n}.arrow", decoded, layout.num_frames, (size.height, size.width, 3),
                               frames, f"{layout.root}, camera {camera!r}", bar)  # fmt: skip
         for name in ("state", "action", "task", "starts"):
@@ -150,9 +148,10 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
                     "stats": computed_stats(rows)}  # fmt: skip
         (temporary / "cache.json").write_text(json.dumps(manifest))
         for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
+        flush(temporary)
         os.replace(temporary, entry)
+        flush(entry.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -206,7 +205,7 @@ def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
             if span.path != path:
                 if container is not None:
                     container.close()
-                path, container, last = span.path, av.open(str(span.path)), -1
+                path, container, last = span.path, av.open(str(span.path), metadata_errors="ignore"), -1
                 container.streams.video[0].codec_context.thread_count = 1  # small frames: threads only contend
                 frames = _forward(container)
             assert container is not None
@@ -232,9 +231,32 @@ def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
             container.close()
 
 
+def _as_recorded(frames: Iterator[np.ndarray], layout: Layout, rows: Rows, camera: str) -> Iterator[np.ndarray]:
+    """`frames`, each episode held against the hash of what was recorded: damaged video often decodes without complaint."""
+    for number, row in enumerate(rows.episodes):
+        expected, digest = layout.pixel_hash(camera, number), hashlib.sha256()
+        for t in range(row["length"]):
+            frame = next(frames, None)
+            if frame is None:
+                raise DataError(f"{layout.root}, episode {number}, camera {camera!r}", found=f"{t} pictures",
+                                expected=f"{row['length']}, one per row", fix=RESTORE)  # fmt: skip
+            if expected:
+                digest.update(np.ascontiguousarray(frame).data)
+                if t == row["length"] - 1 and digest.hexdigest() != expected:
+                    source = f"videos/{layout.cameras[camera]}" if layout.is_video(camera) else "data"
+                    template = "video_path" if layout.is_video(camera) else "data_path"
+                    path = layout.path(template, row, source, layout.cameras[camera])
+                    raise DataError(f"{path}, episode {number}, camera {camera!r}", found="other pixels than were recorded",
+                                    expected=f"frames with sha256 {expected}", fix=RESTORE)  # fmt: skip
+            yield frame
+
+
 def _forward(container: Any) -> Iterator[tuple[int, np.ndarray]]:
     reformatter = VideoReformatter()
     for frame in container.decode(container.streams.video[0]):
+        if frame.is_corrupt:  # FFmpeg has painted over a hole and would say nothing
+            raise DataError(container.name, found=f"a damaged picture at {frame.pts} ticks",
+                            expected="a video that decodes without errors", fix=RESTORE)  # fmt: skip
         if frame.pts is None:
             continue
         # Planar RGB needs no colour conversion, and creating a converter per frame would cost as much as decoding it.

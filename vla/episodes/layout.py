@@ -27,6 +27,9 @@ STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 STATISTICS = ("min", "max", "mean", "std", *QUANTILES)
 RESTORE = "restore this file from its source; an interrupted `vla data record` is mended by running it again"
 RECOMPUTE = "vla data stats {} --write"
+CONVERT = ("with `lerobot[dataset]` in an environment of its own: python -m lerobot.scripts.convert_dataset_v21_to_v30 "
+           "--repo-id=local/{name} --root={root} --push-to-hub=false (in 0.4: lerobot.datasets.v30...)")  # fmt: skip
+"""lerobot's own converter works in place on v2.1; where it lies was looked up in its 0.4.4 and 0.6.1 wheels."""
 
 
 class Problems:
@@ -82,6 +85,11 @@ class Layout:
     def is_video(self, camera: str) -> bool:
         return self.info["features"][self.cameras[camera]]["dtype"] == "video"
 
+    def pixel_hash(self, camera: str, episode: int) -> str | None:
+        """sha256 of an episode's frames as they were recorded; None unless it was recorded here, without loss."""
+        recorded = self.recording.get("episodes", [])
+        return (recorded[episode].get("pixels") or {}).get(camera) if episode < len(recorded) else None
+
     def path(self, template: str, row: Mapping[str, Any], prefix: str, key: str = "") -> Path:
         """The file an episode row points to. `prefix` is `data` or `videos/<key>`."""
         numbers = {f"{kind}_index": row[f"{prefix}/{kind}_index"] for kind in ("chunk", "file")}
@@ -101,7 +109,7 @@ def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool)
         if feature["dtype"] in ("video", "image") and not depth:
             cameras[key.removeprefix(IMAGES).removeprefix("observation.")] = key
     stats = _read_json(root / "meta" / "stats.json", problems) or {}
-    recording = _read_json(root / "meta" / "recording.json", problems) or {}
+    recording = _read_recording(root / "meta" / "recording.json", problems)
     for finding in _lacking_statistics(root, features, stats) if need_stats else []:
         problems.add(root / "meta" / "stats.json", found=finding, expected=f"{', '.join(STATISTICS)} per feature",
                      fix=RECOMPUTE.format(root))  # fmt: skip
@@ -133,9 +141,15 @@ def check_statistics(layout: Layout, key: str, lowest: np.ndarray, highest: np.n
 def _read_info(root: Path) -> dict[str, Any]:
     path = root / "meta" / "info.json"
     if not path.is_file():
-        old = next((p for p in (root / "meta" / "episodes.jsonl", root / "dataset_info.json") if p.exists()), None)
-        found = "no meta/info.json" + (f" (but {old.name})" if old else "") if root.is_dir() else "no such folder"
-        fix = f"vla data convert {root} NEW_DIR" if old else "check the path; `vla data record --help` makes a dataset"
+        old, rlds = root / "meta" / "episodes.jsonl", root / "dataset_info.json"
+        found, fix = "no such folder", "check the path; `vla data record --help` makes a dataset"
+        if root.is_dir():
+            found = "no meta/info.json"
+        if old.exists():
+            found, fix = f"{found} (but {old.name}, of LeRobot v2)", f"restore meta/info.json; then, {_convert(root)}"
+        elif rlds.exists():
+            found = f"{found} (but {rlds.name}, of RLDS)"
+            fix = "port it to LeRobot v3.0 first (lerobot's documentation, `Porting Large Datasets`)"
         raise DataError(root, found=found, expected="a LeRobot v3.0 dataset", fix=fix)
     try:
         info = json.loads(path.read_text())
@@ -143,14 +157,19 @@ def _read_info(root: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(path, found=f"{type(error).__name__}: {error}", expected="JSON with codebase_version",
                         fix=RESTORE) from error  # fmt: skip
-    if version.removeprefix("v").split(".")[0] != "3":
-        raise DataError(path, found=f"codebase_version {version}", expected="v3.0",
-                        fix=f"vla data convert {root} NEW_DIR")  # fmt: skip
+    major = version.removeprefix("v").split(".")[0]
+    if major != "3":
+        fix = f"it is an older format; {_convert(root)}" if major in ("1", "2") else "use a version of tendon-vla that reads it"
+        raise DataError(path, found=f"codebase_version {version}", expected="v3.0", fix=fix)
     needed = {"fps", "features", "total_episodes", "total_frames", "data_path"}
     if needed - info.keys() or ACTION not in info["features"]:
         missing = sorted(needed - info.keys()) or [f"feature {ACTION!r}"]
         raise DataError(path, found=f"no {', '.join(missing)}", expected="what LeRobot v3.0 requires", fix=RESTORE)
     return info
+
+
+def _convert(root: Path) -> str:
+    return CONVERT.format(name=root.resolve().name, root=root)
 
 
 def _read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
@@ -162,6 +181,18 @@ def _read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
         problems.add(path, found=f"not JSON: {error}", expected="a JSON object", fix=RESTORE)
         return None
     return value if isinstance(value, dict) else None
+
+
+def _read_recording(path: Path, problems: Problems) -> dict[str, Any]:
+    recording = _read_json(path, problems) or {}
+    episodes = recording.get("episodes", [])
+    for number, entry in enumerate(episodes if isinstance(episodes, list) else [None]):
+        seed, task, pixels = map(entry.get, ("seed", "task", "pixels")) if isinstance(entry, dict) else ("?", None, None)
+        if not (seed is None or (isinstance(seed, int) and isinstance(task, str))) or not isinstance(pixels, dict | None):
+            problems.add(path, found=f"episode {number}: {str(entry)[:100]}", expected="its task, seed and hashes of its pixels",
+                         fix=RESTORE)  # fmt: skip
+            return {}
+    return recording
 
 
 def _lacking_statistics(root: Path, features: dict[str, Any], stats: dict[str, Any]) -> list[str]:
@@ -184,7 +215,7 @@ def _lacking_statistics(root: Path, features: dict[str, Any], stats: dict[str, A
 def _read_tasks(root: Path, info: dict[str, Any], problems: Problems) -> list[str]:
     path = root / "meta" / "tasks.parquet"
     try:
-        table = pq.read_table(path).to_pydict()
+        table = pq.read_table(path, page_checksum_verification=True).to_pydict()
         text = next(table[name] for name in ("task", "__index_level_0__") if name in table)
         by_index = dict(zip(table["task_index"], text, strict=True))
         count = int(info.get("total_tasks") or len(by_index))

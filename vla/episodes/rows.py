@@ -41,12 +41,16 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
     tables = []
     for path in sorted({layout.path("data_path", row, "data") for row in episodes}):
         try:
-            tables.append(pq.read_table(path, columns=columns))
+            tables.append(pq.read_table(path, columns=columns, page_checksum_verification=True))
         except FileNotFoundError:
             problems.add(path, found="no such file", expected="the rows of its episodes", fix=RESTORE)
         except (OSError, pa.ArrowException) as error:
             problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
     if problems.found and len(tables) < len({layout.path("data_path", row, "data") for row in episodes}):
+        return None
+    if not tables:
+        problems.add(layout.root, found="0 episodes", expected="at least one",
+                     fix="go on with the recording: run the same command")  # fmt: skip
         return None
     table = pa.concat_tables(tables, promote_options="default")
     F = layout.num_frames
@@ -87,7 +91,7 @@ def _read_episodes(layout: Layout, problems: Problems) -> list[dict[str, Any]] |
     for path in files:
         try:
             names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
-            rows += pq.read_table(path, columns=names).to_pylist()
+            rows += pq.read_table(path, columns=names, page_checksum_verification=True).to_pylist()
         except (OSError, pa.ArrowException) as error:
             problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
             return None
@@ -117,9 +121,7 @@ def _wide(layout: Layout, table: pa.Table, key: str, problems: Problems) -> np.n
     return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
 
 
-def _check_finite(
-    layout: Layout, key: str, values: np.ndarray, starts: np.ndarray, dims: list[str], problems: Problems
-) -> None:
+def _check_finite(layout: Layout, key: str, values: np.ndarray, starts: np.ndarray, dims: list[str], problems: Problems) -> None:
     bad = np.argwhere(~np.isfinite(values))
     for n, (frame, d) in enumerate(bad[:_MOST_NAMED], 1):
         episode = int(np.searchsorted(starts, frame, "right")) - 1
@@ -195,8 +197,12 @@ def _packet_times(path: Path, problems: Problems) -> tuple[np.ndarray, float] | 
         problems.add(path, found="no such file", expected="the video of its episodes", fix=RESTORE)
         return None
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="ignore") as container:
             stream: Any = container.streams.video[0]
+            if stream.codec_context is None:
+                problems.add(path, found="a video in no format this FFmpeg can decode", expected="H.264, AV1, HEVC, ...",
+                             fix=RESTORE)  # fmt: skip
+                return None
             ticks = sorted(p.pts for p in container.demux(stream) if p.pts is not None and p.size)
             return np.array(ticks, np.int64), float(stream.time_base)
     except (FFmpegError, IndexError) as error:

@@ -3,14 +3,14 @@
     results = evaluate(policy, "tabletop", episodes=200, out=Path("runs/x/eval/tabletop.json"), demos=demos_of([root]))
 
 `jobs` decides which episodes are run, `pool` and `worker` run them, `results` makes figures of them, `clips` the films,
-`command` is `vla eval`. The open-loop error on held-out episodes belongs to training (`vla/train.py`).
+`demos` finds what the replay control plays, `curve` evaluates every checkpoint of a run, `command` is `vla eval`.
+The open-loop error on held-out episodes, which training writes as it goes, is `vla/open_loop.py`.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vla.durable import replace_file
 from vla.embodiment import EmbodimentSpec, explain, load_embodiment
 from vla.errors import UsageError
 from vla.evaluate.clips import save_clips
@@ -29,7 +30,7 @@ from vla.evaluate.jobs import CONDITIONS, REPORT_SEED, Actor, Demo, Demos, check
 from vla.evaluate.pool import LANES, SimulatorPool, inference_threads, run_jobs
 from vla.evaluate.results import make_records, make_rows, text_table, wilson
 
-__all__ = ["CONDITIONS", "REPORT_SEED", "Demo", "SimulatorPool", "evaluate", "text_table", "wilson"]
+__all__ = ["CONDITIONS", "REPORT_SEED", "Demo", "Demos", "SimulatorPool", "evaluate", "text_table", "wilson"]
 
 SCHEMA = 1
 
@@ -47,7 +48,7 @@ def evaluate(
     and up to `clips` films beside it. `pool` reuses running simulator processes; else `workers` are started (default:
     one per core), each hosting up to `width` environments per lane.
     Raises UsageError (unknown suite, task or condition; a seed the policy was trained on; another embodiment) and
-    MachineError (no renderer, a simulator process that died).
+    MachineError (no renderer, a simulator process that died, a full disk).
     """
     started, cpu = time.perf_counter(), time.process_time()
     module: Any = importlib.import_module(sims)
@@ -56,7 +57,7 @@ def evaluate(
     chosen = check_conditions(conditions)
     spec = _embodiment(policy, room.embodiment)
     execute = policy.execute if execute is None else execute
-    decode = decode or getattr(getattr(policy, "config", None), "decode", None)  # written down, not left to a default
+    decode = decode or policy.decode  # written down, not left to a default
     if not 1 <= execute <= policy.chunk:
         raise UsageError("execute", found=execute, expected=f"1..{policy.chunk}, the policy's chunk", fix="--execute 4")
     if episodes < 1:
@@ -70,16 +71,16 @@ def evaluate(
     bar = tqdm(total=len(jobs), desc=f"eval {suite}", unit="ep", disable=None if progress else True)
     with pool if mine else nullcontext(), inference_threads(pool.workers), bar:
         image_size = max(camera.height for camera in spec.cameras.values())
-        running = pool.open(suite, image_size, LANES * width + 4, len(jobs))
-
-        def play(some: Sequence[Any], tick: Any) -> Any:
-            return run_jobs(pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick)
-
         try:
+            running = pool.open(suite, image_size, LANES * width + 4, len(jobs))
+
+            def play(some: Sequence[Any], tick: Any) -> Any:
+                return run_jobs(pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick)
+
             outcomes, _ = play(jobs, lambda: bar.update(1))
             films = save_clips(jobs, outcomes, play, spec, out, clips) if out is not None and clips else []
         except BaseException:
-            pool.close()  # answers are still under way: the next evaluation starts fresh processes
+            pool.close()  # answers are under way, or a process is gone: the next evaluation starts fresh ones
             raise
         cpu_s = time.process_time() - cpu + pool.cpu_seconds() - before
     rows, per_task = make_rows(jobs, outcomes)
@@ -124,7 +125,10 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Write atomically, so that a reader never sees half a file; one line per row, record and clip, for eyes and diffs."""
+    """Write atomically, so that a reader never sees half a file; one line per row, record and clip, for eyes and diffs.
+
+    Raises `MachineError` on a full disk; an older file is intact then.
+    """
 
     def lines(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -132,7 +136,4 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
         return json.dumps(value, allow_nan=False)
 
     text = "{\n" + ",\n".join(f" {json.dumps(key)}: {lines(value)}" for key, value in results.items()) + "\n}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    replace_file(path, text)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vla.durable import replace_file
 from vla.embodiment import EmbodimentSpec
 from vla.evaluate.jobs import Job, Outcome
 from vla.evaluate.pool import Trace
@@ -55,6 +56,7 @@ def save_clips(
     An entry: {file (relative to out's folder), condition, group, task, instruction, given (the judged task when
     swapped, else null), seed, success, failure, steps, fps, stride, action_names (A), actions, confidence, symbols (T x A
     each; symbols null when the codec does not give one per element), decisions (steps at which the policy looked)}.
+    Raises `MachineError` on a full disk.
     """
     chosen = [replace(job, record=SIDE) for job in choose(jobs, outcomes, most)]
     if not chosen:
@@ -70,7 +72,7 @@ def save_clips(
         assert outcome.clip is not None
         verdict = "success" if outcome.success else "failure"
         path = folder / re.sub(r"[^\w.-]+", "-", f"{number:02d}-{job.given or job.task}-{verdict}.mp4")
-        path.write_bytes(outcome.clip)
+        replace_file(path, outcome.clip)
         entries.append({
             "file": f"{folder.name}/{path.name}", "condition": job.condition, "group": job.group, "task": job.task,
             "instruction": job.instruction, "given": job.given, "seed": job.seed, "success": outcome.success,

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vla.errors import UsageError
 from vla.evaluate import CONDITIONS, REPORT_SEED, evaluate, text_table
-from vla.evaluate.demos import demos_of, roots_in
+from vla.evaluate.curve import CURVE_SEED, curve_table, success_curve
+from vla.evaluate.demos import demos_of
 from vla.evaluate.jobs import check_conditions
 from vla.sims import expand_tasks
 
@@ -18,6 +20,7 @@ examples:
   vla eval runs/demo --suite tabletop --episodes 200
   vla eval runs/demo --suite metaworld --task button-press-topdown-v3 --episodes 50 --conditions policy,replay,expert
   vla eval runs/demo/policy --suite tabletop --task push --decode argmax --execute 2 --out argmax.json --json
+  vla eval runs/demo --suite tabletop --curve --episodes 20
 
 conditions:
 """ + "\n".join(f"  {name:9} {meaning}" for name, meaning in CONDITIONS.items())
@@ -34,27 +37,11 @@ def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("policy", metavar="POLICY", help="a run folder or a policy folder")
     add("--suite", required=True, help="tabletop or metaworld")
     add("--task", nargs="+", action="extend", metavar="T", help="tasks or groups such as `push` (default: the suite's)")
-    add(
-        "--episodes",
-        type=int,
-        default=50,
-        metavar="N",
-        help="episodes per group: a tabletop verb, a Meta-World task (default 50)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=REPORT_SEED,
-        metavar="K",
-        help=f"first seed (default {REPORT_SEED}; 500000+ is for choosing)",
-    )
+    add("--episodes", type=int, default=50, metavar="N",
+        help="episodes per group: a tabletop verb, a Meta-World task (default 50)")  # fmt: skip
+    add("--seed", type=int, metavar="K", help=f"first seed (default {REPORT_SEED}, with --curve {CURVE_SEED}: for choosing)")
     add("--out", type=Path, metavar="FILE.json", help="result file (default: eval/SUITE.json in the run folder)")
-    add(
-        "--conditions",
-        default=",".join(CONDITIONS),
-        metavar="A,B",
-        help="which rows of the table, see below (default: all)",
-    )
+    add("--conditions", metavar="A,B", help="which rows of the table, see below (default: all)")
     add("--decode", choices=("mean", "argmax", "sample"), help="how symbols become actions (default: the policy's)")
     add("--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)")
     add("--workers", type=int, metavar="W", help="simulator processes (default: one per core)")
@@ -67,7 +54,7 @@ def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run_folder(path: Path) -> Path | None:
     """The run folder a policy path belongs to, or None for a policy folder on its own."""
-    if (path / "policy").is_dir():
+    if (path / "policy").is_dir() and (path / "config.yaml").is_file():  # not a checkpoint's folder, which has no config
         return path
     return path.parent if path.name == "policy" and (path.parent / "config.yaml").is_file() else None
 
@@ -75,17 +62,20 @@ def run_folder(path: Path) -> Path | None:
 def run(args: argparse.Namespace) -> int:
     """Carry out `vla eval`; 0 when the evaluation was made, whatever it found."""
     expand_tasks(args.suite, args.task)
-    conditions = check_conditions([name.strip() for name in args.conditions.split(",") if name.strip()])
-    from vla.policy import load_policy  # the only heavy import, after the arguments are known to be sound
-
     path = Path(args.policy)
     folder = run_folder(path)
     if args.curve:
         return _run_curve(args, folder or path)
+    names = list(CONDITIONS) if args.conditions is None else args.conditions.split(",")
+    conditions = check_conditions([name.strip() for name in names if name.strip()])
+    from vla.policy import load_policy  # the only heavy import, after the arguments are known to be sound
+
+    policy = load_policy(path)
     out = args.out or (folder / "eval" / f"{args.suite}.json" if folder else None)
+    demos = demos_of([d["path"] for d in policy.provenance.get("datasets", [])]) if "replay" in conditions else None
     results = evaluate(
-        load_policy(path), args.suite, args.task, args.episodes, args.seed, conditions, execute=args.execute,
-        decode=args.decode, out=out, workers=args.workers, demos=demos_of(roots_in(folder / "config.yaml")) if folder else None,
+        policy, args.suite, args.task, args.episodes, REPORT_SEED if args.seed is None else args.seed, conditions,
+        execute=args.execute, decode=args.decode, out=out, workers=args.workers, demos=demos,
         clips=0 if args.no_clips else 8, progress=not args.json,
     )  # fmt: skip
     print(json.dumps(results) if args.json else text_table(results))
@@ -99,12 +89,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_curve(args: argparse.Namespace, folder: Path) -> int:
-    from vla.evaluate.curve import CURVE_SEED, curve_table, success_curve
+    given = [name for name, value in (("--conditions", args.conditions), ("--out", args.out)) if value is not None]
+    if given:
+        raise UsageError("vla eval --curve", found=" and ".join(given),
+                         expected="neither: a curve is of the condition `policy` and is kept in eval/curve.jsonl of the run",
+                         fix=f"drop {' and '.join(given)}, or drop --curve")  # fmt: skip
     from vla.report import write_report
 
-    seed = CURVE_SEED if args.seed == REPORT_SEED else args.seed
-    lines = success_curve(folder, args.suite, args.task, args.episodes, seed, execute=args.execute, decode=args.decode,
-                          workers=args.workers, progress=not args.json)  # fmt: skip
+    lines = success_curve(folder, args.suite, args.task, args.episodes, CURVE_SEED if args.seed is None else args.seed,
+                          execute=args.execute, decode=args.decode, workers=args.workers,
+                          progress=not args.json)  # fmt: skip
     print(json.dumps(lines) if args.json else curve_table(lines))
     print(f"report  {write_report(folder)}", file=sys.stderr if args.json else sys.stdout)
     return 0

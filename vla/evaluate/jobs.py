@@ -8,7 +8,7 @@ of the table are paired and differ in one thing only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,19 +16,8 @@ import numpy as np
 
 from vla.embodiment import EmbodimentSpec
 from vla.errors import UsageError
+from vla.report.lines import CONDITIONS
 from vla.schema import Observation
-
-CONDITIONS: dict[str, str] = {
-    "policy": "the policy on fresh scenes",
-    "train": "the policy on scenes it was trained on (memorisation shows beside fresh scenes)",
-    "swap": "the same scenes, told to do something else",
-    "blank": "the image replaced by mean grey",
-    "nostate": "the robot's state removed",
-    "replay": "the actions of a recorded demonstration of the same instruction, from another scene",
-    "random": "uniform actions, each held for 8 steps",
-    "expert": "the simulator's scripted expert",
-}
-"""Every condition and what it means, in the order of the table."""
 
 REPORT_SEED = 900_000
 """First seed of reported episodes; 500000+ is for choosing a checkpoint or a decoder."""
@@ -43,6 +32,8 @@ class Actor(Protocol):
     def chunk(self) -> int: ...
     @property
     def execute(self) -> int: ...
+    @property
+    def decode(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
     @property
@@ -63,8 +54,13 @@ class Demo(NamedTuple):
     seed: int | None = None
 
 
-Demos = Mapping[str, Sequence[Any]] | Callable[[str], Sequence[Any]]
-"""task -> demonstrations (`Demo`, or bare (T, A) arrays)."""
+@dataclass(frozen=True)
+class Demos:
+    """What the replay control can play: demonstrations by task, and why others are lacking (said in a note)."""
+
+    by_task: Mapping[str, Sequence[Demo]]
+    lacking: Sequence[str] = ()
+    """One reason per dataset that gave nothing, such as `data/demo: no such folder`."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,9 @@ class Outcome:
 
 
 def check_conditions(conditions: Sequence[str]) -> list[str]:
-    """The conditions in table order, without repetition; `UsageError` for an unknown one."""
+    """The conditions in table order, without repetition; `UsageError` for an unknown one or none at all."""
+    if not conditions:
+        raise UsageError("conditions", found="none", expected=f"any of {', '.join(CONDITIONS)}", fix="--conditions policy")
     for name in conditions:
         if name not in CONDITIONS:
             near = difflib.get_close_matches(name, CONDITIONS, 1)
@@ -158,7 +156,7 @@ def make_jobs(
     for task in tasks:
         groups.setdefault(suite.group(task), []).append(task)
     jobs: list[Job] = []
-    notes: dict[str, None] = {}
+    notes: Notes = {}
     for condition in conditions:
         for group, members in groups.items():
             drawn = [(members[i % len(members)], seed + i, i // len(members)) for i in range(episodes)]
@@ -169,16 +167,28 @@ def make_jobs(
                 changed = _apply(job, policy, suite, turn, demos, notes)
                 if changed is not None:
                     jobs.append(changed)
-    return jobs, list(notes)
+    return jobs, [reason.replace("TASKS", _shortened(list(concerned)), 1) for reason, concerned in notes.items()]
 
 
-def _apply(job: Job, policy: Actor, suite: Any, turn: int, demos: Demos | None, notes: dict[str, None]) -> Job | None:
+Notes = dict[str, dict[str, None]]
+"""A sentence with TASKS in it -> the tasks it holds for."""
+
+
+def _shortened(tasks: list[str]) -> str:
+    return ", ".join(tasks[:4]) + (f" and {len(tasks) - 4} more" if len(tasks) > 4 else "")
+
+
+def _apply(job: Job, policy: Actor, suite: Any, turn: int, demos: Demos | None, notes: Notes) -> Job | None:
     """`job` with what its condition changes; None, with a note, when the condition has nothing to work with."""
+
+    def note(reason: str) -> None:
+        notes.setdefault(reason, {})[job.task] = None
+
     change = dict(job.__dict__)
     match job.condition:
         case "policy" | "train":
             if policy.instructions and job.instruction not in policy.instructions:
-                notes[f"{job.task}: the policy was not trained on the instruction {job.instruction!r}"] = None
+                note("the policy was not trained on the instruction of TASKS")
         case "blank":
             change["blank"] = True
         case "nostate":
@@ -188,7 +198,8 @@ def _apply(job: Job, policy: Actor, suite: Any, turn: int, demos: Demos | None, 
         case "replay":
             demo = pick_demo(demos, job.task, job.seed, turn)
             if demo is None:
-                notes[f"replay: no recorded demonstration of {job.task} was given"] = None
+                reasons = ("no dataset was given",) if demos is None else demos.lacking
+                note("replay: no recorded demonstration of TASKS" + (f" ({'; '.join(reasons)})" if reasons else ""))
                 return None
             change |= {"controller": "replay", "actions": demo}
         case "swap":
@@ -199,8 +210,10 @@ def _apply(job: Job, policy: Actor, suite: Any, turn: int, demos: Demos | None, 
             else:
                 told = _other_instructions(job, policy, suite)
                 if not told:
-                    notes[f"swap: the policy knows no other instruction than that of {job.task}"] = None
+                    note("swap: the policy knows no other instruction than that of TASKS")
                     return None
+                note("swap: another instruction has no meaning in the scene of TASKS and cannot be judged there; only whether "
+                     "the policy still does the original is (low: it listens)")  # fmt: skip
                 change |= {"instruction": told[turn % len(told)], "judged": False}
     return Job(**change)
 
@@ -223,7 +236,7 @@ def _other_instructions(job: Job, policy: Actor, suite: Any) -> list[str]:
 
 
 def _training_scenes(
-    policy: Actor, suite: str, members: list[str], drawn: list[tuple[str, int, int]], notes: dict[str, None]
+    policy: Actor, suite: str, members: list[str], drawn: list[tuple[str, int, int]], notes: Notes
 ) -> list[tuple[str, int, int]]:
     """The drawn episodes moved to recorded seeds of the same task, spread evenly over what was recorded."""
     out = []
@@ -231,7 +244,7 @@ def _training_scenes(
         turns = [turn for name, _, turn in drawn if name == task]
         recorded = sorted({s for low, high in policy.recorded_seeds.get(suite, {}).get(task, ()) for s in range(low, high + 1)})
         if not recorded:
-            notes[f"train: the policy has no recorded seeds of {task}"] = None
+            notes.setdefault("train: the policy has no recorded seeds of TASKS", {})[task] = None
             continue
         count = min(len(turns), len(recorded))
         out += [(task, recorded[turn * len(recorded) // count], turn) for turn in range(count)]
@@ -240,7 +253,6 @@ def _training_scenes(
 
 def pick_demo(demos: Demos | None, task: str, seed: int, turn: int) -> np.ndarray | None:
     """The actions (T, A) of a demonstration of `task` from a scene other than `seed`, by rotation; None without one."""
-    found = [] if demos is None else demos(task) if callable(demos) else demos.get(task, [])
-    named = [d if isinstance(d, Demo) else Demo(np.asarray(d, np.float32)) for d in found]
-    usable = [d for d in named if d.seed != seed and len(d.actions)]
+    found = [] if demos is None else demos.by_task.get(task, [])
+    usable = [d for d in found if d.seed != seed and len(d.actions)]
     return np.asarray(usable[turn % len(usable)].actions, np.float32) if usable else None

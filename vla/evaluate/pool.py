@@ -56,11 +56,14 @@ class SimulatorPool:
         self.close()
 
     def open(self, suite: str, image_size: int, limit: int, workers: int) -> int:
-        """Have up to `workers` processes ready for `suite`; returns how many there are. First call starts them."""
+        """Have up to `workers` processes ready for `suite`; returns how many there are. First call starts them.
+
+        Raises `MachineError` when one has died.
+        """
         while len(self.processes) < min(workers, self.workers):
             self._start()
-        for connection in self.connections:
-            connection.send(("open", self.sims, suite, image_size, limit))
+        for worker in range(len(self.connections)):
+            self.send(worker, ("open", self.sims, suite, image_size, limit))
         for worker in range(len(self.connections)):
             self.receive(worker)
         return len(self.connections)
@@ -91,7 +94,7 @@ class SimulatorPool:
         self.cpu.append(0.0)
 
     def send(self, worker: int, message: object) -> None:
-        """Queue a message for a process."""
+        """Queue a message for a process. Raises `MachineError` when it is no longer there."""
         try:
             self.connections[worker].send(message)
         except (BrokenPipeError, ConnectionResetError):
@@ -103,7 +106,10 @@ class SimulatorPool:
         return [i for i, connection in enumerate(self.connections) if connection in found]
 
     def receive(self, worker: int) -> Any:
-        """The next answer of a process. Re-raises its `VLAError`; anything else it failed with is a RuntimeError."""
+        """The next answer of a process. Re-raises its `VLAError`; anything else it failed with is a RuntimeError.
+
+        Raises `MachineError` when it has died.
+        """
         try:
             answer = self.connections[worker].recv()
         except (EOFError, ConnectionResetError):
@@ -116,7 +122,11 @@ class SimulatorPool:
         return answer
 
     def _dead(self, worker: int) -> MachineError:
-        status = self.processes[worker].wait(timeout=10)
+        try:
+            status = self.processes[worker].wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it hung up and yet lives on
+            self.processes[worker].kill()
+            status = self.processes[worker].wait()
         log = self.logs[worker]
         log.seek(0)
         tail = log.read().decode(errors="replace").strip()[-1500:]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla.evaluate.jobs import CONDITIONS, Job, Outcome
-from vla.report.lines import interval, lines_of, percent
+from vla.report.lines import interval, lines_of, pairing, percent
 
 Z95 = 1.959963984540054
 
@@ -114,7 +114,7 @@ def text_table(results: Mapping[str, Any]) -> str:
     )
     rule = "  ".join("-" * width for width in widths)
     text = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [columns, *body]]
-    tail = ["per cent of episodes with the Wilson 95 % interval; every control on the same tasks and seeds"]
+    tail = [f"per cent of episodes with the Wilson 95 % interval; {pairing(results['rows'])}"]
     tail += [f"note: {note}" for note in results["notes"]]
     tail.append(f"{len(results['records'])} episodes in {results['wall_s']:.1f} s ({results['cpu_s']:.1f} CPU s)")
     return "\n".join([head, "", text[0], rule, *text[1:], "", *tail])

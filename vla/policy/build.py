@@ -31,7 +31,7 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
         text_vocab_size=nano.text_vocab, num_slots=config.chunk * A, num_symbols=codec.size,
         image_size=nano.image_size, tower_channels=nano.tower_channels, keypoints=nano.keypoints, state_dim=S,
     ))  # fmt: skip
-    model.set_attn_implementation("eager")  # faster than SDPA for ~60 tokens on a CPU, equal on CUDA
+    model.set_attn_implementation("eager")  # SDPA's backward is slow for ~60 tokens on a CPU
     normalizers = {name: _normalizers(name, mixture, config.normalization) for name in embodiments}
     seeds: dict[str, dict[str, list[list[int]]]] = {}
     for store in mixture.stores:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from vla.actions import ActionCodec
-from vla.mixture import generator
 from vla.policy.config import Decode
+from vla.randomness import Purpose, generator
 
 
 class Chooser:
     """Logits over the codec's symbols -> values, confidences, symbols, piece by piece."""
 
     def __init__(self, decode: Decode, codec: ActionCodec, centres: Tensor, seeds: Sequence[int]) -> None:
-        self.decode, self.codec, self.centres = decode, codec, centres
+        self.decode, self.codec, self.centres = decode, codec, centres.float()
         self.parts: tuple[list[np.ndarray], ...] = ([], [], [])
-        self._draws = [generator(seed, 0, purpose=4) for seed in seeds] if decode == "sample" else []
+        self._draws = [generator(Purpose.SAMPLE, seed, 0) for seed in seeds] if decode == "sample" else []
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, n, K) -> symbols (B, n)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vla.batch import AugmentConfig
 from vla.config import Config
@@ -27,6 +27,14 @@ class NanoConfig(Config):
     keypoints: int = Field(default=64, ge=0)
     """Channels of the instruction-FiLM-ed spatial-softmax token; 0 is the plain stem."""
     text_vocab: int = Field(default=512, ge=300)
+
+    @model_validator(mode="after")
+    def _check(self) -> NanoConfig:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden {self.hidden} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
+        if any(c % groups for c, groups in zip(self.tower_channels, (4, 4, 8), strict=True)):
+            raise ValueError(f"tower_channels {self.tower_channels} must be multiples of 4, 4 and 8 (group normalisation)")
+        return self
 
 
 class CodecConfig(Config):
@@ -52,11 +60,16 @@ class PolicyConfig(Config):
     """Steps of a chunk that are carried out before looking again."""
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     decode: Decode = "mean"
-    history_dropout: float = Field(default=0.5, ge=0, lt=1)
-    """Autoregressive training: share of the true previous symbols that are hidden from the model, against copying them."""
     soft_sigma: float = Field(default=0.02, ge=0)
     """Standard deviation, in unit space, of the Gaussian around the true action that the bins are taught; 0: hard labels."""
     end_weight: float = Field(default=1.0, ge=0)
     """Weight of the auxiliary loss "where does this episode end", read off the demonstration itself."""
-    prompt: str = "plain-1"
+    prompt: Literal["plain-1", "openvla-1"] = "plain-1"
+    """Version in `vla/prompt.py`."""
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> PolicyConfig:
+        if self.execute > self.chunk:
+            raise ValueError(f"execute {self.execute} is more than the chunk of {self.chunk}")
+        return self

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -13,7 +15,7 @@ from vla.actions import codec_from_json
 from vla.backbones import NanoProcessor, NanoVLM
 from vla.config import validate
 from vla.embodiment import EmbodimentSpec
-from vla.errors import CheckpointError
+from vla.errors import CheckpointError, DataError, UsageError
 from vla.normalize import Normalizer
 from vla.policy.config import PolicyConfig
 from vla.policy.model import VLAPolicy
@@ -25,38 +27,45 @@ def save_policy(policy: VLAPolicy, folder: Path) -> None:
     policy.model.save_pretrained(folder)
     NanoProcessor.of(policy.model.config, policy.tokenizer).save_pretrained(folder)
     save_file({k: v.contiguous() for k, v in policy.end_head.state_dict().items()}, folder / "heads.safetensors")
-    (folder / "policy.json").write_text(json.dumps(policy.describe() | {"fingerprint": policy.fingerprint}, indent=1))
+    meaning = policy.describe()
+    meaning["fingerprint"] = policy.fingerprint_with(meaning)
+    (folder / "policy.json").write_text(json.dumps(meaning, indent=1))
 
 
-def read_policy(folder: Path) -> VLAPolicy:
+def read_policy(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager") -> VLAPolicy:
     """Read a policy folder; raises `CheckpointError` naming what is missing or does not fit."""
     meaning = _read_policy_json(folder)
-    config = validate(meaning["config"], PolicyConfig, f"{folder / 'policy.json'}: config")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        config = validate(meaning["config"], PolicyConfig, f"{folder / 'policy.json'}: config")
+        where = f"{folder / 'policy.json'}: normalizers"
+        normalizers = {
+            robot: {part: Normalizer.from_json(entry, f"{where}.{robot}.{part}") for part, entry in parts.items()}
+            for robot, parts in meaning["normalizers"].items()
+        }
+        embodiments = {k: EmbodimentSpec.model_validate(v) for k, v in meaning["embodiments"].items()}
+        codec = codec_from_json(meaning["codec"])
+    except (UsageError, DataError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(folder / "policy.json", found=f"{type(error).__name__}: {error}", expected="what save_policy wrote",
+                              fix="copy the folder again; policy.json is not meant to be edited") from error  # fmt: skip
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         heads = load_file(folder / "heads.safetensors")
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean "cannot be read"
         raise CheckpointError(folder, found=f"{type(error).__name__}: {error}",
                               expected="readable model.safetensors, heads.safetensors, tokenizer.json, config.json",
                               fix="copy the folder again, or use an older checkpoint") from error  # fmt: skip
-    where = f"{folder / 'policy.json'}: normalizers"
-    normalizers = {
-        robot: {part: Normalizer.from_json(entry, f"{where}.{robot}.{part}") for part, entry in parts.items()}
-        for robot, parts in meaning["normalizers"].items()
-    }
-    embodiments = {k: EmbodimentSpec.model_validate(v) for k, v in meaning["embodiments"].items()}
-    codec = codec_from_json(meaning["codec"])
     if not isinstance(model, NanoVLM):
         raise CheckpointError(folder / "config.json", found=f"a {type(model).__name__}", expected="a NanoVLM",
                               fix="this version runs the built-in backbone only; update tendon-vla")  # fmt: skip
     policy = VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, meaning["provenance"])
     policy.end_head.load_state_dict(heads)
-    if policy.fingerprint != meaning["fingerprint"]:
-        raise CheckpointError(folder, found=f"fingerprint {policy.fingerprint[:12]}",
-                              expected=f"{meaning['fingerprint'][:12]}, as policy.json says",
+    if (found := policy.fingerprint_with(meaning)) != meaning["fingerprint"]:
+        raise CheckpointError(folder, found=f"fingerprint {found[:12]}",
+                              expected=f"{str(meaning['fingerprint'])[:12]}, as policy.json says",
                               fix="weights and policy.json are not of one save: copy the whole folder again")  # fmt: skip
-    return policy.eval()
+    policy.saved_meaning = meaning
+    return policy.to(dtype).eval()
 
 
 def _read_policy_json(folder: Path) -> dict:
@@ -75,9 +84,26 @@ def _read_policy_json(folder: Path) -> dict:
     return meaning
 
 
-def load_policy(path: str | Path, device: str | torch.device | None = None) -> VLAPolicy:
-    """A policy from a policy folder or a run folder, ready to act. Raises `CheckpointError` when it cannot."""
+def load_policy(
+    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, attention: str = "eager"
+) -> VLAPolicy:
+    """A policy from a policy folder, a run folder or a Hub id (`user/name`), ready to act.
+
+    `device` defaults to CUDA where there is one; `attention` is transformers' `attn_implementation`.
+    Raises `CheckpointError` when it cannot be had or is not whole.
+    """
     folder = Path(path)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        folder = _download(str(path))
     if (folder / "policy" / "policy.json").is_file():
         folder = folder / "policy"
-    return read_policy(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return read_policy(folder, dtype, attention).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md"]))
+    except Exception as error:  # no network, no such repository, no permission: all mean it cannot be had now
+        raise CheckpointError(name, found=f"no such folder, and from the Hub: {type(error).__name__}: {error}",
+                              expected="a run folder, a policy folder or a repository on the Hub",
+                              fix="check the path; for a private repository run `hf auth login`") from error  # fmt: skip

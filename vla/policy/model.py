@@ -26,7 +26,7 @@ from vla.actions import ActionCodec
 from vla.backbones import NanoVLM
 from vla.batch import Batch, Encoder, Example, collate
 from vla.embodiment import EmbodimentSpec
-from vla.errors import CheckpointError
+from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
 from vla.policy.choose import Chooser
 from vla.policy.config import Decode, PolicyConfig
@@ -46,6 +46,7 @@ class VLAPolicy(nn.Module):
         super().__init__()
         self.config, self.model, self.tokenizer, self.codec = config, model, tokenizer, codec
         self.embodiments, self.normalizers = embodiments, normalizers
+        self.saved_meaning: dict | None = None
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
         layout = {name: model.config.special_id(name) for name in ("image", "state", "end", "pad")}
@@ -79,7 +80,7 @@ class VLAPolicy(nn.Module):
             distance = (batch.unit.flatten(1)[..., None] - self.centres) / self.config.soft_sigma
             entropies = -(torch.softmax(-0.5 * distance.square(), -1) * log_p).sum(-1)
         else:
-            entropies = F.nll_loss(log_p.transpose(1, 2), batch.symbols, reduction="none")
+            entropies = -log_p.gather(-1, batch.symbols[..., None])[..., 0]
         end = self.end_head(hidden[:, -batch.symbols.shape[1] - 1]).float()  # (B, S)
         end_losses = F.smooth_l1_loss(end, batch.end, reduction="none", beta=0.1)
         return Loss(
@@ -105,15 +106,14 @@ class VLAPolicy(nn.Module):
         else:
             start = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
             history = batch.symbols[:, :-1] + config.action_ids.start
-            if self.training and self.config.history_dropout:
-                # Without this the cheapest prediction is "like the previous step", and at test time its own errors run away.
-                dropped = torch.rand(history.shape, device=history.device) < self.config.history_dropout
-                history = history.masked_fill(dropped, config.special_id("act"))
+            history = history.masked_fill(batch.hidden[:, :-1], config.special_id("act"))
             tail = torch.cat([start, history], dim=1)
         mask, positions = self._attention(batch.mask, N)
-        return self.model(
+        hidden = self.model.hidden(
             torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, attention_mask=mask, position_ids=positions
         ).last_hidden_state
+        assert hidden is not None
+        return hidden
 
     def _attention(self, prefix: Tensor, N: int) -> tuple[Tensor, Tensor]:
         """Additive mask (B, 1, T + N, T + N) and positions (B, T + N) for a prefix mask (B, T) and N action positions."""
@@ -147,11 +147,11 @@ class VLAPolicy(nn.Module):
 
     @property
     def execute(self) -> int:
-        return min(self.config.execute, self.config.chunk)
+        return self.config.execute
 
     @property
-    def image_size(self) -> int:
-        return self.encoder.image_size
+    def decode(self) -> Decode:
+        return self.config.decode
 
     @property
     def recorded_seeds(self) -> dict[str, dict[str, list[list[int]]]]:
@@ -167,7 +167,7 @@ class VLAPolicy(nn.Module):
         """One chunk for one observation. `embodiment` may be left out when the policy knows only one robot."""
         if embodiment is None:
             if len(self.embodiments) != 1:
-                raise CheckpointError("act()", found="no embodiment", expected=f"one of {sorted(self.embodiments)}",
+                raise UsageError("act()", found="no embodiment", expected=f"one of {sorted(self.embodiments)}",
                                       fix="pass embodiment=...")  # fmt: skip
             embodiment = next(iter(self.embodiments))
         return self.act_batch([observation], [instruction], embodiment, **options)[0]
@@ -179,43 +179,51 @@ class VLAPolicy(nn.Module):
     ) -> list[Chunk]:  # fmt: skip
         """Chunks for several observations of one kind of robot.
 
-        `decode` overrides the policy's own; `seeds` (one per observation) feed "sample". Raises `DataError` for an
-        observation that does not fit the embodiment, `CheckpointError` for an unknown robot.
+        `decode` overrides the policy's own; `seeds` (one per observation, default 0, 1, ...) decide what "sample" draws.
+        Raises `DataError` for an observation that does not fit the embodiment, `CheckpointError` for an unknown robot.
         """
         if embodiment not in self.embodiments:
             raise CheckpointError("act()", found=f"embodiment {embodiment!r}", expected=f"one of {sorted(self.embodiments)}",
                                   fix="use a policy trained on this robot")  # fmt: skip
         pairs = zip(observations, instructions, strict=True)
         batch = self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
-        choose = Chooser(decode or self.config.decode, self.codec, self.centres, seeds or range(len(batch)))
+        dims = self.embodiments[embodiment].action_dim
+        choose = Chooser(decode or self.config.decode, self.codec, self.centres, range(len(batch)) if seeds is None else seeds)
         if self.config.decoding == "parallel":
             choose(self._symbol_logits(self._hidden(batch)[:, -batch.symbols.shape[1] :]))
         else:
-            self._decode_steps(batch, choose)
-        dims, normalizer = self.embodiments[embodiment].action_dim, self.normalizers[embodiment]["action"]
+            self._decode_steps(batch, choose, dims)
+        normalizer = self.normalizers[embodiment]["action"]
         shape = (len(batch), self.chunk, self.encoder.action_dim)
         unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape)[..., :dims] for part in choose.parts)
         actions = normalizer.from_unit(unit)
         return [Chunk(actions[i], confidence[i].astype(np.float32), symbols[i]) for i in range(len(batch))]
 
-    def _decode_steps(self, batch: Batch, choose: Chooser) -> None:
-        """Constrained greedy (or sampled) decoding: the prefix once, then one symbol at a time over a cache."""
+    def _decode_steps(self, batch: Batch, choose: Chooser, dims: int) -> None:
+        """Constrained greedy (or sampled) decoding: the prefix once, then one symbol at a time over a cache.
+
+        `dims` is the robot's own number of action dimensions, at most A.
+        """
+        A, zero = self.encoder.action_dim, int(self.codec.encode(np.zeros((1, 1)))[0])
         B, N = batch.symbols.shape
         T = batch.ids.shape[1]
         config = self.model.config
         mask, positions = self._attention(batch.mask, N)
         cache = DynamicCache(config=config.text_config)
-        self.model(
+        self.model.hidden(
             batch.ids, batch.images, batch.state, attention_mask=mask[:, :, :T, :T], position_ids=positions[:, :T],
             past_key_values=cache, use_cache=True,
         )  # fmt: skip
         ids = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
         for i in range(N):
-            hidden = self.model(
+            hidden = self.model.hidden(
                 ids, attention_mask=mask[:, :, T + i : T + i + 1, : T + i + 1], position_ids=positions[:, T + i : T + i + 1],
                 past_key_values=cache, use_cache=True,
             ).last_hidden_state  # fmt: skip
-            ids = choose(self._symbol_logits(hidden)) + config.action_ids.start
+            symbols = choose(self._symbol_logits(hidden))
+            if i % A >= dims:  # training fed a padded dimension's zero here, so acting does too
+                symbols = torch.full_like(symbols, zero)
+            ids = symbols + config.action_ids.start
 
     # ------------------------------------------------------------------------------------------------ identity
 
@@ -228,7 +236,7 @@ class VLAPolicy(nn.Module):
             "normalizers": {k: {part: n.to_json() for part, n in v.items()} for k, v in self.normalizers.items()},
             "codec": self.codec.to_json(),
             "prompt": {"version": self.config.prompt, "template": PROMPTS[self.config.prompt]},
-            "image": {"size": self.image_size, "resize": "bilinear, antialiased", "layout": "RGB uint8, scaled to [-1, 1]"},
+            "image": {"size": self.encoder.image_size, "resize": "bilinear, antialiased", "layout": "RGB in [-1, 1]"},
             "provenance": self.provenance,
             "versions": {"tendon-vla": vla.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                          "python": platform.python_version()},
@@ -236,11 +244,18 @@ class VLAPolicy(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over weights and meaning (normalisers, codec, prompt): equal fingerprints act alike."""
+        """sha256 over weights, tokenizer and meaning (`describe()` without versions): equal ones act alike.
+
+        A loaded policy keeps the meaning it was saved with, so a later version with more settings does not disown it.
+        """
+        return self.fingerprint_with(self.saved_meaning or self.describe())
+
+    def fingerprint_with(self, meaning: dict) -> str:
+        """The fingerprint of these weights under the `meaning` of a `policy.json`."""
         digest = hashlib.sha256()
-        meaning = self.describe()
-        for key in ("normalizers", "codec", "prompt", "image"):
-            digest.update(json.dumps(meaning[key], sort_keys=True).encode())
+        kept = {k: v for k, v in meaning.items() if k not in ("versions", "fingerprint")}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -8,12 +8,13 @@ Films are embedded, charts are inline SVG, styles and the little script are in t
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from vla.report.gather import gather
+from vla.durable import replace_file
+from vla.errors import CheckpointError
+from vla.report.gather import MARKS, gather
 from vla.report.rollouts import rollouts
 from vla.report.sections import by_task, controls, curves, header, setup, verdict
 
@@ -22,8 +23,16 @@ HERE = Path(__file__).parent
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder (atomically) and return its path. Missing or broken pieces are left out,
-    broken ones with a line that says so."""
-    run = gather(Path(run_dir))
+    broken ones with a line that says so.
+
+    Raises `CheckpointError` when there is no such folder or nothing of a run in it, `MachineError` on a full disk.
+    """
+    root = Path(run_dir)
+    if not root.is_dir() or not any((root / name).exists() for name in MARKS):
+        found = f"nothing of a run ({', '.join(MARKS)})" if root.is_dir() else "a file" if root.exists() else "no such folder"
+        raise CheckpointError(root, found=found, expected="a run folder, as `vla train` makes",
+                              fix="give the run.out of a training run, e.g. `vla report runs/demo`")  # fmt: skip
+    run = gather(root)
     body = [verdict(run), rollouts(run), controls(run), by_task(run), curves(run), setup(run)]
     parts = [header(run), *body]  # the header names the files that could not be read, so it is written last
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -36,7 +45,5 @@ def write_report(run_dir: Path) -> Path:
         f"\n<script>{(HERE / 'report.js').read_text()}</script></body></html>\n"
     )  # fmt: skip
     path = run.root / "report.html"
-    part = path.with_name("report.html.part")
-    part.write_text(page)
-    os.replace(part, path)
+    replace_file(path, page)
     return path

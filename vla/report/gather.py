@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from vla.durable import read_lines
+
+MARKS = ("config.yaml", "metrics.jsonl", "STATUS.json", "policy", "checkpoints", "eval")
+"""What makes a folder a run: any of these."""
 
 ROW = {"group", "condition", "successes", "n", "rate", "low", "high", "original"}
 """What a row of `results.json` must have to be shown."""
@@ -36,7 +40,7 @@ class Gathered:
 def gather(root: Path) -> Gathered:
     """Read a run folder."""
     run = Gathered(root)
-    lines = list(_lines(run, root / "metrics.jsonl"))
+    lines = _lines(run, root / "metrics.jsonl")
     run.train, run.heldout = (_by_step(lines, kind) for kind in ("train", "heldout"))
     run.status = _object(run, root / "STATUS.json")
     run.policy = _object(run, root / "policy" / "policy.json")
@@ -102,20 +106,16 @@ def _object(run: Gathered, path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lines(run: Gathered, path: Path) -> Iterator[dict[str, Any]]:
+def _lines(run: Gathered, path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file. A last line cut short by a kill is dropped; any other bad line is counted."""
-    lines = _text(run, path).splitlines()
-    bad = 0
-    for i, line in enumerate(lines):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            bad += i < len(lines) - 1
-            continue
-        if isinstance(value, dict):
-            yield value
+    try:
+        lines, bad = read_lines(path)
+    except OSError as error:
+        run.problems.append(f"{path.name}: {error.strerror}")
+        return []
     if bad:
         run.problems.append(f"{path.name}: {bad} unreadable line{'s' if bad > 1 else ''}")
+    return lines
 
 
 def _by_step(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

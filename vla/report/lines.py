@@ -1,20 +1,32 @@
-"""How the rows of a `results.json` become the lines of its table, in the terminal and in the report alike."""
+"""What an evaluation plays, and how the rows of a `results.json` become the lines of its table, in the terminal and in
+the report alike. The words are here and nowhere else, so that help, table and report cannot disagree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MEANING = {
+CONDITIONS: dict[str, str] = {
     "policy": "the policy on fresh scenes",
     "train": "the policy on scenes it was trained on: memorisation would show here",
-    "swap: does the given": "same scenes, told to do something else: does what it is told",
-    "swap: does the original": "same scenes, told to do something else: does what the scene was drawn for",
+    "swap": "the same scenes, told to do something else",
     "blank": "the image replaced by mean grey",
     "nostate": "the robot's own state removed",
     "replay": "a recorded demonstration of the same instruction, from another scene, played back",
     "random": "uniform actions, each held for 8 steps",
     "expert": "the simulator's scripted expert",
+}
+"""Every condition of an evaluation and what it means, in the order of the table."""
+
+SWAPPED = {"given": "does what it is told", "original": "does what the scene was drawn for"}
+"""The two lines of the condition `swap`, which is judged twice."""
+
+MEANING = {
+    label: words
+    for condition, said in CONDITIONS.items()
+    for label, words in (
+        [(condition, said)] if condition != "swap" else [(f"swap: does the {end}", f"{said}: {w}") for end, w in SWAPPED.items()]
+    )
 }
 """Every line of the table."""
 
@@ -38,6 +50,12 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Map
     return sorted(lines.items(), key=lambda line: order.index(line[0]) if line[0] in MEANING else len(order))
 
 
+def pairing(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What makes the lines of these rows comparable, as half a sentence."""
+    paired = "every line plays the same tasks on the same seeds"
+    return f"{paired}, only `train` the same tasks on recorded ones" if any(r["condition"] == "train" for r in rows) else paired
+
+
 def percent(rate: float) -> str:
     """0..1 as whole per cent; 199 of 200 is `99.5`, never `100`."""
     whole = f"{100 * rate:.0f}"
@@ -47,3 +65,12 @@ def percent(rate: float) -> str:
 def interval(part: Mapping[str, Any]) -> str:
     """`[94, 99]`, per cent."""
     return f"[{percent(part['low'])}, {percent(part['high'])}]"
+
+
+def spread(points: Sequence[Mapping[str, Any]]) -> tuple[int, float, float] | None:
+    """(first step, lowest rate, highest rate) over the second half of the steps at which `points` ({step, rate}) were
+    measured; None for fewer than two of them, which cannot differ."""
+    steps = sorted({point["step"] for point in points})
+    late = steps[len(steps) // 2 :]
+    rates = [point["rate"] for point in points if point["step"] in late]
+    return (late[0], min(rates), max(rates)) if len(late) > 1 else None

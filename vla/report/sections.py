@@ -8,7 +8,7 @@ from typing import Any
 
 from vla.report.charts import Line, interval_bar, line_chart, smooth
 from vla.report.gather import Gathered, number
-from vla.report.lines import KIND, MEANING, interval, lines_of, percent
+from vla.report.lines import KIND, MEANING, interval, lines_of, percent, spread
 
 STATES = {
     "finished": ("good", "finished"), "running": ("plain", "still running, or killed without a word"),
@@ -83,9 +83,7 @@ def _banner(run: Gathered) -> str:
 def verdict(run: Gathered) -> str:
     """The figures to remember: success on fresh scenes by group, with what to hold them against."""
     tiles = []
-    for results in run.evals:
-        if results["label"] != results["suite"]:
-            continue
+    for results in _main(run):
         cells = dict(lines_of(results["rows"]))
         for group, part in cells.get("policy", {}).items():
             if part["rate"] is None:
@@ -97,7 +95,7 @@ def verdict(run: Gathered) -> str:
             ]
             rest = "".join(f"<li><span>{label}</span><b>{percent(p['rate'])} %</b></li>" for label, p in beside)
             tiles.append(
-                f'<article class="card tile"><p class="over">{escape(results["suite"])}</p><h3>{escape(group)}</h3>'
+                f'<article class="card tile"><p class="over">{escape(_title(results))}</p><h3>{escape(group)}</h3>'
                 f'<p class="big">{percent(part["rate"])}<span>%</span></p>{interval_bar(part, "own")}'
                 f'<p class="muted">{part["successes"]} of {part["n"]} fresh, {interval(part)} %</p>'
                 f"<ul>{rest}</ul></article>"
@@ -117,8 +115,10 @@ BESIDE = {"train": "on training scenes", "swap: does the original": "swapped: th
 
 def controls(run: Gathered) -> str:
     """One table per evaluation: every condition with its interval, same scenes throughout."""
-    blocks = []
+    blocks, mains = [], _main(run)
     for results in run.evals:
+        if any(results is main for main in mains):
+            blocks.append(_variants([other for other in run.evals if other["suite"] == results["suite"]]))
         lines = lines_of(results["rows"])
         groups = list(dict.fromkeys(row["group"] for row in results["rows"]))
         head = "".join(f'<th scope="col">{escape(g)}</th>' for g in groups)
@@ -133,12 +133,10 @@ def controls(run: Gathered) -> str:
             f'<div class="scroll"><table class="rates"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             + (f'<ul class="notes">{notes}</ul>' if notes else "")
         )
-        plain = results["label"] == results["suite"]
-        blocks.append(
-            f"<h3>{escape(_title(results))}</h3>{table}"
-            if plain
-            else f"<details><summary>{escape(_title(results))}</summary>{table}</details>"
-        )
+        if any(results is main for main in mains):
+            blocks.insert(-1, f"<h3>{escape(_title(results))}</h3>{table}")
+        else:
+            blocks.append(f"<details><summary>{escape(_title(results))}</summary>{table}</details>")
     if not blocks:
         return ""
     return (
@@ -147,6 +145,39 @@ def controls(run: Gathered) -> str:
         "controls</b> low: a policy that needs neither picture nor instruction would succeed there too.</p>"
         + "".join(blocks) + "</section>"
     )  # fmt: skip
+
+
+def _main(run: Gathered) -> list[dict[str, Any]]:
+    """The evaluation that speaks for each suite: the one called like it, or the first when all are labelled."""
+    mains: dict[str, dict[str, Any]] = {}
+    for results in run.evals:
+        if results["suite"] not in mains or results["label"] == results["suite"]:
+            mains[results["suite"]] = results
+    return list(mains.values())
+
+
+def _variants(some: Sequence[Mapping[str, Any]]) -> str:
+    """The policy's own success in every evaluation of one suite (other decoders, other training seeds), with the range."""
+    own = [(results, dict(lines_of(results["rows"])).get("policy", {})) for results in some]
+    own = [(results, cells) for results, cells in own if any(part["rate"] is not None for part in cells.values())]
+    if len(own) < 2:
+        return ""
+    groups = list(dict.fromkeys(group for _, cells in own for group in cells))
+    body = ""
+    for results, cells in own:
+        said = f"{_played(results)}, policy {str(results.get('policy'))[:8]}"
+        row = "".join(f"<td>{_cell(cells.get(group), 'own')}</td>" for group in groups)
+        body += f'<tr><th scope="row">{escape(str(results["label"]))}<small>{escape(said)}</small></th>{row}</tr>'
+    spans = ""
+    for group in groups:
+        rates = [cells[group]["rate"] for _, cells in own if group in cells and cells[group]["rate"] is not None]
+        spans += f"<td>{percent(min(rates))}–{percent(max(rates))}<small> %</small></td>" if rates else "<td>–</td>"
+    head = "".join(f'<th scope="col">{escape(group)}</th>' for group in groups)
+    return (
+        f"<h3>{escape(str(some[0]['suite']))}: the policy in {len(own)} evaluations</h3>"
+        f'<div class="scroll"><table class="rates"><thead><tr><th></th>{head}</tr></thead><tbody>{body}'
+        f'<tr><th scope="row">lowest to highest</th>{spans}</tr></tbody></table></div>'
+    )
 
 
 def _cell(part: Mapping[str, Any] | None, kind: str) -> str:
@@ -168,9 +199,7 @@ def _setting(results: Mapping[str, Any]) -> str:
     bits = [f"{count} episodes per column"]
     if isinstance(first, int) and isinstance(count, int):
         bits.append(f"seeds {first}–{first + count - 1}, none of them recorded for training")
-    bits.append(
-        f"decoding {results.get('decode') or 'as configured'}, {results.get('execute')} of {results.get('chunk')} steps executed"
-    )
+    bits.append(_played(results))
     if (wall := number(results.get("wall_s"))) is not None:
         bits.append(f"{len(results.get('records', []))} episodes played in {duration(wall)}")
     if results.get("policy"):
@@ -178,12 +207,17 @@ def _setting(results: Mapping[str, Any]) -> str:
     return "; ".join(bits) + "."
 
 
+def _played(results: Mapping[str, Any]) -> str:
+    decode, execute, chunk = (results.get(key) for key in ("decode", "execute", "chunk"))
+    return f"decoding {decode or 'as configured'}, {execute} of {chunk} steps executed"
+
+
 def by_task(run: Gathered) -> str:
     """The policy's own episodes, task by task."""
     blocks = []
-    for results in run.evals:
+    for results in _main(run):
         tasks = [t for t in results.get("per_task", []) if t.get("rate") is not None]
-        if len(tasks) < 2 or results["label"] != results["suite"]:
+        if len(tasks) < 2:
             continue
         rows = "".join(
             f"<li><span>{escape(str(t.get('instruction') or t['task']))}</span>{interval_bar(t, 'own')}"
@@ -196,7 +230,8 @@ def by_task(run: Gathered) -> str:
 
 def curves(run: Gathered) -> str:
     """Training over time, and success over checkpoints when it was measured."""
-    charts = [_success_over_training(run)]
+    success, spreads = _success_over_training(run)
+    charts = [success]
     for key, title, floor, ceiling, note in (
         ("loss", "Loss", None, None, "what is minimised; held out: the action part"),
         ("aux", "Where does this episode end?", 0.0, None, "auxiliary loss; under 0.03: grounded"),
@@ -237,19 +272,44 @@ def curves(run: Gathered) -> str:
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""
-    return f'<section id="curves"><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>'
+    return f'<section id="curves"><h2>Training</h2><div class="charts">{"".join(charts)}</div>{spreads}</section>'
 
 
-def _success_over_training(run: Gathered) -> str:
-    lines = []
-    for i, key in enumerate(dict.fromkeys((line.get("suite", ""), line["group"]) for line in run.curve)):
-        points = [p for p in run.curve if (p.get("suite", ""), p["group"]) == key and number(p["rate"]) is not None]
-        points.sort(key=lambda p: p["step"])
+def _success_over_training(run: Gathered) -> tuple[str, str]:
+    """(chart of `vla eval --curve` with intervals, list of how far neighbouring checkpoints differ)."""
+    lines, spreads = [], ""
+    for i, (name, points) in enumerate(_curves(run)):
         low, high = ([100 * (number(p.get(end)) or 0.0) for p in points] for end in ("low", "high"))
         whole = all(number(p.get("low")) is not None and number(p.get("high")) is not None for p in points)
-        lines.append(Line(key[1], [p["step"] for p in points], [100 * p["rate"] for p in points], tone=i % 6 + 1,
+        lines.append(Line(name, [p["step"] for p in points], [100 * p["rate"] for p in points], tone=i % 6 + 1,
                           low=low if whole else None, high=high if whole else None))  # fmt: skip
-    return line_chart("Success over training", lines, unit=" %", floor=0.0, ceiling=100.0, note="validation seeds")
+        if span := spread(points):
+            first, least, most = span
+            spreads += f"<li>{escape(name)}: {percent(least)} to {percent(most)} % over the checkpoints from step {first:,}</li>"
+    if spreads:
+        spreads = f'<h3>How far the success of checkpoints differs</h3><ul class="notes">{spreads}</ul>'
+    return line_chart("Success over training", lines, unit=" %", floor=0.0, ceiling=100.0,
+                      note="validation scenes, 95 % intervals"), spreads  # fmt: skip
+
+
+def _curves(run: Gathered) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(name, points by step): the group, and whatever else distinguishes its curve from another one of the group."""
+    settings = ("suite", "tasks", "seed", "n", "decode", "execute")
+    series: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for point in run.curve:
+        if number(point["rate"]) is not None and number(point["step"]) is not None:
+            key = (str(point["group"]), *(_words(point.get(name)) for name in settings))
+            series.setdefault(key, {})[point["step"]] = point
+    named = []
+    for key, points in series.items():
+        twins = [other for other in series if other[0] == key[0]]
+        marks = [f"{name} {key[i]}" for i, name in enumerate(settings, 1) if len({other[i] for other in twins}) > 1]
+        named.append((f"{key[0]} ({'; '.join(marks)})" if marks else key[0], [points[step] for step in sorted(points)]))
+    return named
+
+
+def _words(setting: Any) -> str:
+    return ", ".join(map(str, setting)) if isinstance(setting, list) else str(setting)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -1,0 +1,95 @@
+"""Writing files so that a crash or a full disk leaves the old one or the new one, never half of either.
+
+The one place that knows how: everything kept on disk (configs, statuses, results, reports, datasets, caches) goes through
+here, and a full disk is always the same `MachineError`. Standard library only, so the lightest parts may use it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vla.errors import MachineError
+
+TEMPORARY = ".tmp-"
+"""In the name of everything being written, before the writer's process id. Whoever owns the folder next may delete it."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "StorageFull")
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what is going to be `path`: beside it, hidden."""
+    return path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+
+
+def replace_file(path: Path, data: str | bytes | memoryview, safe: str = "the previous file is intact") -> None:
+    """Write `data` (text as UTF-8) beside `path`, force it to disk, then rename over `path`. Missing folders are made.
+
+    Raises `MachineError` on a full disk, which says what is `safe`; other `OSError`s as they are.
+    """
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise disk_full(path, error, safe) from error
+        raise
+
+
+def flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error` means a full disk, a quota or a file-size limit; some libraries (safetensors) say so as text only."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return any(text in str(error) for text in _FULL_TEXTS)
+
+
+def disk_full(where: object, error: BaseException, safe: str) -> MachineError:
+    """The error to raise from one that `is_disk_full`; `safe` says what has not been lost."""
+    found = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return MachineError(where, found=f"{found} while writing; {safe}", expected="room for it",
+                        fix="free some space (`df -h` shows where), then run the same command again")  # fmt: skip
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of JSON lines, and how many lines were none; ([], 0) when there is no such file.
+
+    A last line cut short is what a kill leaves behind: it is passed over and not counted.
+    """
+    try:
+        lines = path.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return [], 0
+    records, bad = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            bad += number < len(lines)  # only a line without an end can have been cut
+            continue
+        if isinstance(value, dict):
+            records.append(value)
+        else:
+            bad += 1
+    return records, bad
