@@ -10,9 +10,6 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Two OpenMP threads that wait for each other collapse when anything else runs (docs/decisions.md): one per process.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-ifeq ($(shell uname -s),Linux)
-export MUJOCO_GL ?= egl
-endif
 
 WORKERS ?= 2
 START := $(shell date +%s)
@@ -27,11 +24,11 @@ setup:  ## the environment in .venv, and Debian packages for rendering; quick wh
 	@bash .ci/setup
 
 demo: setup  ## the main job: record, train one policy on two robots, evaluate with controls, report
-	$(call stage,Recording 3600 tabletop demonstrations,2 min)
+	$(call stage,Recording 3600 tabletop demonstrations,30 s to 2 min)
 	vla data record --suite tabletop --episodes 3600 --seed 0 --out data/tabletop
-	$(call stage,Recording 100 Meta-World demonstrations,2 min)
+	$(call stage,Recording 100 Meta-World demonstrations,20 s to 1 min)
 	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 100 --seed 0 --out data/metaworld
-	$(call stage,Training one policy on both robots,12 min)
+	$(call stage,Training one policy on both robots,8 min)
 	vla train configs/train/demo.yaml --resume
 	$(call stage,Tabletop: 200 fresh scenes per verb with matched controls,3 min)
 	vla eval runs/demo --suite tabletop --episodes 200 --seed 900000 --out runs/demo/eval/tabletop.json

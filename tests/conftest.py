@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 
 # Before numpy, torch or mujoco is imported anywhere. Two test processes of two threads each fight for two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if platform.system() == "Linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

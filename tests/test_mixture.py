@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla.config import load_config
-from vla.errors import DataError
+from vla.errors import DataError, UsageError
 from vla.loader import make_loader
 from vla.mixture import BLOCK, Mixture, MixtureConfig, open_mixture
 from vla.policy import PolicyConfig, build_policy
@@ -118,3 +118,22 @@ def test_every_missing_dataset_is_named_at_once(tmp_path):
     with pytest.raises(DataError) as error:
         open_mixture(load_config(path, [], MixtureConfig), 8, 0)
     assert f"{tmp_path}/a" in str(error.value) and f"{tmp_path}/b" in str(error.value)
+
+
+def test_a_dataset_can_be_told_which_robot_it_is(demos, tmp_path):
+    from vla.config import CONFIGS
+
+    text = (CONFIGS / "embodiments/tabletop.yaml").read_text().replace("name: tabletop", "name: my_arm")
+    (tmp_path / "my_arm.yaml").write_text(text)
+    (tmp_path / "two.yaml").write_text(text.replace("front:", "wrist:"))
+    path, cache = demos["tabletop"], str(tmp_path / "cache")
+
+    def opened(robot):
+        config = MixtureConfig.model_validate({"datasets": [{"path": str(path), "embodiment": robot}], "cache_dir": cache})
+        return open_mixture(config, 4, 0, progress=False)[0]
+
+    assert list(opened(str(tmp_path / "my_arm.yaml")).embodiments) == ["my_arm"]
+    with pytest.raises(DataError, match="wrist"):
+        opened(str(tmp_path / "two.yaml"))
+    with pytest.raises(UsageError, match="tabletop"):
+        opened("no-such-robot")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from vla.embodiment import EmbodimentSpec
+from vla.mixture import MixtureConfig
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,10 @@ def test_the_instruction_in_the_readme_is_the_tasks_own(readme: str):
 
 
 def test_the_robot_of_the_readme_is_valid(readme: str):
-    (text,) = blocks(readme, "yaml")
+    text, mixture = blocks(readme, "yaml")
     spec = EmbodimentSpec.model_validate(yaml.safe_load(text))
+    config = MixtureConfig.model_validate(yaml.safe_load(mixture)["mixture"])
+    assert config.datasets[0].embodiment == text.split()[1]  # the file the comment in the first line names
     assert spec.action_dim == 7 and spec.state_dim == 6
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from pydantic import Field
 
 from vla.config import Config
-from vla.embodiment import EmbodimentSpec, explain
+from vla.embodiment import EmbodimentSpec, explain, load_embodiment
 from vla.episodes import EpisodeStore
-from vla.errors import DataError
+from vla.errors import DataError, UsageError, VLAError
 from vla.randomness import Purpose, generator, mix, permute
 from vla.schema import Window
 
@@ -36,6 +36,9 @@ class DatasetConfig(Config):
 
     path: str
     """Folder of a LeRobot v3.0 dataset."""
+    embodiment: str | None = None
+    """Which robot it is: a shipped name or a YAML file. Default: the dataset's own `meta/embodiment.json`, else a spec derived
+    from its features (convention `scalar`)."""
     weight: float = Field(default=1.0, gt=0, le=1e6)
     """Share of the samples, relative to the other datasets' weights (not multiplied by size)."""
 
@@ -168,12 +171,14 @@ def open_mixture(config: MixtureConfig, horizon: int, seed: int, progress: bool 
 
     All datasets that cannot be opened are reported in one `DataError`.
     """
-    stores, problems = [], []
+    stores: list[EpisodeStore] = []
+    problems: list[VLAError] = []
     for entry in config.datasets:
         try:
             cache = Path(config.cache_dir) if config.cache_dir else None
-            stores.append(EpisodeStore.open(Path(entry.path), cache_dir=cache, frames=config.frames, progress=progress))
-        except DataError as error:
+            spec = load_embodiment(entry.embodiment) if entry.embodiment else None
+            stores.append(EpisodeStore.open(entry.path, cache, config.frames, progress, embodiment=spec))
+        except (DataError, UsageError) as error:
             problems.append(error)
     if len(problems) == 1:
         raise problems[0]
