@@ -39,14 +39,14 @@ demo: setup  ## the main job: record, train one policy on two robots, evaluate w
 	$(call total,make demo)
 
 FULL_TASKS := button-press-topdown-v3 dial-turn-v3 door-lock-v3 door-unlock-v3 handle-pull-v3 door-open-v3
-demo-full: setup  ## six Meta-World tasks in one policy, with the curve over training (up to 2 hours)
-	$(call stage,Recording 600 demonstrations of six Meta-World tasks,10 min)
+demo-full: setup  ## six Meta-World tasks in one policy, with the curve over training (about 30 min)
+	$(call stage,Recording 600 demonstrations of six Meta-World tasks,3 min)
 	vla data record --suite metaworld $(FULL_TASKS:%=--task %) --episodes 600 --seed 0 --out data/metaworld-full
-	$(call stage,Training one policy on all of them,45 min)
+	$(call stage,Training one policy on all of them,16 min)
 	vla train configs/train/demo_full.yaml --resume
-	$(call stage,The curve over training: every checkpoint on validation scenes,15 min)
+	$(call stage,The curve over training: every checkpoint on validation scenes,4 min)
 	vla eval runs/demo-full --suite metaworld $(FULL_TASKS:%=--task %) --episodes 20 --curve
-	$(call stage,50 fresh scenes per task with matched controls,20 min)
+	$(call stage,50 fresh scenes per task with matched controls,6 min)
 	vla eval runs/demo-full --suite metaworld $(FULL_TASKS:%=--task %) --episodes 50 --seed 900000 --out runs/demo-full/eval/metaworld.json
 	$(call stage,The report,10 s)
 	vla report runs/demo-full
