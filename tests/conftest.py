@@ -74,3 +74,20 @@ def stores(demos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
     cache = tmp_path_factory.mktemp("cache")
     return [EpisodeStore.open(demos[name], cache_dir=cache, progress=False) for name in ("tabletop", "metaworld")]
+
+
+@pytest.fixture(scope="module")
+def table():
+    """One tabletop, reset by every test that uses it."""
+    from vla.sims import make_sim
+
+    return make_sim("tabletop", "touch-red")
+
+
+@pytest.fixture(scope="module")
+def button():
+    """One Meta-World button."""
+    pytest.importorskip("metaworld")
+    from vla.sims import make_sim
+
+    return make_sim("metaworld", "button-press-topdown-v3")

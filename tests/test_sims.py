@@ -18,19 +18,6 @@ from vla.sims import SUITES, expand_tasks, make_sim, suites
 pytest.importorskip("mujoco")
 
 
-@pytest.fixture(scope="module")
-def table():
-    """One tabletop, reset by every test that uses it."""
-    return make_sim("tabletop", "touch-red")
-
-
-@pytest.fixture(scope="module")
-def button():
-    """One Meta-World button."""
-    pytest.importorskip("metaworld")
-    return make_sim("metaworld", "button-press-topdown-v3")
-
-
 # ---------------------------------------------------------------- scenes
 
 

@@ -14,19 +14,6 @@ from vla.sims.tabletop_tasks import LIFT_BY, PUSH_BY, SPOILT_BY, TOUCH_WITHIN, J
 pytest.importorskip("mujoco")
 
 
-@pytest.fixture(scope="module")
-def table():
-    """One tabletop, reset by every test that uses it."""
-    return make_sim("tabletop", "touch-red")
-
-
-@pytest.fixture(scope="module")
-def button():
-    """One Meta-World button."""
-    pytest.importorskip("metaworld")
-    return make_sim("metaworld", "button-press-topdown-v3")
-
-
 # ---------------------------------------------------------------- judging, on constructed worlds
 
 START = np.array([[0.25, -0.1, 0.017], [0.4, -0.1, 0.017], [0.25, 0.1, 0.017], [0.4, 0.1, 0.017]])
