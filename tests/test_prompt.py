@@ -1,0 +1,34 @@
+"""Words: cleaned once, versioned, refused when they cannot be cleaned."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vla.errors import DataError
+from vla.prompt import MAX_INSTRUCTION, PROMPTS, act_prompt, clean_instruction
+
+
+@given(st.text(max_size=700))
+def test_cleaning_is_idempotent_or_refuses(text):
+    try:
+        cleaned = clean_instruction(text)
+    except DataError:
+        return
+    assert clean_instruction(cleaned) == cleaned and 0 < len(cleaned) <= MAX_INSTRUCTION
+    assert "\n" not in cleaned and cleaned == cleaned.strip()
+
+
+def test_openvla_prompt_to_the_letter():
+    expected = "In: What action should the robot take to push the red cube?\nOut:"
+    assert act_prompt("  Push the\tRED cube ", "openvla-1") == expected
+    assert act_prompt("Push it", "plain-1") == "push it" and set(PROMPTS) == {"plain-1", "openvla-1"}
+
+
+@pytest.mark.parametrize("bad", ["", " \u200b\x00", "x" * (MAX_INSTRUCTION + 1), None, 3])
+def test_what_is_no_instruction_is_refused(bad):
+    with pytest.raises(DataError, match="instruction"):
+        clean_instruction(bad)
+
+
+def test_template_characters_are_only_text():
+    assert act_prompt("pick {instruction} {0}", "plain-1") == "pick {instruction} {0}"
