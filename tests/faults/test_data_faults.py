@@ -344,3 +344,15 @@ def test_a_recording_stopped_before_its_first_commit_says_so(tmp_path):
         path.unlink()
     with pytest.raises(DataError, match="0 episodes"):
         EpisodeStore.open(tmp_path / "d", cache_dir=tmp_path / "c", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("fps", 0), ("fps", "ten"), ("fps", None), ("data_path", "{nope}"), ("video_path", "{0}/{")]
+)
+def test_a_header_that_makes_no_sense_is_named(tmp_path, key, value):
+    record("tabletop", ["touch-red"], 1, 0, tmp_path / "d", workers=0, progress=False)
+    path = tmp_path / "d/meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(DataError, match=key):
+        EpisodeStore.open(tmp_path / "d", cache_dir=tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()

@@ -165,6 +165,14 @@ def _read_info(root: Path) -> dict[str, Any]:
     if needed - info.keys() or ACTION not in info["features"]:
         missing = sorted(needed - info.keys()) or [f"feature {ACTION!r}"]
         raise DataError(path, found=f"no {', '.join(missing)}", expected="what LeRobot v3.0 requires", fix=RESTORE)
+    if not (isinstance(info["fps"], int | float) and 0 < info["fps"] < float("inf")):
+        raise DataError(path, found=f"fps {info['fps']!r}", expected="a number above 0", fix=RESTORE)
+    for name in ("data_path", "video_path"):
+        try:
+            (info.get(name) or "").format(video_key="", chunk_index=0, file_index=0)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise DataError(path, found=f"{name} {info[name]!r}", expected="fields video_key, chunk_index and file_index only",
+                            fix=RESTORE) from error  # fmt: skip
     return info
 
 
