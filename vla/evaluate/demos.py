@@ -54,4 +54,4 @@ def _read(root: Path) -> Iterator[tuple[str, Demo]]:
                     yield named[0], Demo(action[index == episode], named[1])
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors and OSErrors
         raise DataError(root, found=f"{type(error).__name__}: {error}", expected="a readable LeRobot v3.0 dataset",
-                        fix=f"vla data check {root}") from error  # fmt: skip
+                        fix="copy that file again from where the dataset was made") from error  # fmt: skip
