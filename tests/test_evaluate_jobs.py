@@ -113,5 +113,5 @@ def test_a_damaged_dataset_is_an_error(dataset, damage):
         case "null":
             rows = [*ACTIONS[:4].tolist(), None]
             pq.write_table(pa.table({"episode_index": [0, 0, 1, 1, 1], "action": rows}), file)
-    with pytest.raises(DataError, match="vla data check"):
+    with pytest.raises(DataError, match="copy that file again"):
         demos_of([dataset])

@@ -199,3 +199,14 @@ def test_constraints_admit_what_is_declared(checkout: Path):
     for requirement in map(Requirement, declared):
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin and requirement.specifier.contains(pin), f"{requirement} against {pin}"
+
+
+def test_messages_name_only_commands_that_exist(checkout: Path):
+    """A fix that cannot be typed is worse than none."""
+    from vla.cli import VERBS
+
+    data = {"record", "stats"}
+    for path in [*(checkout / "vla").rglob("*.py"), *(checkout / "data_tools").rglob("*.py"), checkout / "README.md"]:
+        for verb, word in re.findall(r"`vla ([a-z][a-z-]*)(?: ([a-z][a-z-]*))?", path.read_text()):
+            assert verb in VERBS, (path, verb)
+            assert verb != "data" or word in data | {""}, (path, word)
