@@ -155,3 +155,11 @@ def _line_numbers(node: Any, at: tuple = ()) -> dict[tuple, int]:
 def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML, in field order."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def flatten(values: object, at: str = "") -> dict[str, object]:
+    """Nested values as `{"a.b.0": value}`, the way overrides name them."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if items is None:
+        return {at: values}
+    return {k: v for key, value in items for k, v in flatten(value, f"{at}.{key}" if at else str(key)).items()}

@@ -30,9 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from vla.averaging import averaged, update_average
 from vla.batch import Batch
 from vla.checkpoint import Run, pack_optimizer, publish, unpack_optimizer
-from vla.config import Config, dump_config, load_config
+from vla.config import Config, dump_config, flatten, load_config
 from vla.durable import replace_file
 from vla.errors import DivergedError, MachineError, Preempted, UsageError, VLAError
 from vla.launch import StopSignal, add_arguments, answer_launcher, die_with_launcher, introduce
@@ -218,13 +219,13 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         say(f"{parameters / 1e6:.2f} M parameters, {accelerator.device}, {accelerator.mixed_precision}, {world} process(es)")
 
     def save() -> None:
-        # Copies: `_averaged` exchanges the live and the averaged values in place while the policy is written.
+        # Copies: `averaged` exchanges the live and the averaged values in place while the policy is written.
         tensors = {f"model/{name}": p.detach().clone() for p, name in names.items()}
         tensors |= {f"ema/{name}": average.clone() for name, average in ema.items()}
         tensors |= pack_optimizer(optimizer.optimizer, names)
         facts = {"config": config.model_dump(mode="json"), "world": world}
         try:
-            with _averaged(names, ema):
+            with averaged(names, ema):
                 folder = run.save(step, tensors, facts, partial(save_policy, policy), config.run.keep)
                 publish(run.root / "policy", partial(_copy, folder / "policy"))
         except MachineError as error:
@@ -281,7 +282,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             optimizer.zero_grad()
             step += 1
             if ema:
-                _update_average(ema, names, min(config.optim.ema, (1 + step) / (10 + step)))
+                update_average(ema, names, min(config.optim.ema, (1 + step) / (10 + step)))
 
             if step % config.run.log_every == 0 or step == config.run.steps:
                 sums = torch.stack([torch.stack([x.action, x.end, x.correct.float()]).detach() for x in losses]).sum(0)
@@ -312,7 +313,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                 problem = None
                 if main and sum(heldout.sizes):
                     try:
-                        with _averaged(names, ema):
+                        with averaged(names, ema):
                             record = {"kind": "heldout", "step": step}
                             record |= evaluate_open_loop(policy, heldout, config.run.eval_windows)
                         run.log(record)
@@ -376,36 +377,12 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-@torch.no_grad()
-def _update_average(ema: dict[str, Tensor], names: dict[Tensor, str], decay: float) -> None:
-    torch._foreach_lerp_([ema[name] for name in names.values()], [p.detach() for p in names], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _copy(source: Path, into: Path) -> None:
     shutil.copytree(source, into)
 
 
-class _averaged:
-    """Inside the block the policy has its averaged weights."""
-
-    def __init__(self, names: dict[Tensor, str], ema: dict[str, Tensor]) -> None:
-        self.pairs = [(parameter.data, ema[name]) for parameter, name in names.items()] if ema else []
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-
-    def _swap(self) -> None:
-        for live, average in self.pairs:
-            kept = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
-
-
 def _check_unchanged(then: dict, now: TrainConfig, where: Path, allowed: tuple[str, ...]) -> None:
-    before, after = _flat(then), _flat(now.model_dump(mode="json"))
+    before, after = flatten(then), flatten(now.model_dump(mode="json"))
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changed = [k for k in changed if k not in _RESUMABLE and k not in allowed or k.startswith("policy.")]
     if changed:
@@ -413,13 +390,6 @@ def _check_unchanged(then: dict, now: TrainConfig, where: Path, allowed: tuple[s
                          expected="the config the run was started with",
                          fix="undo the change" + "".join(f", or add --allow-change {k}" for k in changed if k[:7] != "policy.")
                          + "; what is under policy. is fixed for a run's life")  # fmt: skip
-
-
-def _flat(values: object, at: str = "") -> dict[str, object]:
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
-    if items is None:
-        return {at: values}
-    return {k: v for key, value in items for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
 
 
 def _timeout(hours: int) -> dict:
