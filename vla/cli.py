@@ -15,7 +15,7 @@ from vla.errors import VLAError
 
 VERBS: dict[str, tuple[str, str, str]] = {
     "doctor": ("vla.doctor", "add_doctor_parser", "look at the machine: versions, devices, video, renderer"),
-    "data": ("vla.cli", "_add_data_parser", "record and look at datasets"),
+    "data": ("vla.cli", "_add_data_parser", "record, convert, check, mix and look at datasets"),
     "train": ("vla.cli", "_add_train_parser", "fine-tune a policy (prints and runs the accelerate line)"),
     "eval": ("vla.evaluate.command", "add_eval_parser", "closed-loop success in a simulator, with matched controls"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"tendon-vla {vla.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     wanted = next((word for word in argv if word in VERBS), None)
+    subparsers.words = argv  # for verbs with sub-commands of their own, which are imported as lazily
     for verb, (module, function, line) in VERBS.items():
         if verb == wanted:  # import only what the verb needs: `vla --help` stays instant
             add: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
@@ -59,14 +60,27 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
-def _add_data_parser(subparsers: Any) -> None:
-    from data_tools.record import add_record_parser
-    from data_tools.stats import add_stats_parser
+DATA_VERBS: dict[str, tuple[str, str]] = {
+    "record": ("data_tools.record", "record a simulator's scripted expert as a LeRobot v3.0 dataset"),
+    "convert": ("data_tools.convert", "bring LeRobot v2.x, RLDS or HDF5 data to LeRobot v3.0, or v3.0 to v2.1"),
+    "check": ("data_tools.check", "find what is wrong with a dataset, before it is trained on"),
+    "report": ("data_tools.report", "one HTML file to judge a dataset from"),
+    "stats": ("data_tools.stats", "show, recompute or compare statistics"),
+    "mixture": ("data_tools.mixture", "print what a training config will draw"),
+    "bench": ("data_tools.bench", "samples per second, waiting time and the decode floor"),
+}
+"""`vla data` verb -> (module with `add_<verb>_parser`, one line for the overview)."""
 
+
+def _add_data_parser(subparsers: Any) -> None:
     data = subparsers.add_parser("data", help=VERBS["data"][2], description=VERBS["data"][2])
     jobs = data.add_subparsers(dest="what", metavar="WHAT", required=True)
-    add_record_parser(jobs)
-    add_stats_parser(jobs)
+    wanted = next((word for word in subparsers.words if word in DATA_VERBS), None)
+    for verb, (module, line) in DATA_VERBS.items():
+        if verb == wanted:
+            getattr(importlib.import_module(module), f"add_{verb}_parser")(jobs)
+        else:
+            jobs.add_parser(verb, help=line)
 
 
 def _add_train_parser(subparsers: Any) -> None:

@@ -22,7 +22,13 @@ CONVENTIONS: dict[str, str] = {
     "eef_delta_position": "end-effector displacement per control step in `frame`",
     "eef_euler_xyz": "end-effector orientation, extrinsic x-y-z Euler angles, absolute",
     "eef_delta_euler_xyz": "rotation per control step, extrinsic x-y-z Euler angles",
+    "eef_euler_zyx": "end-effector orientation, intrinsic z-y-x (yaw, pitch, roll in that order), absolute",
     "eef_quat_xyzw": "end-effector orientation, unit quaternion, scalar last",
+    "eef_quat_wxyz": "end-effector orientation, unit quaternion, scalar first",
+    "eef_axis_angle": "end-effector orientation, rotation vector (axis times angle), absolute",
+    "eef_delta_axis_angle": "rotation per control step, rotation vector",
+    "eef_rot6d": "end-effector orientation, first two columns of the rotation matrix, one after the other",
+    "eef_delta_rot6d": "rotation per control step, first two columns of its matrix, one after the other",
     "joint_position": "joint positions, absolute",
     "joint_delta": "joint displacement per control step",
     "joint_velocity": "joint velocities",
@@ -68,12 +74,19 @@ class EmbodimentSpec(Config):
     """A robot as a policy sees it: what comes in, what goes out, how often."""
 
     name: str
+    mode: str = ""
+    """Control mode, where one robot is commanded in several ways (`joint`, `eef`): each mode has statistics of its own."""
     robot: str = ""
     """Free text: maker and model."""
     cameras: dict[str, Camera]
     state: tuple[Channel, ...]
     action: tuple[Channel, ...]
     control_hz: float = Field(gt=0)
+
+    @property
+    def key(self) -> str:
+        """What statistics, soft tokens and `Window.embodiment` are filed under: `name`, or `name/mode`."""
+        return f"{self.name}/{self.mode}" if self.mode else self.name
 
     @property
     def state_dim(self) -> int:
@@ -144,7 +157,7 @@ class EmbodimentSpec(Config):
 def explain(a: EmbodimentSpec, b: EmbodimentSpec) -> list[str]:
     """Why two specs differ, one line per difference; empty when they are equal."""
     lines = []
-    for field in ("name", "control_hz", "cameras"):
+    for field in ("name", "mode", "control_hz", "cameras"):
         left, right = getattr(a, field), getattr(b, field)
         if left != right:
             lines.append(f"{field}: {left} against {right}")

@@ -1,0 +1,99 @@
+"""Foreign datasets as they lie on disk, behind one interface: episodes with their raw fields, nothing reinterpreted.
+
+    source = open_source("downloads/libero_spatial")
+    for key in source.keys():
+        raw = source.read(key)          # RawEpisode: fields, pictures, instruction, as the file holds them
+
+What a field *means* (units, frames, signs) is a dataset card's business, see `data_tools/standardise.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What a source says of all its episodes."""
+
+    fps: float | None
+    """Control rate in Hz; None where the format does not carry one (RLDS)."""
+    fields: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Numeric field path -> (dtype, shape without the time axis)."""
+    images: Mapping[str, tuple[int, int]]
+    """Picture field path -> (height, width)."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else the format carries (`env_args`, `robot_type`, feature names, ...), JSON-like."""
+
+
+@dataclass(frozen=True)
+class RawEpisode:
+    """One episode as its file holds it. All arrays share their first axis T."""
+
+    fields: Mapping[str, np.ndarray]  # path -> (T, ...) numbers, in the file's own dtype
+    images: Mapping[str, np.ndarray]  # path -> (T, h, w, 3) uint8, RGB as decoded, not turned
+    instruction: str
+    """"" when the source has none; the card then names one."""
+    where: str
+    """File and episode, for messages."""
+    key: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        arrays = [*self.fields.values(), *self.images.values()]
+        return len(arrays[0]) if arrays else 0
+
+
+class Source(Protocol):
+    """A dataset that can be listed and read one episode at a time. Small to hand to worker processes."""
+
+    kind: str
+    """`lerobot-v3.0`, `lerobot-v2.1`, `lerobot-v2.0`, `rlds`, `libero`, `robomimic`, `aloha`."""
+    root: Path
+    info: SourceInfo
+    damage: list[DataError]
+    """What could not even be listed: a missing shard, a file without its footer. Named, never skipped in silence."""
+
+    def keys(self) -> list[str]:
+        """One stable, unique key per episode, in the order of the files."""
+        ...
+
+    def read(self, key: str) -> RawEpisode:
+        """One episode. Raises `DataError` naming the file when it is damaged."""
+        ...
+
+
+_READERS = {
+    "lerobot": ("data_tools.sources.lerobot", "LeRobotSource"),
+    "rlds": ("data_tools.sources.rlds", "RldsSource"),
+    "hdf5": ("data_tools.sources.hdf5", "Hdf5Source"),
+}
+"""family -> (module, class). A class has `recognises(path) -> bool` (cheap, never raises) and `open(path) -> Source`."""
+
+
+def open_source(path: str | Path, kind: str | None = None) -> Source:
+    """The dataset at `path` (a folder or a file), its layout recognised, or read as `kind` (`lerobot`, `rlds`, `hdf5`).
+
+    Raises `DataError` when it is in no known layout, or is damaged beyond listing.
+    """
+    path = Path(path)
+    if kind is not None and kind not in _READERS:
+        raise UsageError("--from", found=kind, expected=f"one of {sorted(_READERS)}", fix="leave it out, or choose one of these")
+    if not path.exists():
+        raise DataError(path, found="no such file or folder", expected="a dataset", fix="check the path")
+    for module, name in [_READERS[kind]] if kind else _READERS.values():
+        reader = getattr(importlib.import_module(module), name)
+        if kind or reader.recognises(path):
+            return reader.open(path)
+    inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.suffix or "no suffix"]
+    raise DataError(path, found=f"none of the known layouts ({inside})",
+                    expected="LeRobot (meta/info.json), RLDS (dataset_info.json, *.tfrecord-*), or HDF5 (*.hdf5)",
+                    fix="point at the folder that holds those files, or say --from lerobot|rlds|hdf5")  # fmt: skip
