@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"tendon-vla {vla.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     wanted = next((word for word in argv if word in VERBS), None)
-    subparsers.words = argv  # for verbs with sub-commands of their own, which are imported as lazily
+    setattr(subparsers, "words", argv)  # noqa: B010  for `data`, whose own verbs are imported as lazily
     for verb, (module, function, line) in VERBS.items():
         if verb == wanted:  # import only what the verb needs: `vla --help` stays instant
             add: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
