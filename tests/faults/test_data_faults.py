@@ -71,12 +71,14 @@ def test_missing_dataset(tmp_path: Path):
 
 
 def test_another_format_or_version(root: Path):
-    edit_info(root, codebase_version="v2.1")
-    error = refused(root)
-    assert "v2.1" in error.found and "convert_dataset_v21_to_v30" in error.fix and f"--root={root}" in error.fix
+    for version, words in (("v1.6", "lerobot"), ("v4.0", "a version of tendon-vla that reads it")):
+        edit_info(root, codebase_version=version)
+        error = refused(root)
+        assert version in error.found and "v2.0, v2.1 or v3.0" in error.expected and words in error.fix
     (root / "meta/info.json").unlink()
     (root / "meta/episodes.jsonl").write_text("{}")
-    assert "convert_dataset_v21_to_v30" in refused(root).fix
+    error = refused(root)
+    assert "of LeRobot v2" in error.found and "restore meta/info.json" in error.fix
     (root / "meta/episodes.jsonl").rename(root / "dataset_info.json")
     assert "RLDS" in refused(root).found
     (root / "meta/info.json").write_text('{"codebase_version": ')
@@ -218,7 +220,6 @@ def test_missing_or_foreign_statistics(root: Path):
     stats = json.loads(path.read_text())
     for broken, words in (
         ({k: v for k, v in stats.items() if k != "action"}, "action: no min"),
-        (stats | {"action": {k: v for k, v in stats["action"].items() if k[0] != "q"}}, "action: no q01, q10"),
         (stats | {"action": {k: v[:3] for k, v in stats["action"].items()}}, "3 dimensions, the data 4"),
     ):
         path.write_text(json.dumps(broken))
@@ -227,6 +228,11 @@ def test_missing_or_foreign_statistics(root: Path):
     path.write_text(json.dumps(stats | {"action": stats["action"] | {"max": [0.1] * 4}}))
     error = refused(root)
     assert "action[0] of the data spans" in error.found and "0.1" in error.expected
+    # Without quantiles nothing is lost: the rows hold them. They are computed, and that is said.
+    path.write_text(json.dumps(stats | {"action": {k: v for k, v in stats["action"].items() if k[0] != "q"}}))
+    store = EpisodeStore.open(root, root.parent / "other", progress=False)
+    assert any("action: no q01, q10" in note and "computed" in note for note in store.notes)
+    assert np.allclose(store.stats["action"]["q01"], stats["action"]["q01"])
     path.unlink()
     assert "no such file" in refused(root).found
 

@@ -1,6 +1,6 @@
-"""Demonstrations as training sees them: any LeRobot v3.0 dataset behind memory-mapped arrays.
+"""Demonstrations as training sees them: any LeRobot dataset (v2.0, v2.1, v3.0) behind memory-mapped arrays.
 
-`layout.py` reads and judges what lies on disk, `cache.py` decodes it once, `store.py` hands out frames.
+`layout.py` (`layout_v2.py` for v2.x) reads and judges what lies on disk, `cache.py` decodes it once, `store.py` hands out frames.
 """
 
 from vla.episodes.store import EpisodeStore

@@ -1,8 +1,11 @@
-"""What a LeRobot v3.0 dataset says about itself, and whether its files keep the promise. Nothing is decoded here.
+"""What a LeRobot dataset says about itself, and whether its files keep the promise. Nothing is decoded here.
 
-Read as released versions of `lerobot` write it (0.4.4 and 0.6.x differ): the task text is the column `task` or
+v3.0 is read as released versions of `lerobot` write it (0.4.4 and 0.6.x differ): the task text is the column `task` or
 `__index_level_0__`; several episodes share a Parquet file and an MP4; each camera has its own span and offset in its
-video; only `info.json`'s `total_episodes` count, rows behind them are an unfinished append.
+video; only `info.json`'s `total_episodes` count, rows behind them are an unfinished append. What v2.0 and v2.1 have in
+other places is `layout_v2.py`'s business.
+
+Statistics without quantiles (v2.x never had them) are computed from the rows, and said so in `Layout.notes`.
 
 All problems are gathered and raised together.
 """
@@ -20,40 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla.embodiment import Camera, Channel, EmbodimentSpec
+from vla.episodes import layout_v2
+from vla.episodes.problems import RECOMPUTE, RESTORE, Problems, short
 from vla.errors import DataError
 from vla.normalize import QUANTILES
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 STATISTICS = ("min", "max", "mean", "std", *QUANTILES)
-RESTORE = "restore this file from its source; an interrupted `vla data record` is mended by running it again"
-RECOMPUTE = "vla data stats {} --write"
-CONVERT = ("with `lerobot[dataset]` in an environment of its own: python -m lerobot.scripts.convert_dataset_v21_to_v30 "
-           "--repo-id=local/{name} --root={root} --push-to-hub=false (in 0.4: lerobot.datasets.v30...)")  # fmt: skip
-"""lerobot's own converter works in place on v2.1; where it lies was looked up in its 0.4.4 and 0.6.1 wheels."""
-
-
-class Problems:
-    """Findings about one dataset, raised as one `DataError`."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.found: list[tuple[str, str, str, str]] = []
-
-    def add(self, where: object, *, found: object, expected: object, fix: str) -> None:
-        self.found.append((str(where), str(found), str(expected), fix))
-
-    def raise_if_any(self) -> None:
-        if not self.found:
-            return
-        if len(self.found) == 1:
-            where, found, expected, fix = self.found[0]
-            raise DataError(where, found=found, expected=expected, fix=fix)
-        listed = fixes = ""
-        for n, (where, found, expected, fix) in enumerate(self.found, 1):
-            listed += f"\n    {n}. {where}: {found} (expected {expected})"
-            fixes += f"\n    {n}. {fix}"
-        raise DataError(self.root, found=f"{len(self.found)} problems{listed}",
-                        expected="a complete LeRobot v3.0 dataset", fix=fixes)  # fmt: skip
+_V1 = "convert it in two steps, with releases of `lerobot` that could: 0.1 (v1 to v2.0); what it writes is read here as it is"
 
 
 @dataclass
@@ -69,6 +46,20 @@ class Layout:
     recording: dict[str, Any]
     judge_stats: bool
     """Whether `stats` are going to be used, so that missing or foreign ones are findings."""
+    to_compute: tuple[str, ...] = ()
+    """Features whose statistics lack quantiles (or, in v2.x, are missing): whoever uses them computes them exactly."""
+    notes: tuple[str, ...] = ()
+    """What was made good while reading, for people to see."""
+
+    @property
+    def version(self) -> str:
+        """`v2.0`, `v2.1`, `v3.0`, ..."""
+        return str(self.info["codebase_version"])
+
+    @property
+    def is_v2(self) -> bool:
+        """One file per episode, and metadata in JSON lines."""
+        return _major(self.version) == "2"
 
     @property
     def fps(self) -> float:
@@ -92,13 +83,17 @@ class Layout:
 
     def path(self, template: str, row: Mapping[str, Any], prefix: str, key: str = "") -> Path:
         """The file an episode row points to. `prefix` is `data` or `videos/<key>`."""
-        numbers = {f"{kind}_index": row[f"{prefix}/{kind}_index"] for kind in ("chunk", "file")}
+        if self.is_v2:
+            episode = row["episode_index"]
+            numbers = {"episode_index": episode, "episode_chunk": episode // self.info["chunks_size"]}
+        else:
+            numbers = {f"{kind}_index": row[f"{prefix}/{kind}_index"] for kind in ("chunk", "file")}
         return self.root / self.info[template].format(video_key=key, **numbers)
 
 
 def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool) -> tuple[Layout, Problems]:
-    """Metadata of the dataset at `root`. Raises `DataError` at once when it is no v3.0 dataset; other findings are
-    returned."""
+    """Metadata of the dataset at `root`. Raises `DataError` at once when it is no v2.0, v2.1 or v3.0 dataset; other
+    findings are returned."""
     problems = Problems(root)
     info = _read_info(root)
     features = info["features"]
@@ -108,14 +103,22 @@ def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool)
         depth = about.get("is_depth_map") or about.get("video.is_depth_map")
         if feature["dtype"] in ("video", "image") and not depth:
             cameras[key.removeprefix(IMAGES).removeprefix("observation.")] = key
-    stats = _read_json(root / "meta" / "stats.json", problems) or {}
+    version = str(info["codebase_version"])
+    v2 = _major(version) == "2"
+    per_episode = v2 and version != "v2.0" and (root / "meta" / "episodes_stats.jsonl").is_file()
+    source = root / "meta" / ("episodes_stats.jsonl" if per_episode else "stats.json")
+    stats = layout_v2.read_stats(root, version, problems) if v2 else _read_json(source, problems) or {}
     recording = _read_recording(root / "meta" / "recording.json", problems)
-    for finding in _lacking_statistics(root, features, stats) if need_stats else []:
-        problems.add(root / "meta" / "stats.json", found=finding, expected=f"{', '.join(STATISTICS)} per feature",
-                     fix=RECOMPUTE.format(root))  # fmt: skip
+    to_compute, notes = [], []
+    for key, finding, mendable in _lacking_statistics(source, features, stats, v2) if need_stats else []:
+        if mendable:
+            to_compute.append(key)
+            notes.append(f"{source}: {finding}; computed exactly from the rows")
+            continue
+        problems.add(source, found=finding, expected=f"{', '.join(STATISTICS)} per feature", fix=RECOMPUTE.format(root))
     spec = _specification(root, embodiment, info, cameras, stats, problems)
-    tasks = _read_tasks(root, info, problems)
-    layout = Layout(root, info, spec, cameras, tasks, stats, recording, need_stats)
+    tasks = layout_v2.read_tasks(root, problems) if v2 else _read_tasks(root, info, problems)
+    layout = Layout(root, info, spec, cameras, tasks, stats, recording, need_stats, tuple(to_compute), tuple(notes))
     if layout.num_episodes < 1 or layout.num_frames < 1:
         problems.add(root / "meta" / "info.json", found=f"{layout.num_episodes} episodes, {layout.num_frames} frames",
                      expected="at least one of each", fix="record some, e.g. `vla data record --help`")  # fmt: skip
@@ -138,6 +141,10 @@ def check_statistics(layout: Layout, key: str, lowest: np.ndarray, highest: np.n
                      fix=f"these are another dataset's statistics: {RECOMPUTE.format(layout.root)}")  # fmt: skip
 
 
+def _major(version: str) -> str:
+    return version.removeprefix("v").split(".")[0]
+
+
 def _read_info(root: Path) -> dict[str, Any]:
     path = root / "meta" / "info.json"
     if not path.is_file():
@@ -146,38 +153,37 @@ def _read_info(root: Path) -> dict[str, Any]:
         if root.is_dir():
             found = "no meta/info.json"
         if old.exists():
-            found, fix = f"{found} (but {old.name}, of LeRobot v2)", f"restore meta/info.json; then, {_convert(root)}"
+            found, fix = f"{found} (but {old.name}, of LeRobot v2)", "restore meta/info.json from where the dataset came from"
         elif rlds.exists():
-            found = f"{found} (but {rlds.name}, of RLDS)"
-            fix = "port it to LeRobot v3.0 first (lerobot's documentation, `Porting Large Datasets`)"
-        raise DataError(root, found=found, expected="a LeRobot v3.0 dataset", fix=fix)
+            found, fix = f"{found} (but {rlds.name}, of RLDS)", f"vla data convert {root} {root.name}-lerobot"
+        raise DataError(root, found=found, expected="a LeRobot dataset", fix=fix)
     try:
         info = json.loads(path.read_text())
         version = str(info["codebase_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(path, found=f"{type(error).__name__}: {error}", expected="JSON with codebase_version",
                         fix=RESTORE) from error  # fmt: skip
-    major = version.removeprefix("v").split(".")[0]
-    if major != "3":
-        fix = f"it is an older format; {_convert(root)}" if major in ("1", "2") else "use a version of tendon-vla that reads it"
-        raise DataError(path, found=f"codebase_version {version}", expected="v3.0", fix=fix)
+    major = _major(version)
+    if major != "3" and version not in ("v2.0", "v2.1"):
+        raise DataError(path, found=f"codebase_version {version}", expected="v2.0, v2.1 or v3.0",
+                        fix=_V1 if major == "1" else "use a version of tendon-vla that reads it")  # fmt: skip
     needed = {"fps", "features", "total_episodes", "total_frames", "data_path"}
-    if needed - info.keys() or ACTION not in info["features"]:
+    if needed - info.keys() or not isinstance(info["features"], dict) or ACTION not in info["features"]:
         missing = sorted(needed - info.keys()) or [f"feature {ACTION!r}"]
-        raise DataError(path, found=f"no {', '.join(missing)}", expected="what LeRobot v3.0 requires", fix=RESTORE)
+        raise DataError(path, found=f"no {', '.join(missing)}", expected=f"what LeRobot {version} requires", fix=RESTORE)
     if not (isinstance(info["fps"], int | float) and 0 < info["fps"] < float("inf")):
         raise DataError(path, found=f"fps {info['fps']!r}", expected="a number above 0", fix=RESTORE)
+    fields = ("chunk_index", "file_index") if major == "3" else ("episode_chunk", "episode_index")
+    size = info.setdefault("chunks_size", layout_v2.CHUNK_EPISODES)
+    if not (isinstance(size, int) and size > 0):
+        raise DataError(path, found=f"chunks_size {size!r}", expected="files per folder, a number above 0", fix=RESTORE)
     for name in ("data_path", "video_path"):
         try:
-            (info.get(name) or "").format(video_key="", chunk_index=0, file_index=0)
+            (info.get(name) or "").format(video_key="", **dict.fromkeys(fields, 0))
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise DataError(path, found=f"{name} {info[name]!r}", expected="fields video_key, chunk_index and file_index only",
+            raise DataError(path, found=f"{name} {info[name]!r}", expected=f"fields video_key, {' and '.join(fields)} only",
                             fix=RESTORE) from error  # fmt: skip
     return info
-
-
-def _convert(root: Path) -> str:
-    return CONVERT.format(name=root.resolve().name, root=root)
 
 
 def _read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
@@ -203,9 +209,12 @@ def _read_recording(path: Path, problems: Problems) -> dict[str, Any]:
     return recording
 
 
-def _lacking_statistics(root: Path, features: dict[str, Any], stats: dict[str, Any]) -> list[str]:
-    if not stats:
-        return ["no such file" if not (root / "meta" / "stats.json").is_file() else "no statistics in it"]
+def _lacking_statistics(
+    source: Path, features: dict[str, Any], stats: dict[str, Any], v2: bool
+) -> list[tuple[str, str, bool]]:
+    """(feature, what is wrong with its statistics, whether computing them from the rows is the whole remedy)."""
+    if not stats and not v2:
+        return [("", "no such file" if not source.is_file() else "no statistics in it", False)]
     lacking = []
     for key in (STATE, ACTION):
         if key not in features:
@@ -213,10 +222,11 @@ def _lacking_statistics(root: Path, features: dict[str, Any], stats: dict[str, A
         entry, width = stats.get(key) or {}, int(np.prod(features[key]["shape"]))
         missing = [name for name in STATISTICS if name not in entry]
         wrong = [name for name in STATISTICS if name in entry and np.size(entry[name]) != width]
-        if missing:
-            lacking.append(f"{key}: no {', '.join(missing)}")
         if wrong:
-            lacking.append(f"{key}: {wrong[0]} has {np.size(entry[wrong[0]])} dimensions, the data {width}")
+            lacking.append((key, f"{key}: {wrong[0]} has {np.size(entry[wrong[0]])} dimensions, the data {width}", False))
+        elif missing:
+            mendable = set(missing) <= QUANTILES.keys() or (v2 and not entry)
+            lacking.append((key, f"{key}: no {', '.join(missing)}", mendable))
     return lacking
 
 
@@ -242,6 +252,23 @@ def _names(feature: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, names)) if names and len(names) == width else tuple(f"d{i}" for i in range(width))
 
 
+def _measured(root: Path, key: str, width: int) -> dict[str, Any]:
+    """min and max of a column over all data files: limits of a robot nobody described. {} when they cannot be read, which
+    `read_rows` then says."""
+    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    for path in sorted((root / "data").glob("*/*.parquet")):
+        try:
+            column = pq.read_table(path, columns=[key])[key].combine_chunks()
+            flat = column.flatten() if pa.types.is_nested(column.type) else column
+            values = flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+            return {}
+        finite = np.isfinite(values)
+        low, high = np.minimum(low, values.min(0, initial=np.inf, where=finite)), np.maximum(
+            high, values.max(0, initial=-np.inf, where=finite))  # fmt: skip
+    return {"min": low.tolist(), "max": high.tolist()} if np.isfinite([low, high]).all() else {}
+
+
 def _specification(
     root: Path, given: EmbodimentSpec | None, info: dict[str, Any], cameras: dict[str, str], stats: dict[str, Any],
     problems: Problems,
@@ -265,7 +292,7 @@ def _specification(
             if key not in features:
                 parts[part] = ()
                 continue
-            dims, entry = _names(features[key]), stats.get(key) or {}
+            dims, entry = _names(features[key]), stats.get(key) or _measured(root, key, len(_names(features[key])))
             low, high = (np.asarray(entry.get(k, [v] * len(dims)), float) for k, v in (("min", -1.0), ("max", 1.0)))
             if low.size != len(dims) or high.size != len(dims):
                 low, high = -np.ones(len(dims)), np.ones(len(dims))
@@ -288,6 +315,3 @@ def _specification(
                          fix="use the embodiment this dataset was recorded with, or convert it")  # fmt: skip
     return spec.model_copy(update={"cameras": {c: sizes.get(c, size) for c, size in spec.cameras.items()}})
 
-
-def short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

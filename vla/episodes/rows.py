@@ -1,4 +1,4 @@
-"""Reads the rows of a LeRobot v3.0 dataset and finds every row's frame in its video, by demultiplexing alone."""
+"""Reads the rows of a LeRobot dataset and finds every row's frame in its video, by demultiplexing alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from av.error import FFmpegError
 
-from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, check_statistics, short
+from vla.episodes import layout_v2
+from vla.episodes.layout import ACTION, STATE, Layout, check_statistics
+from vla.episodes.problems import RESTORE, Problems, short
 
 _MOST_NAMED = 5
 """How many bad values of one kind are named one by one; the rest are counted."""
@@ -33,20 +35,14 @@ class Rows:
 
 def read_rows(layout: Layout, problems: Problems) -> Rows | None:
     """Everything but the pictures; None when a file could not be read. Findings go to `problems`."""
-    episodes = _read_episodes(layout, problems)
+    episodes = read_episodes(layout, problems)
     if episodes is None:
         return None
     columns = [c for c in (STATE, ACTION) if c in layout.info["features"]]
     columns += ["timestamp", "episode_index", "index", "task_index"]
-    tables = []
-    for path in sorted({layout.path("data_path", row, "data") for row in episodes}):
-        try:
-            tables.append(pq.read_table(path, columns=columns, page_checksum_verification=True))
-        except FileNotFoundError:
-            problems.add(path, found="no such file", expected="the rows of its episodes", fix=RESTORE)
-        except (OSError, pa.ArrowException) as error:
-            problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
-    if problems.found and len(tables) < len({layout.path("data_path", row, "data") for row in episodes}):
+    before = len(problems.found)
+    tables = (layout_v2.read_tables if layout.is_v2 else _read_tables)(layout, episodes, columns, problems)
+    if len(problems.found) > before:
         return None
     if not tables:
         problems.add(layout.root, found="0 episodes", expected="at least one",
@@ -78,14 +74,30 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
                          values.max(0, initial=-np.inf, where=finite), problems)  # fmt: skip
     task = _column(table, "task_index", np.int32)[order]
     if layout.instructions and (task.min() < 0 or task.max() >= len(layout.instructions)):
-        problems.add(layout.root / "meta" / "tasks.parquet", found=f"task_index up to {task.max()} in the data",
+        name = "tasks.jsonl" if layout.is_v2 else "tasks.parquet"
+        problems.add(layout.root / "meta" / name, found=f"task_index up to {task.max()} in the data",
                      expected=f"below {len(layout.instructions)}, the number of tasks", fix=RESTORE)  # fmt: skip
     timestamp = _column(table, "timestamp", np.float64)[order]
     _check_rate(layout, timestamp, starts, problems)
     return Rows(episodes, starts, wide["state"], wide["action"], task, timestamp)
 
 
-def _read_episodes(layout: Layout, problems: Problems) -> list[dict[str, Any]] | None:
+def _read_tables(layout: Layout, episodes: list[dict[str, Any]], columns: list[str], problems: Problems) -> list[pa.Table]:
+    tables = []
+    for path in sorted({layout.path("data_path", row, "data") for row in episodes}):
+        try:
+            tables.append(pq.read_table(path, columns=columns, page_checksum_verification=True))
+        except FileNotFoundError:
+            problems.add(path, found="no such file", expected="the rows of its episodes", fix=RESTORE)
+        except (OSError, pa.ArrowException) as error:
+            problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
+    return tables
+
+
+def read_episodes(layout: Layout, problems: Problems) -> list[dict[str, Any]] | None:
+    """One row per episode: its length and where its rows and pictures lie; None, and findings, when they do not add up."""
+    if layout.is_v2:
+        return layout_v2.read_episodes(layout, problems)
     files = sorted((layout.root / "meta" / "episodes").glob("*/*.parquet"))
     rows: list[dict[str, Any]] = []
     for path in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ class EpisodeStore:
     """Feature -> {min, max, mean, std, count, q01, q10, q50, q90, q99}, as in meta/stats.json."""
     suite: str
     """Simulator suite the demonstrations were recorded in, "" when they came from elsewhere."""
+    notes: list[str]
+    """What was made good while opening, e.g. statistics without quantiles that were computed."""
     recorded_seeds: dict[str, list[int]]
     """Task -> reset seeds, {} when the dataset did not come from a simulator here."""
     _keys: dict[str, str]
@@ -43,11 +46,12 @@ class EpisodeStore:
         cls, root: str | Path, cache_dir: str | Path | None = None, frames: Literal["raw", "jpeg"] = "raw",
         progress: bool = True, *, embodiment: EmbodimentSpec | None = None, compute_stats: bool = False,
     ) -> EpisodeStore:  # fmt: skip
-        """Open a LeRobot v3.0 dataset, decoding it into the cache the first time.
+        """Open a LeRobot dataset (v2.0, v2.1, v3.0), decoding it into the cache the first time.
 
         `frames`: `raw` is fastest, `jpeg` (quality 95, 4:4:4) about ten times smaller. `embodiment` overrides
         `meta/embodiment.json`; without either, a spec is derived from the features. `compute_stats` replaces the state
-        and action statistics by exact ones; otherwise missing or foreign statistics are an error, never a guess.
+        and action statistics by exact ones; so does a dataset whose statistics lack quantiles (`notes` says so).
+        Otherwise missing or foreign statistics are an error, never a guess.
 
         Raises `DataError` naming every problem at once (nothing is written then), `MachineError` when the disk is full.
         """
@@ -61,9 +65,11 @@ class EpisodeStore:
         self.cameras, self.instructions = list(layout.spec.cameras), layout.instructions
         self._keys = layout.cameras
         self._entry = entry
-        self.stats = layout.stats
-        if compute_stats:
-            self.stats = layout.stats | read_manifest(entry)["stats"]
+        self.stats, self.notes = layout.stats, list(layout.notes)
+        computed = read_manifest(entry)["stats"] if compute_stats or layout.to_compute else {}
+        self.stats |= {key: entry for key, entry in computed.items() if compute_stats or key in layout.to_compute}
+        if progress and self.notes:
+            print("\n".join(self.notes), file=sys.stderr)
         self.suite = str(layout.recording.get("suite", ""))
         self.recorded_seeds = {}
         for episode in layout.recording.get("episodes", [])[: layout.num_episodes]:
