@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SUITES", "Suite", "expand_tasks", "find_suite", "make_sim"]
 
-_ADAPTERS = {"tabletop": ("vla.sims.tabletop", "Tabletop"), "metaworld": ("vla.sims.metaworld", "MetaWorld")}
+_ADAPTERS = {
+    "tabletop": ("vla.sims.tabletop", "Tabletop"),
+    "metaworld": ("vla.sims.metaworld", "MetaWorld"),
+    "fetch": ("vla.sims.fetch", "Fetch"),
+}
 
 
 def make_sim(suite: str, task: str, **kw: Any) -> Simulator:

@@ -158,3 +158,35 @@ class Simulator(gymnasium.Env):
     @abstractmethod
     def _change_task(self, task: str) -> None:
         """Prepare for another task of the same scene, or raise `UsageError`."""
+
+
+class OneTask(Simulator):
+    """A simulator whose scenes belong to one task: success is a flag that `_act` leaves in `_done`, nothing else is judged."""
+
+    _done = False
+    _ever = False
+    _watching: tuple[str, ...] = ()
+
+    def __init__(self, task: str, **kw: Any) -> None:
+        super().__init__(task, **kw)
+        if self.randomise:
+            raise UsageError(self.suite, found="randomise=True", expected="the package's scenes as they are",
+                             fix="randomise the tabletop suite instead")  # fmt: skip
+
+    def _start_judging(self, watch: list[str]) -> tuple[bool, bool]:
+        if set(watch) - {self.task}:
+            raise UsageError(f"{self.suite} watch {watch}", found="another task", expected=f"only {self.task!r}",
+                             fix="every task here has its own scene; watch tasks on the tabletop")  # fmt: skip
+        self._watching, self._done, self._ever = tuple(watch), False, False
+        return False, False
+
+    def _judge(self) -> tuple[bool, bool]:
+        self._ever = self._ever or self._done
+        return self._done, False
+
+    def _watched(self) -> dict[str, bool]:
+        return dict.fromkeys(self._watching, self._ever)
+
+    def _change_task(self, task: str) -> None:
+        raise UsageError(f"{self.suite} task {task!r}", found=f"a scene of {self.task!r}",
+                         expected="the task the simulator was made for", fix="make another simulator")  # fmt: skip

@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,18 @@ def _context() -> Any:
     return context
 
 
+@dataclass(frozen=True)
+class View:
+    """A camera that no model file has: it stands `distance` metres from `lookat` and looks at it; angles in degrees."""
+
+    lookat: tuple[float, float, float]
+    distance: float
+    azimuth: float
+    """Direction of looking, about z from +x: 0 looks along +x, 90 along +y."""
+    elevation: float
+    """Negative looks down."""
+
+
 class Eye:
     """A renderer of square pictures for every model with the same meshes and textures (`eye_for` shares it)."""
 
@@ -131,14 +144,18 @@ class Eye:
             self._scene.flags[flag] = 0
         self._option = mujoco.MjvOption()
         self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._rect = mujoco.MjrRect(0, 0, size, size)
         self._raw = np.empty((size, size, 3), np.uint8)
 
-    def picture(self, model: Any, data: Any, camera: int) -> np.ndarray:
-        """(size, size, 3) uint8 RGB, upright, of `data` (already forwarded) through fixed camera number `camera`."""
+    def picture(self, model: Any, data: Any, camera: int | View) -> np.ndarray:
+        """(size, size, 3) uint8 RGB, upright, of `data` (already forwarded) through the model's `camera` or a view of ours."""
         mujoco = self._mujoco
-        self._camera.fixedcamid = camera
+        if isinstance(camera, View):
+            self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+            self._camera.lookat[:] = camera.lookat
+            self._camera.distance, self._camera.azimuth, self._camera.elevation = camera.distance, camera.azimuth, camera.elevation
+        else:
+            self._camera.type, self._camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera
         mujoco.mjv_updateScene(model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         mujoco.mjr_render(self._rect, self._scene, self._context)

@@ -76,6 +76,12 @@ METAWORLD_SENTENCES = {
 }
 """Meta-World ships no language; these are ours. All 50 tasks of Meta-World 3.1, all sentences distinct."""
 
+FETCH_SENTENCES = {
+    "reach": "move the hand to the red ball",
+    "push": "push the block to the red ball",
+    "pick-and-place": "pick up the block and hold it at the red ball",
+}
+
 
 def tabletop_instruction(task: str) -> str:
     """`push-red-left` -> `push the red cube left`."""
@@ -108,6 +114,10 @@ SUITES: dict[str, Suite] = {
     "metaworld": Suite(
         name="metaworld", embodiment="metaworld_sawyer", tasks=("button-press-topdown-v3",),
         known=tuple(METAWORLD_SENTENCES), group=lambda task: task, instruction=METAWORLD_SENTENCES.__getitem__,
+    ),
+    "fetch": Suite(
+        name="fetch", embodiment="fetch", tasks=("reach",), known=tuple(FETCH_SENTENCES),
+        group=lambda task: task, instruction=FETCH_SENTENCES.__getitem__,
     ),
 }  # fmt: skip
 
