@@ -152,8 +152,8 @@ class Eye:
         mujoco = self._mujoco
         if isinstance(camera, View):
             self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-            self._camera.lookat[:] = camera.lookat
-            self._camera.distance, self._camera.azimuth, self._camera.elevation = camera.distance, camera.azimuth, camera.elevation
+            self._camera.lookat[:], self._camera.distance = camera.lookat, camera.distance
+            self._camera.azimuth, self._camera.elevation = camera.azimuth, camera.elevation
         else:
             self._camera.type, self._camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera
         mujoco.mjv_updateScene(model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
