@@ -165,10 +165,17 @@ class Span:
     ticks: np.ndarray  # (T,) int64
 
 
-def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems) -> list[Span]:
-    """One `Span` per episode of a video camera; videos that are cut short or do not fit the rows are findings."""
+PacketTimes = dict[Path, tuple[np.ndarray, float] | None]
+"""Per video: presentation times in ticks, and seconds per tick; None when it cannot be read."""
+
+
+def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems, known: PacketTimes | None = None) -> list[Span]:
+    """One `Span` per episode of a video camera; videos that are cut short or do not fit the rows are findings.
+
+    `known` remembers the packets of videos between calls, for whoever asks episode by episode.
+    """
     key, half = layout.cameras[camera], 0.5 / layout.fps
-    known: dict[Path, tuple[np.ndarray, float] | None] = {}
+    known = {} if known is None else known
     spans: list[Span] = []
     missing: dict[Path, list[int]] = {}
     for number, row in enumerate(rows.episodes):
@@ -190,7 +197,7 @@ def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems) -> 
         fits = len(times) > 0 and bool((np.abs(times[at] - wanted) <= half).all() and (np.diff(at) > 0).all())
         span = row[f"{prefix}/to_timestamp"] - row[f"{prefix}/from_timestamp"]
         if not fits or span * layout.fps < row["length"] - 1:
-            missing.setdefault(path, []).append(number)
+            missing.setdefault(path, []).append(row["episode_index"])
             continue
         spans.append(Span(path, ticks[at]))
     for path, numbers in missing.items():
