@@ -1,0 +1,255 @@
+"""A card meets its dataset: every mistake said at once, camera sizes filled in, a robot derived where the card names none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from data_tools.sources import Source, SourceInfo
+from data_tools.standardise.card import DERIVED, CameraCard, Card, ChannelCard, Columns, Meaning, load_card, lookup, positions, shipped_cards
+from data_tools.standardise.channels import meaning_kind, problems_of
+from vla.embodiment import Camera, Channel, EmbodimentSpec
+from vla.errors import UsageError
+
+UNLIMITED = 1e6
+"""Limits of a derived channel: nothing is known, so nothing is clipped. A converter that has seen the data may tighten them."""
+_WIDEST = 64
+"""A numeric observation with more numbers than this (a sentence embedding, a flattened image) is not taken for the robot's state."""
+
+
+def fit(card: Card, info: SourceInfo) -> Card:
+    """`card` completed by what the dataset says of itself: `fps`, and a `spec` with the sizes of its cameras.
+
+    Raises `UsageError` with every line of the card that does not fit, and the nearest names.
+    """
+    if card.embodiment == DERIVED:
+        card = _derived(card, info)
+    robot, problems = card.robot, _Problems(card)
+    assert robot is not None  # named or derived by now
+    fps = _rate(card, robot, info, problems)
+    for part in ("state", "action"):
+        _match_channels(card, robot, part, info, fps, problems)
+    cameras = _cameras(card, robot, info, problems)
+    words = [name for name in card.instruction.field if name in info.images]
+    if words:
+        problems.add(("instruction", "field"), f"{words[0]!r} holds pictures", "a field with text")
+    problems.raise_any()
+    fitted = card.model_copy(update={"fps": fps, "embodiment": robot.model_copy(update={"cameras": cameras, "control_hz": fps})})
+    fitted._robot, fitted._fitted = None, True
+    return fitted
+
+
+def card_for(source: Source) -> Card:
+    """The card of `source`, fitted: a shipped one by the dataset's name, then by layout; else one derived from its fields,
+    convention `scalar`. What was not taken is said in `about`."""
+    passed = []
+    cards = [load_card(name) for name in shipped_cards()]
+    for by_name in (True, False):
+        for card in cards:
+            if bool(card.match.names) == by_name and _matches(card, source):
+                try:
+                    return fit(card, source.info)
+                except UsageError as error:
+                    if by_name:
+                        raise
+                    passed.append(f"the shipped card {card.name!r} does not fit: {' | '.join(error.found.split(chr(10)))}")
+    card = Card(name=source.root.name, about="; ".join(["derived from the fields, meanings not known", *passed]))
+    return fit(card, source.info)
+
+
+def names_of(source: Source) -> set[str]:
+    """What the dataset may be called: its folder, the folder above (RLDS keeps versions below the name), its own `name`."""
+    return {source.root.name, source.root.stem, source.root.parent.name, str(source.info.attributes.get("name", ""))} - {""}
+
+
+def _matches(card: Card, source: Source) -> bool:
+    match = card.match
+    if not match.kinds and not match.names:
+        return False
+    if match.kinds and source.kind not in match.kinds or match.names and not set(match.names) & names_of(source):
+        return False
+    for dotted, allowed in match.attributes.items():
+        values = lookup(source.info.attributes, dotted)
+        if not any(value in (allowed if isinstance(allowed, list) else [allowed]) for value in values):
+            return False
+    return True
+
+
+class _Problems:
+    def __init__(self, card: Card) -> None:
+        self.card, self.lines = card, []
+
+    def add(self, path: tuple[str | int, ...], found: object, expected: object) -> None:
+        self.lines.append((f"{self.card.at(*path)}: {found}", str(expected)))
+
+    def raise_any(self) -> None:
+        if self.lines:
+            pad = "\n            "
+            raise UsageError(f"card {self.card.name!r}", found=pad.join(f for f, _ in self.lines),
+                             expected=pad.join(dict.fromkeys(e for _, e in self.lines)),
+                             fix="correct the lines named above, or give another card with --card")  # fmt: skip
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`'obs/ee_pos', 'obs/ee_ori'`: the known names most like `name`, else all of them."""
+    known = sorted(known)
+    tail = {k: k.rsplit("/", 1)[-1].rsplit(".", 1)[-1] for k in known}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close += [k for k in known if k not in close and difflib.get_close_matches(name.rsplit("/", 1)[-1], [tail[k]], n=1, cutoff=0.7)]
+    return ", ".join(map(repr, close[:4] or known)) or "nothing"
+
+
+def _rate(card: Card, robot: EmbodimentSpec, info: SourceInfo, problems: _Problems) -> float:
+    fps = card.fps or robot.control_hz
+    if card.fps is not None and abs(card.fps - robot.control_hz) > 1e-3 * robot.control_hz:
+        problems.add(("fps",), f"{card.fps} Hz", f"the embodiment's {robot.control_hz} Hz, or none")
+    if info.fps is not None and abs(info.fps - fps) > 1e-3 * fps:
+        problems.add(("fps",), f"{fps} Hz", f"the dataset's own {info.fps} Hz")
+    return fps
+
+
+def _match_channels(card: Card, robot: EmbodimentSpec, part: str, info: SourceInfo, fps: float, problems: _Problems) -> None:
+    channels: dict[str, Channel] = {c.name: c for c in getattr(robot, part)}
+    entries: tuple[ChannelCard, ...] = getattr(card, part)
+    for missing in [name for name in channels if name not in {e.channel for e in entries}]:
+        problems.add((part,), f"nothing fills channel {missing!r} of {robot.key!r}", f"an entry for each of {sorted(channels)}")
+    seen = set()
+    for index, entry in enumerate(entries):
+        at = (part, index)
+        if entry.channel not in channels:
+            problems.add((*at, "channel"), f"{robot.key!r} has no {part} channel {entry.channel!r}", nearest(entry.channel, channels))
+            continue
+        if entry.channel in seen:
+            problems.add((*at, "channel"), f"{entry.channel!r} is filled twice", "one entry per channel")
+        seen.add(entry.channel)
+        channel = channels[entry.channel]
+        for key, found, expected in problems_of(entry, channel, fps):
+            problems.add((*at, key), found, expected)
+        _widths(entry, channel, at, info, problems)
+
+
+def _widths(entry: ChannelCard, channel: Channel, at: tuple, info: SourceInfo, problems: _Problems) -> None:
+    got = _picked(entry, at, info, problems)
+    if entry.relative_to is not None:
+        _picked(entry.relative_to, (*at, "relative_to"), info, problems)
+    if got is None:
+        return
+    need = meaning_kind(entry.from_).exact_width
+    same = need is None or meaning_kind(entry.from_).family == "position"
+    if need is not None and got != need:
+        problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", f"{need}: what {entry.from_.convention!r} takes")
+    elif same and got != len(channel.dims):
+        problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", f"{len(channel.dims)}: {list(channel.dims)} of {channel.name!r}")
+
+
+def _picked(columns: Columns, at: tuple, info: SourceInfo, problems: _Problems) -> int | None:
+    """How many numbers `columns` takes; None, and said, when it cannot."""
+    if columns.field not in info.fields:
+        problems.add((*at, "field"), f"no numeric field {columns.field!r}", f"one of the dataset's: {nearest(columns.field, info.fields)}")
+        return None
+    dtype, shape = info.fields[columns.field]
+    if np.dtype(dtype).kind not in "fiub":
+        problems.add((*at, "field"), f"{columns.field!r} holds {dtype}", "numbers")
+        return None
+    size = int(np.prod(shape))
+    try:
+        return len(positions(columns.dims, size))
+    except ValueError as error:
+        problems.add((*at, "dims"), f"{error} numbers of {columns.field!r}, {dtype} {tuple(shape)}", f"positions below {size}")
+        return None
+
+
+def _cameras(card: Card, robot: EmbodimentSpec, info: SourceInfo, problems: _Problems) -> dict[str, Camera]:
+    known = robot.cameras
+    for missing in sorted(known.keys() - card.cameras.keys()):
+        problems.add(("cameras",), f"nothing fills camera {missing!r} of {robot.key!r}", f"an entry for each of {sorted(known)}")
+    sizes = {}
+    for name, entry in card.cameras.items():
+        if known and name not in known:
+            problems.add(("cameras", name), f"{robot.key!r} has no camera {name!r}", nearest(name, known))
+        if entry.field not in info.images:
+            problems.add(("cameras", name, "field"), f"no pictures {entry.field!r}", f"one of the dataset's: {nearest(entry.field, info.images)}")
+            continue
+        height, width = entry.resize or info.images[entry.field]
+        sizes[name] = Camera(height=height, width=width)
+    return sizes
+
+
+# --- a robot nobody described -----------------------------------------------------------------------------------------
+
+
+def _derived(card: Card, info: SourceInfo) -> Card:
+    """`card` with an entry for every number and picture, as it is."""
+    if "embodiment" in info.attributes:  # one of our own datasets: its robot travels with it
+        spec = EmbodimentSpec.model_validate(info.attributes["embodiment"])
+        parts = {part: _sliced(getattr(spec, part), key) for part, key in (("state", "observation.state"), ("action", "action"))}
+        cameras = {name: CameraCard(field=f"observation.images.{name}") for name in spec.cameras}
+        return _with(card, spec, cameras=cameras, **parts)
+    state, action, wide = _numeric(info)
+    problems = _Problems(card)
+    if not action:
+        problems.add(("action",), f"no field looks like an action among {sorted(info.fields)}", "`action`, `actions` or `action/...`")
+    fps = card.fps or info.fps
+    if fps is None:
+        problems.add(("fps",), "the format carries no control rate", "fps in the card, or --fps")
+    problems.raise_any()
+    channels, entries = {}, {}
+    for part, paths in (("state", state), ("action", action)):
+        channels[part] = tuple(_channel(path, info) for path in paths)
+        entries[part] = tuple(ChannelCard(channel=_short(path), field=path) for path in paths)
+    cameras = {name: CameraCard(field=path) for name, path in _camera_names(info.images).items()}
+    name = str(info.attributes.get("robot_type") or card.name)
+    spec = EmbodimentSpec(name=name, cameras={}, control_hz=float(fps or 0), **channels)
+    left = f"; left out as too wide for a state: {wide}" if wide else ""
+    return _with(card, spec, about=card.about + left, cameras=cameras, **entries)
+
+
+def _with(card: Card, spec: EmbodimentSpec, **fields: Any) -> Card:
+    card = card.model_copy(update={"embodiment": spec.model_copy(update={"cameras": {}}), **fields})
+    card._robot = None
+    return card
+
+
+def _sliced(channels: tuple[Channel, ...], field: str) -> tuple[ChannelCard, ...]:
+    at, entries = 0, []
+    for c in channels:
+        meaning = Meaning(convention=c.convention, unit=c.unit, frame=c.frame)
+        entries.append(ChannelCard(channel=c.name, field=field, dims=f"{at}:{at + len(c.dims)}", from_=meaning))
+        at += len(c.dims)
+    return tuple(entries)
+
+
+def _numeric(info: SourceInfo) -> tuple[list[str], list[str], list[str]]:
+    """(state, action, too wide) paths."""
+    small = [p for p, (dtype, shape) in info.fields.items() if np.dtype(dtype).kind in "fiub" and len(shape) <= 1]
+    action = [p for p in small if p in ("action", "actions")] or [p for p in small if p.startswith("action/")]
+    if "observation.state" in small:
+        return ["observation.state"], action, []
+    seen = [p for p in small if p.startswith(("observation/", "observations/", "obs/", "observation.")) and info.fields[p][0] != "bool"]
+    seen = [p for p in seen if np.dtype(info.fields[p][0]).kind == "f"]
+    wide = [p for p in seen if np.prod(info.fields[p][1]) > _WIDEST]
+    return [p for p in seen if p not in wide], action, wide
+
+
+def _channel(path: str, info: SourceInfo) -> Channel:
+    size = int(np.prod(info.fields[path][1]))
+    names = info.attributes.get("names", {}).get(path) if isinstance(info.attributes.get("names"), dict) else None
+    dims = tuple(map(str, names)) if names and len(names) == size else tuple(f"d{i}" for i in range(size))
+    return Channel(name=_short(path), dims=dims, convention="scalar", unit="-", low=(-UNLIMITED,) * size, high=(UNLIMITED,) * size)
+
+
+def _short(path: str) -> str:
+    """`observation/robot/state` -> `robot_state`."""
+    for prefix in ("observations/", "observation/", "obs/", "observation."):
+        path = path.removeprefix(prefix)
+    return path.replace("/", "_")
+
+
+def _camera_names(images: Iterable[str]) -> dict[str, str]:
+    """Name -> path: the last word where that tells them apart, else all of it."""
+    images = list(images)
+    last = [path.removeprefix("observation.images.").rsplit("/", 1)[-1] for path in images]
+    return {short if last.count(short) == 1 else _short(path): path for short, path in zip(last, images, strict=True)}
