@@ -36,7 +36,11 @@ from vla.schema import Episode
 from vla.sims import expand_tasks, find_suite, make_sim
 
 NOISE = {"episodes": 2 / 3, "sigma": 0.3, "burst_probability": 0.06, "burst_steps": 3}
-_MOTION = ("eef_delta_position", "eef_delta_euler_xyz", "joint_delta", "joint_velocity", "joint_position")
+_MOTION = {
+    "eef_delta_position": 1.0, "eef_delta_euler_xyz": 1.0, "eef_delta_axis_angle": 1.0, "joint_delta": 1.0,
+    "joint_velocity": 1.0, "joint_position": 0.06,
+}  # fmt: skip
+"""What a noise of 1 is in a channel's own unit: all of a command that is a step, but 0.06 rad of a joint's place."""
 _GIVE_UP = 50
 """Failed attempts of one task in a row after which the recorder says so instead of going on for ever."""
 
@@ -242,7 +246,8 @@ def demonstrate(sim: Any, seed: int, noise: bool) -> Episode | None:
     """One episode of the expert in scene `seed`; None when it failed. The picture after the last action is not kept."""
     rng = np.random.default_rng([seed, 0x7AB1E])
     noisy = noise and rng.random() < NOISE["episodes"]
-    motion = [d for convention in _MOTION for d in sim.spec.dims_with("action", convention)]
+    units = {d: unit for convention, unit in _MOTION.items() for d in sim.spec.dims_with("action", convention)}
+    motion, unit = list(units), np.array(list(units.values()))
     low, high = sim.spec.limits("action")
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in sim.spec.cameras}
     states, actions = [], []
@@ -259,7 +264,7 @@ def demonstrate(sim: Any, seed: int, noise: bool) -> Episode | None:
         if noisy:
             if left == 0 and rng.random() < NOISE["burst_probability"]:
                 burst, left = rng.uniform(-1, 1, len(motion)), NOISE["burst_steps"]
-            executed[motion] += rng.normal(0, NOISE["sigma"], len(motion)) + (burst if left else 0)
+            executed[motion] += unit * (rng.normal(0, NOISE["sigma"], len(motion)) + (burst if left else 0))
             left = max(left - 1, 0)
         observation, _, terminated, truncated, info = sim.step(np.clip(executed, low, high))
         ended = terminated or truncated

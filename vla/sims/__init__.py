@@ -20,6 +20,7 @@ _ADAPTERS = {
     "tabletop": ("vla.sims.tabletop", "Tabletop"),
     "metaworld": ("vla.sims.metaworld", "MetaWorld"),
     "fetch": ("vla.sims.fetch", "Fetch"),
+    "aloha": ("vla.sims.aloha", "Aloha"),
 }
 
 

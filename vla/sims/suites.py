@@ -82,6 +82,11 @@ FETCH_SENTENCES = {
     "pick-and-place": "pick up the block and hold it at the red ball",
 }
 
+ALOHA_SENTENCES = {
+    "lift": "lift the red cube with the right arm",
+    "transfer-cube": "hand the red cube from the right arm to the left arm",
+}
+
 
 def tabletop_instruction(task: str) -> str:
     """`push-red-left` -> `push the red cube left`."""
@@ -118,6 +123,10 @@ SUITES: dict[str, Suite] = {
     "fetch": Suite(
         name="fetch", embodiment="fetch", tasks=("reach",), known=tuple(FETCH_SENTENCES),
         group=lambda task: task, instruction=FETCH_SENTENCES.__getitem__,
+    ),
+    "aloha": Suite(
+        name="aloha", embodiment="aloha", tasks=("lift",), known=tuple(ALOHA_SENTENCES),
+        group=lambda task: task, instruction=ALOHA_SENTENCES.__getitem__,
     ),
 }  # fmt: skip
 
