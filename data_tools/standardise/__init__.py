@@ -88,7 +88,8 @@ def _needed(raw: RawEpisode, card: Card) -> dict[str, np.ndarray]:
     entries = [*card.state, *card.action]
     paths = {e.field for e in entries} | {e.relative_to.field for e in entries if e.relative_to is not None}
     pictures = {e.field for e in card.cameras.values()}
-    return {p: raw.fields[p] for p in sorted(paths) if p in raw.fields} | {p: raw.images[p] for p in sorted(pictures) if p in raw.images}
+    found = {path: raw.fields[path] for path in sorted(paths) if path in raw.fields}
+    return found | {path: raw.images[path] for path in sorted(pictures) if path in raw.images}
 
 
 def _check_raw(raw: RawEpisode, card: Card, info: SourceInfo) -> None:
@@ -105,13 +106,14 @@ def _check_raw(raw: RawEpisode, card: Card, info: SourceInfo) -> None:
         if path not in raw.images:
             problems.append(f"no pictures {path!r} (nearest: {nearest(path, raw.images)})")
         elif raw.images[path].shape[1:] != (*info.images[path], 3) or raw.images[path].dtype != np.uint8:
-            problems.append(f"{path!r} is {raw.images[path].dtype} {raw.images[path].shape[1:]}, the dataset says uint8 {(*info.images[path], 3)}")
+            frames = raw.images[path]
+            problems.append(f"{path!r} is {frames.dtype} {frames.shape[1:]}, the dataset says uint8 {(*info.images[path], 3)}")
     lengths = {path: len(array) for path, array in _needed(raw, card).items()}
     if len(set(lengths.values())) > 1:
         problems.append(f"lengths differ: {lengths}")
     if problems:
-        raise DataError(raw.where, found="; ".join(problems), expected="every field of the card, of the dataset's shape, one row per step",
-                        fix="drop the episode, or correct the card")  # fmt: skip
+        raise DataError(raw.where, found="; ".join(problems), fix="drop the episode, or correct the card",
+                        expected="every field of the card, of the dataset's shape, one row per step")  # fmt: skip
 
 
 def _joined(filled: list[np.ndarray], steps: int) -> np.ndarray:
@@ -126,8 +128,9 @@ def _pictures(frames: np.ndarray, entry: CameraCard) -> np.ndarray:
     if entry.channels == "bgr":
         frames = frames[..., ::-1]
     if entry.resize is not None and frames.shape[1:3] != entry.resize:
-        size = entry.resize[::-1]
-        frames = np.stack([np.asarray(Image.fromarray(np.ascontiguousarray(f)).resize(size, Image.Resampling.LANCZOS)) for f in frames])
+        height, width = entry.resize
+        small = [Image.fromarray(np.ascontiguousarray(f)).resize((width, height), Image.Resampling.LANCZOS) for f in frames]
+        frames = np.stack([np.asarray(picture) for picture in small])
     return np.ascontiguousarray(frames)
 
 
@@ -135,7 +138,8 @@ def _words(raw: RawEpisode, card: Card, info: SourceInfo) -> str:
     tried, rule = [], card.instruction
     for path in rule.field:
         tried.append(f"field {path!r}")
-        if text := _text(raw.fields.get(path, raw.attributes.get(path, ""))):
+        places = (raw.fields, raw.attributes.get("texts") or {}, raw.attributes.get("episode") or {}, raw.attributes)
+        if text := next((text for place in places if (text := _text(place.get(path)))), ""):
             return text
     if rule.attribute is not None:
         tried.append(f"attribute {rule.attribute!r}")
@@ -147,12 +151,13 @@ def _words(raw: RawEpisode, card: Card, info: SourceInfo) -> str:
         return rule.text
     if text := _text(raw.instruction):
         return text
-    raise DataError(f"{raw.where}, instruction", found=f"no words in {', '.join(tried) or 'the episode'}", expected="an instruction",
-                    fix=f"give one in the card ({card.at('instruction')}): instruction: {{text: ...}}, or drop the episode")  # fmt: skip
+    raise DataError(f"{raw.where}, instruction", found=f"no words in {', '.join(tried) or 'the episode'}",
+                    expected="an instruction", fix=f"give one in the card ({card.at('instruction')}): "
+                    "instruction: {text: ...}, or drop the episode")  # fmt: skip
 
 
 def _text(value: Any) -> str:
-    """Text of a string, bytes, an array of either (the first that is not empty), or rows of Unicode code points."""
+    """Text of a string, bytes, an array of either (the first that is not empty), or (T, n) rows of Unicode code points."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").strip()
     if isinstance(value, str):
@@ -160,7 +165,8 @@ def _text(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
         points = value.reshape(len(value), -1)[0] if value.ndim > 1 else value
         if not ((points >= 0) & (points <= 0x10FFFF)).all():
-            raise UsageError("instruction", found="numbers that are no Unicode code points", expected="text", fix="name another field")
+            raise UsageError("instruction", found="numbers that are no Unicode code points", expected="text",
+                             fix="name another field in the card")  # fmt: skip
         return "".join(chr(int(p)) for p in points).split("\0", 1)[0].strip()
     if isinstance(value, (list, tuple, np.ndarray)):
         return next((text for item in value if (text := _text(item.item() if isinstance(item, np.generic) else item))), "")

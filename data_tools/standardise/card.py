@@ -1,4 +1,4 @@
-"""Dataset cards: what the fields of a foreign dataset mean, as YAML (`configs/datasets/`), and how they become a robot's channels.
+"""Dataset cards: what the fields of a foreign dataset mean, as YAML (`configs/datasets/`), and how they fill a robot's channels.
 
     name: libero
     match: {kinds: [libero]}
@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -188,8 +188,9 @@ class CameraCard(_Entry):
     """Where a camera's pictures are, and what it takes to have them upright and RGB."""
 
     field: str
-    flip: Literal["none", "vertical", "rotate180"] = "none"
-    """`vertical` reverses the rows (OpenGL's bottom-up pictures); `rotate180` rows and columns (mirrors left and right too)."""
+    flip: Literal["none", "vertical", "rotate180", "as_source"] = "none"
+    """`vertical` reverses the rows (OpenGL's bottom-up pictures); `rotate180` rows and columns (mirrors left and right too);
+    `as_source`: vertical where the reader found the pictures bottom-up (attribute `image_orientation`)."""
     channels: Literal["rgb", "bgr"] = "rgb"
     resize: tuple[int, int] | None = None
     """(height, width), Lanczos with antialiasing."""
@@ -243,9 +244,10 @@ class Card(_Entry):
     fps: float | None = Field(default=None, gt=0)
     """Control rate; the embodiment's where it is left out, for `derived` the dataset's own."""
     instruction: Instruction = Instruction()
-    pairing: Literal["observation_before_action", "observation_after_action"] = "observation_before_action"
+    pairing: Literal["observation_before_action", "observation_after_action", "as_source"] = "observation_before_action"
     """Whether row t of the observations was seen before or after action t. After: shifted by one, so that row t was seen before
-    action t; the first action and the last observation have no partner and go."""
+    action t; the first action and the last observation have no partner and go. `as_source`: what the reader found out
+    (attribute `pairing`), else before. A card that contradicts the reader is refused."""
     skip_steps: SkipSteps = SkipSteps()
     cameras: dict[str, CameraCard] = {}
     state: tuple[ChannelCard, ...] = ()

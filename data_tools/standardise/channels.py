@@ -28,7 +28,7 @@ def problems_of(entry: ChannelCard, channel: Channel, fps: float) -> list[tuple[
     """(key of the entry, found, expected) for all that keeps `entry` from filling `channel`; widths are checked elsewhere."""
     have, want, raw = meaning_kind(entry.from_), kind_of(channel.convention), entry.from_
     if have.family != want.family:
-        return [("from", f"convention {raw.convention!r}", f"{channel.convention!r}, the channel's, or something it can be made of")]
+        return [("from", f"convention {raw.convention!r}", f"{channel.convention!r}, the channel's, or what can become it")]
     found: list[tuple[str, str, str]] = []
     if have.family == "gripper":
         return _gripper_problems(entry, channel, have, want)
@@ -43,7 +43,7 @@ def problems_of(entry: ChannelCard, channel: Channel, fps: float) -> list[tuple[
     if have.family in ("position", "rotation") and raw.frame != channel.frame and entry.offset is None:
         delta_frame = channel.frame if want.delta else raw.frame
         if not (crossing and have.family == "rotation" and delta_frame in BODY_FRAMES):
-            found.append(("from", f"frame {raw.frame!r}", f"frame {channel.frame!r}, the channel's, or an `offset` between the two"))
+            found.append(("from", f"frame {raw.frame!r}", f"frame {channel.frame!r}, the channel's, or an `offset` to it"))
     if entry.offset is not None and have.family not in ("position", "rotation"):
         found.append(("offset", f"on a {have.family} channel", "a position or a rotation of the hand"))
     if entry.offset is not None and entry.offset.tool is not None and (want.delta or have.family != "rotation"):
@@ -63,7 +63,6 @@ def _unit_problems(entry: ChannelCard, channel: Channel, have: Kind, want: Kind,
         elif have.delta == want.delta and entry.achieved is None:
             unit_factor(raw.unit, channel.unit, fps)
         else:
-            to_base(raw.unit, fps), to_base(channel.unit, fps)
             absolute, delta = (raw.unit, channel.unit) if want.delta else (channel.unit, raw.unit)
             unit_factor(f"{absolute}/step", delta, fps)
     except ValueError as error:
@@ -72,22 +71,23 @@ def _unit_problems(entry: ChannelCard, channel: Channel, have: Kind, want: Kind,
 
 
 def _reference_problems(entry: ChannelCard, channel: Channel, have: Kind, want: Kind, fps: float) -> list[tuple[str, str, str]]:
-    found = []
+    """Of what the conversion between absolute and delta needs."""
+    found, raw = [], entry.from_
     if entry.achieved is not None:
         if have.delta or not want.delta:
-            found.append(("achieved", f"{entry.from_.convention!r} into {channel.convention!r}", "absolute numbers into a delta"))
+            found.append(("achieved", f"{raw.convention!r} into {channel.convention!r}", "absolute numbers into a delta"))
         if entry.relative_to is not None:
             found.append(("achieved", "together with relative_to", "one of the two"))
         if entry.achieved == "subtract" and have.family == "rotation" and not (have.form == want.form and have.angular):
-            found.append(("achieved", f"subtract with {have.form} into {want.form}", "the same Euler form on both sides, or compose"))
+            found.append(("achieved", f"subtract, {have.form} into {want.form}", "one Euler form on both sides, or compose"))
     elif have.delta != want.delta and entry.relative_to is None:
-        found.append(("from", f"convention {entry.from_.convention!r}",
+        found.append(("from", f"convention {raw.convention!r}",
                       f"{channel.convention!r}, or `relative_to` / `achieved` to say between what it is a step"))  # fmt: skip
     elif have.delta == want.delta and entry.relative_to is not None:
-        found.append(("relative_to", f"{entry.from_.convention!r} into {channel.convention!r}", "absolute into delta, or delta into absolute"))
+        found.append(("relative_to", f"{raw.convention!r} into {channel.convention!r}", "absolute into delta, or the other way"))
     crossing = (have.delta != want.delta) or entry.achieved is not None
-    if crossing and have.family == "position" and BODY_FRAMES & {channel.frame, entry.from_.frame}:
-        found.append(("from", "a displacement in a frame that moves", "frame base or world: this conversion needs the orientation"))
+    if crossing and have.family == "position" and BODY_FRAMES & {channel.frame, raw.frame}:
+        found.append(("from", "a displacement in a frame that moves", "frame base or world; the other needs the orientation"))
     if entry.relative_to is not None:
         seen = entry.relative_to.from_
         kind = meaning_kind(seen)
@@ -95,12 +95,13 @@ def _reference_problems(entry: ChannelCard, channel: Channel, have: Kind, want: 
             found.append(("relative_to", f"convention {seen.convention!r}", f"an absolute {have.family}"))
         elif kind.family != "rotation" or kind.angular:
             try:
-                unit_factor(seen.unit, "rad" if kind.family == "rotation" else entry.from_.unit if want.delta else channel.unit, fps)
+                absolute = "rad" if kind.family == "rotation" else raw.unit if want.delta else channel.unit
+                unit_factor(seen.unit, absolute, fps)
             except ValueError as error:
                 found.append(("relative_to", f"unit {seen.unit!r}: {error}", "a unit of the same kind"))
-        absolute_frame = entry.from_.frame if want.delta else channel.frame
-        if have.family in ("position", "rotation") and seen.frame != absolute_frame:
-            found.append(("relative_to", f"frame {seen.frame!r}", f"frame {absolute_frame!r}, that of the other pose"))
+        frame = raw.frame if want.delta else channel.frame
+        if have.family in ("position", "rotation") and seen.frame != frame:
+            found.append(("relative_to", f"frame {seen.frame!r}", f"frame {frame!r}, that of the other pose"))
     return found
 
 
@@ -111,17 +112,18 @@ def _gripper_problems(entry: ChannelCard, channel: Channel, have: Kind, want: Ki
             found.append((key, "on a gripper", "joints, positions or rotations"))
     if raw.open is None or raw.closed is None:
         if entry.gripper is not None or entry.to is not None or have != want:
-            found.append(("from", f"{raw.convention!r} without its range", "`open` and `closed`: what the file writes for either"))
+            found.append(("from", f"{raw.convention!r} without its range", "`open` and `closed`, as the file writes them"))
         else:
             try:
                 unit_factor(raw.unit, channel.unit, 1.0)
             except ValueError as error:
-                found.append(("from", f"unit {raw.unit!r}: {error}", f"a unit that can become {channel.unit!r}, or open and closed"))
+                found.append(("from", f"unit {raw.unit!r}: {error}", f"what can become {channel.unit!r}, or `open` and `closed`"))
         return found
-    for where, kind, span in (("from", have, raw), ("to", want, _span(entry, channel))):
-        if (span.open > span.closed) != kind.open_positive:  # pyright: ignore[reportOptionalOperand]
+    target = _span(entry, channel)
+    for where, kind, opened, closed in (("from", have, raw.open, raw.closed), ("to", want, target.open, target.closed)):
+        if (opened > closed) != kind.open_positive:
             sense = "open above closed" if kind.open_positive else "closed above open"
-            found.append((where, f"open {span.open}, closed {span.closed}", f"{sense}, as its convention says"))
+            found.append((where, f"open {opened}, closed {closed}", f"{sense}, as its convention says"))
     if entry.gripper is not None and entry.gripper.relative is not None and raw.open * raw.closed >= 0:
         found.append(("gripper", f"relative, with open {raw.open} and closed {raw.closed}", "one of them above 0 and one below"))
     return found

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 
 from data_tools.sources import Source, SourceInfo
-from data_tools.standardise.card import DERIVED, CameraCard, Card, ChannelCard, Columns, Meaning, load_card, lookup, positions, shipped_cards
+from data_tools.standardise.card import (
+    DERIVED,
+    CameraCard,
+    Card,
+    ChannelCard,
+    Columns,
+    Meaning,
+    load_card,
+    lookup,
+    positions,
+    shipped_cards,
+)
 from data_tools.standardise.channels import meaning_kind, problems_of
 from vla.embodiment import Camera, Channel, EmbodimentSpec
 from vla.errors import UsageError
@@ -17,7 +28,7 @@ from vla.errors import UsageError
 UNLIMITED = 1e6
 """Limits of a derived channel: nothing is known, so nothing is clipped. A converter that has seen the data may tighten them."""
 _WIDEST = 64
-"""A numeric observation with more numbers than this (a sentence embedding, a flattened image) is not taken for the robot's state."""
+"""A numeric observation with more numbers than this (a sentence embedding, a flattened image) is not taken for a state."""
 
 
 def fit(card: Card, info: SourceInfo) -> Card:
@@ -36,8 +47,16 @@ def fit(card: Card, info: SourceInfo) -> Card:
     words = [name for name in card.instruction.field if name in info.images]
     if words:
         problems.add(("instruction", "field"), f"{words[0]!r} holds pictures", "a field with text")
+    told = info.attributes.get("pairing")
+    pairing = (told or "observation_before_action") if card.pairing == "as_source" else card.pairing
+    if told not in (None, pairing):
+        problems.add(("pairing",), f"{pairing!r}", f"{told!r}, as this dataset's layout has it")
     problems.raise_any()
-    fitted = card.model_copy(update={"fps": fps, "embodiment": robot.model_copy(update={"cameras": cameras, "control_hz": fps})})
+    bottom_up = info.attributes.get("image_orientation") == "bottom_up"
+    turned = {name: entry.model_copy(update={"flip": "vertical" if bottom_up else "none"}) if entry.flip == "as_source" else entry
+              for name, entry in card.cameras.items()}  # fmt: skip
+    spec = robot.model_copy(update={"cameras": cameras, "control_hz": fps})
+    fitted = card.model_copy(update={"fps": fps, "embodiment": spec, "pairing": pairing, "cameras": turned})
     fitted._robot, fitted._fitted = None, True
     return fitted
 
@@ -98,7 +117,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     tail = {k: k.rsplit("/", 1)[-1].rsplit(".", 1)[-1] for k in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close += [k for k in known if k not in close and difflib.get_close_matches(name.rsplit("/", 1)[-1], [tail[k]], n=1, cutoff=0.7)]
+    last = name.rsplit("/", 1)[-1]
+    close += [k for k in known if k not in close and difflib.get_close_matches(last, [tail[k]], n=1, cutoff=0.7)]
     return ", ".join(map(repr, close[:4] or known)) or "nothing"
 
 
@@ -120,7 +140,8 @@ def _match_channels(card: Card, robot: EmbodimentSpec, part: str, info: SourceIn
     for index, entry in enumerate(entries):
         at = (part, index)
         if entry.channel not in channels:
-            problems.add((*at, "channel"), f"{robot.key!r} has no {part} channel {entry.channel!r}", nearest(entry.channel, channels))
+            near = nearest(entry.channel, channels)
+            problems.add((*at, "channel"), f"{robot.key!r} has no {part} channel {entry.channel!r}", near)
             continue
         if entry.channel in seen:
             problems.add((*at, "channel"), f"{entry.channel!r} is filled twice", "one entry per channel")
@@ -142,13 +163,15 @@ def _widths(entry: ChannelCard, channel: Channel, at: tuple, info: SourceInfo, p
     if need is not None and got != need:
         problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", f"{need}: what {entry.from_.convention!r} takes")
     elif same and got != len(channel.dims):
-        problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", f"{len(channel.dims)}: {list(channel.dims)} of {channel.name!r}")
+        wanted = f"{len(channel.dims)}: {list(channel.dims)} of {channel.name!r}"
+        problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", wanted)
 
 
 def _picked(columns: Columns, at: tuple, info: SourceInfo, problems: _Problems) -> int | None:
     """How many numbers `columns` takes; None, and said, when it cannot."""
     if columns.field not in info.fields:
-        problems.add((*at, "field"), f"no numeric field {columns.field!r}", f"one of the dataset's: {nearest(columns.field, info.fields)}")
+        near = nearest(columns.field, info.fields)
+        problems.add((*at, "field"), f"no numeric field {columns.field!r}", f"one of the dataset's: {near}")
         return None
     dtype, shape = info.fields[columns.field]
     if np.dtype(dtype).kind not in "fiub":
@@ -158,7 +181,7 @@ def _picked(columns: Columns, at: tuple, info: SourceInfo, problems: _Problems) 
     try:
         return len(positions(columns.dims, size))
     except ValueError as error:
-        problems.add((*at, "dims"), f"{error} numbers of {columns.field!r}, {dtype} {tuple(shape)}", f"positions below {size}")
+        problems.add((*at, "dims"), f"{error} numbers of {columns.field!r}, {dtype} {shape}", f"positions below {size}")
         return None
 
 
@@ -171,7 +194,8 @@ def _cameras(card: Card, robot: EmbodimentSpec, info: SourceInfo, problems: _Pro
         if known and name not in known:
             problems.add(("cameras", name), f"{robot.key!r} has no camera {name!r}", nearest(name, known))
         if entry.field not in info.images:
-            problems.add(("cameras", name, "field"), f"no pictures {entry.field!r}", f"one of the dataset's: {nearest(entry.field, info.images)}")
+            near = nearest(entry.field, info.images)
+            problems.add(("cameras", name, "field"), f"no pictures {entry.field!r}", f"one of the dataset's: {near}")
             continue
         height, width = entry.resize or info.images[entry.field]
         sizes[name] = Camera(height=height, width=width)
@@ -191,7 +215,8 @@ def _derived(card: Card, info: SourceInfo) -> Card:
     state, action, wide = _numeric(info)
     problems = _Problems(card)
     if not action:
-        problems.add(("action",), f"no field looks like an action among {sorted(info.fields)}", "`action`, `actions` or `action/...`")
+        found = f"no field looks like an action among {sorted(info.fields)}"
+        problems.add(("action",), found, "`action`, `actions` or `action/...`")
     fps = card.fps or info.fps
     if fps is None:
         problems.add(("fps",), "the format carries no control rate", "fps in the card, or --fps")
@@ -200,11 +225,11 @@ def _derived(card: Card, info: SourceInfo) -> Card:
     for part, paths in (("state", state), ("action", action)):
         channels[part] = tuple(_channel(path, info) for path in paths)
         entries[part] = tuple(ChannelCard(channel=_short(path), field=path) for path in paths)
-    cameras = {name: CameraCard(field=path) for name, path in _camera_names(info.images).items()}
+    cameras = {name: CameraCard(field=path, flip="as_source") for name, path in _camera_names(info.images).items()}
     name = str(info.attributes.get("robot_type") or card.name)
     spec = EmbodimentSpec(name=name, cameras={}, control_hz=float(fps or 0), **channels)
     left = f"; left out as too wide for a state: {wide}" if wide else ""
-    return _with(card, spec, about=card.about + left, cameras=cameras, **entries)
+    return _with(card, spec, about=card.about + left, cameras=cameras, pairing="as_source", **entries)
 
 
 def _with(card: Card, spec: EmbodimentSpec, **fields: Any) -> Card:
@@ -216,8 +241,9 @@ def _with(card: Card, spec: EmbodimentSpec, **fields: Any) -> Card:
 def _sliced(channels: tuple[Channel, ...], field: str) -> tuple[ChannelCard, ...]:
     at, entries = 0, []
     for c in channels:
-        meaning = Meaning(convention=c.convention, unit=c.unit, frame=c.frame)
-        entries.append(ChannelCard(channel=c.name, field=field, dims=f"{at}:{at + len(c.dims)}", from_=meaning))
+        entry = {"channel": c.name, "field": field, "dims": f"{at}:{at + len(c.dims)}",
+                 "from": Meaning(convention=c.convention, unit=c.unit, frame=c.frame)}  # fmt: skip
+        entries.append(ChannelCard.model_validate(entry))
         at += len(c.dims)
     return tuple(entries)
 
@@ -228,7 +254,7 @@ def _numeric(info: SourceInfo) -> tuple[list[str], list[str], list[str]]:
     action = [p for p in small if p in ("action", "actions")] or [p for p in small if p.startswith("action/")]
     if "observation.state" in small:
         return ["observation.state"], action, []
-    seen = [p for p in small if p.startswith(("observation/", "observations/", "obs/", "observation.")) and info.fields[p][0] != "bool"]
+    seen = [p for p in small if p.startswith(("observation/", "observations/", "obs/", "observation."))]
     seen = [p for p in seen if np.dtype(info.fields[p][0]).kind == "f"]
     wide = [p for p in seen if np.prod(info.fields[p][1]) > _WIDEST]
     return [p for p in seen if p not in wide], action, wide
@@ -236,9 +262,19 @@ def _numeric(info: SourceInfo) -> tuple[list[str], list[str], list[str]]:
 
 def _channel(path: str, info: SourceInfo) -> Channel:
     size = int(np.prod(info.fields[path][1]))
-    names = info.attributes.get("names", {}).get(path) if isinstance(info.attributes.get("names"), dict) else None
-    dims = tuple(map(str, names)) if names and len(names) == size else tuple(f"d{i}" for i in range(size))
-    return Channel(name=_short(path), dims=dims, convention="scalar", unit="-", low=(-UNLIMITED,) * size, high=(UNLIMITED,) * size)
+    names = _flat((info.attributes.get("names") or {}).get(path))
+    dims = tuple(names) if len(names) == size else tuple(f"d{i}" for i in range(size))
+    return Channel(name=_short(path), dims=dims, convention="scalar", unit="-",
+                   low=(-UNLIMITED,) * size, high=(UNLIMITED,) * size)  # fmt: skip
+
+
+def _flat(names: Any) -> list[str]:
+    """Names of dimensions as LeRobot writes them: a list, a list of lists, a mapping of lists."""
+    if isinstance(names, dict):
+        return [name for group in names.values() for name in _flat(group)]
+    if isinstance(names, list):
+        return [name for group in names for name in _flat(group)]
+    return [] if names is None else [str(names)]
 
 
 def _short(path: str) -> str:

@@ -15,7 +15,7 @@ BODY_FRAMES = {"eef", "tool", "hand", "body", "gripper"}
 """Frames that move with the hand: a delta in one of them is about the hand's own axes."""
 
 _HOUSE_FORMS = {"euler_xyz": "euler_xyz", "euler_zyx": "euler_ZYX"}
-"""Convention suffix -> form of `vla.rotation`, where the two differ or could be mistaken (CONVENTIONS defines zyx as intrinsic)."""
+"""Convention suffix -> form of `vla.rotation`, where they could be mistaken (CONVENTIONS defines zyx as intrinsic)."""
 
 _UNIT = re.compile(r"(?:(?P<times>[0-9.]+(?:[eE][+-]?[0-9]+)?) )?(?P<base>m|cm|mm|rad|deg|1|%)(?P<per>/step|/s)?")
 _BASES = {"m": ("m", 1.0), "cm": ("m", 1e-2), "mm": ("m", 1e-3), "rad": ("rad", 1.0), "deg": ("rad", 3.141592653589793 / 180),
@@ -89,8 +89,8 @@ def to_base(unit: str | None, fps: float) -> float:
 def _parsed(unit: str | None, fps: float) -> tuple[str, bool, float]:
     match = _UNIT.fullmatch(unit or "")
     if match is None:
-        raise ValueError(f"unit {unit!r} is none that can be converted (m, cm, mm, rad, deg, 1, %, with /step or /s, and a number "
-                         "in front where 1 stands for more)")  # fmt: skip
+        raise ValueError(f"unit {unit!r} cannot be converted (m, cm, mm, rad, deg, 1, %, with /step or /s, and a number in "
+                         "front where 1 stands for more)")  # fmt: skip
     base, worth = _BASES[match["base"]]
     worth *= float(match["times"] or 1) / (fps if match["per"] == "/s" else 1)
     return base, bool(match["per"]), worth
