@@ -1,8 +1,9 @@
 """Decodes a dataset once into files that can be memory-mapped, under a name that is the content's own hash.
 
-Layout of an entry: `frames-<n>.arrow` per camera (Hugging Face `datasets`, one binary column), `state.npy`,
-`action.npy`, `task.npy`, `starts.npy`, and `cache.json`, written last. An entry is built in a temporary folder and
-renamed, so it is whole or absent; a lock makes a second process wait instead of decoding the same videos again.
+Layout of an entry: `state.npy`, `action.npy`, `task.npy`, `starts.npy`; per camera `frames-<n>.arrow` (Hugging Face
+`datasets`, one binary column) or, for `video`, the tables `packets-<n>.npy` and `places-<n>.npy`; and `cache.json`, written
+last. An entry is built in a temporary folder and renamed, so it is whole or absent; a lock makes a second process wait
+instead of decoding the same videos again.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ from tqdm import tqdm
 from vla.durable import TEMPORARY, flush, is_disk_full, replace_file, temporary_name
 from vla.episodes.layout import RESTORE, STATE, Layout, Problems, check_statistics
 from vla.episodes.rows import Rows, Span, find_frames, read_rows
+from vla.episodes.video import Index, to_rgb
 from vla.errors import DataError, MachineError
 from vla.normalize import Stats
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when the layout above changes."""
 
 _BATCH_BYTES, _BATCH_FRAMES = 32 * 2**20, 4096
-_JPEG = {"quality": 95, "subsampling": 0}
+_JPEG = {"full colour": {"quality": 95, "subsampling": 0}, "half colour": {"quality": 90, "subsampling": 2}}
+"""A video whose colour has half the resolution already (4:2:0) loses little by being kept so, and decodes in 60% of the
+time; other pictures keep all of theirs. Figures: docs/results.md."""
 _SEEK_BEYOND = 64
 """Frames that are decoded and thrown away rather than seeking past them."""
 
@@ -83,6 +87,10 @@ def content_hash(root: Path, cache_dir: Path) -> str:
 def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path, frames: str, progress: bool) -> Path:
     """The cache entry of this dataset, built if need be. Raises `DataError` with every problem found, or
     `MachineError`."""
+    if frames == "video":
+        for camera in (c for c in layout.spec.cameras if c in layout.cameras and not layout.is_video(c)):
+            problems.add(f"{layout.root}, camera {camera!r}", found="pictures inside the Parquet files",
+                         expected="a video, to read its frames directly", fix="set mixture.frames=jpeg")  # fmt: skip
     shape = layout.spec.model_dump_json(include={"cameras"}), layout.spec.state_dim, layout.spec.action_dim
     options = (FORMAT, frames, _JPEG if frames == "jpeg" else None, sorted(layout.cameras.items()), shape)
     key = hashlib.sha256(f"{fingerprint} {options}".encode()).hexdigest()
@@ -134,18 +142,22 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
     temporary.mkdir()
     try:
         cameras = list(layout.spec.cameras)
+        manifest = {"format": FORMAT, "frames": frames, "cameras": cameras, "num_frames": layout.num_frames,
+                    "stats": computed_stats(rows), "videos": []}  # fmt: skip
         with tqdm(total=layout.num_frames * len(cameras), unit="frame", desc=f"decoding {layout.root.name}",
                   disable=not progress, leave=False) as bar:  # fmt: skip
             for n, camera in enumerate(cameras):
+                if frames == "video":
+                    _write_index(temporary, n, layout, rows, camera, spans[camera], manifest, bar)
+                    continue
                 size = layout.spec.cameras[camera]
                 decoded = _decode(spans[camera], layout.root) if camera in spans else _unpack(layout, rows, camera)
                 decoded = _as_recorded(decoded, layout, rows, camera)
+                jpeg = _JPEG["half colour" if camera in spans and _has_half_colour(spans[camera][0].path) else "full colour"]
                 _write_frames(temporary / f"frames-{n}.arrow", decoded, layout.num_frames, (size.height, size.width, 3),
-                              frames, f"{layout.root}, camera {camera!r}", bar)  # fmt: skip
+                              jpeg if frames == "jpeg" else None, f"{layout.root}, camera {camera!r}", bar)  # fmt: skip
         for name in ("state", "action", "task", "starts"):
             np.save(temporary / f"{name}.npy", getattr(rows, name), allow_pickle=False)
-        manifest = {"format": FORMAT, "frames": frames, "cameras": cameras, "num_frames": layout.num_frames,
-                    "stats": computed_stats(rows)}  # fmt: skip
         (temporary / "cache.json").write_text(json.dumps(manifest))
         for path in temporary.iterdir():
             flush(path)
@@ -157,6 +169,30 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
         raise
 
 
+def _write_index(
+    entry: Path, n: int, layout: Layout, rows: Rows, camera: str, spans: list[Span], manifest: dict[str, Any], bar: tqdm,
+) -> None:  # fmt: skip
+    index = Index()
+    for span in spans:
+        index.add(layout.root, span.path, span.ticks)
+    np.save(entry / f"packets-{n}.npy", index.packets, allow_pickle=False)
+    np.save(entry / f"places-{n}.npy", index.places, allow_pickle=False)
+    manifest["videos"].append(index.files)
+    if any(layout.pixel_hash(camera, number) for number in range(layout.num_episodes)):
+        # Only decoding shows that these are the pixels that were recorded. Once, now; later reads trust the file's hash.
+        for _ in _as_recorded(_decode(spans, layout.root), layout, rows, camera):
+            bar.update()
+    else:
+        bar.update(layout.num_frames)
+
+
+def _has_half_colour(path: Path) -> bool:
+    """Whether a video stores colour at half its height and width."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        context: Any = container.streams.video[0].codec_context
+        return context.format is not None and (context.format.chroma_width(256), context.format.chroma_height(256)) == (128, 128)
+
+
 def computed_stats(rows: Rows) -> dict[str, Any]:
     """Exact statistics of state and action, for those who ask for them instead of the dataset's own."""
     columns = {STATE: rows.state, "action": rows.action}
@@ -164,8 +200,8 @@ def computed_stats(rows: Rows) -> dict[str, Any]:
 
 
 def _write_frames(
-    path: Path, decoded: Iterator[np.ndarray], count: int, shape: tuple[int, int, int], frames: str, where: str,
-    bar: tqdm,
+    path: Path, decoded: Iterator[np.ndarray], count: int, shape: tuple[int, int, int], jpeg: dict[str, int] | None,
+    where: str, bar: tqdm,
 ) -> None:  # fmt: skip
     size = int(np.prod(shape))
     batch = max(1, min(_BATCH_FRAMES, _BATCH_BYTES // size))
@@ -176,9 +212,9 @@ def _write_frames(
             if frame.shape != shape:
                 raise DataError(f"{where}, frame {n}", found=frame.shape, expected=f"{shape} as meta/info.json says",
                                 fix="correct the shape of this feature in meta/info.json")  # fmt: skip
-            held.append(frame if frames == "raw" else _to_jpeg(frame))
+            held.append(frame if jpeg is None else _to_jpeg(frame, jpeg))
             if len(held) == batch or n == count - 1:
-                array = _binary(np.stack(held), size) if frames == "raw" else pa.array(held, pa.binary())
+                array = _binary(np.stack(held), size) if jpeg is None else pa.array(held, pa.binary())
                 writer.write_table(pa.table({"frame": array}))
                 bar.update(len(held))
                 held = []
@@ -191,9 +227,9 @@ def _binary(stack: np.ndarray, size: int) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(stack), [None, pa.py_buffer(offsets), pa.py_buffer(stack)])
 
 
-def _to_jpeg(frame: np.ndarray) -> bytes:
+def _to_jpeg(frame: np.ndarray, options: dict[str, int]) -> bytes:
     sink = io.BytesIO()
-    Image.fromarray(frame).save(sink, "JPEG", **_JPEG)
+    Image.fromarray(frame).save(sink, "JPEG", **options)
     return sink.getvalue()
 
 
@@ -259,9 +295,7 @@ def _forward(container: Any) -> Iterator[tuple[int, np.ndarray]]:
                             expected="a video that decodes without errors", fix=RESTORE)  # fmt: skip
         if frame.pts is None:
             continue
-        # Planar RGB needs no colour conversion, and creating a converter per frame would cost as much as decoding it.
-        rgb = frame if frame.format.name == "gbrp" else reformatter.reformat(frame, format="rgb24")
-        yield frame.pts, rgb.to_ndarray()
+        yield frame.pts, to_rgb(frame, reformatter)
 
 
 def _unpack(layout: Layout, rows: Rows, camera: str) -> Iterator[np.ndarray]:
