@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.columns import EpisodeRows, Running, from_table
 from data_tools.stats import PixelStats
 from vla.durable import TEMPORARY
 from vla.embodiment import EmbodimentSpec, explain
@@ -25,15 +26,21 @@ _AFRESH = "or record into another folder"
 
 @dataclass
 class Committed:
-    """A writer's memory of E committed episodes."""
+    """A writer's memory of E committed episodes. Of files that are full, nothing but statistics is left."""
 
-    index: list[dict[str, Any]]  # per episode: where it lies (no statistics)
-    open_rows: pa.Table  # the episodes file being filled, whole
-    columns: dict[str, list[np.ndarray]]  # feature -> one array per episode
+    running: Running
     pixels: dict[str, PixelStats]
-    generation: dict[str, Any]  # of meta/pixels.json
-    recorded: list[dict[str, Any]]
-    tasks: list[str]
+    generation: dict[str, Any] | None = None  # of meta/pixels.json
+    last: dict[str, Any] | None = None  # the last episode's row of meta/episodes, without statistics
+    open_rows: pa.Table | None = None  # the episodes file being filled, whole
+    open_data: list[EpisodeRows] = field(default_factory=list)  # the episodes of the data file being filled
+    tasks: dict[str, int] = field(default_factory=dict)
+    recorded: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def frames(self) -> int:
+        """F."""
+        return self.last["dataset_to_index"] if self.last else 0
 
 
 def locate(root: Path, template: str, row: Mapping[str, Any], prefix: str, key: str = "") -> Path:
@@ -43,7 +50,7 @@ def locate(root: Path, template: str, row: Mapping[str, Any], prefix: str, key: 
 
 
 def read_committed(root: Path, info: dict[str, Any], spec: EmbodimentSpec, header: dict[str, Any]) -> Committed | None:
-    """What `info.json` says is committed; None for 0 episodes.
+    """What `info.json` says is committed; None for 0 episodes. One data file at a time is held in memory.
 
     Raises `UsageError` when the dataset was begun with another robot or `header`, `DataError` when a file is missing or
     this writer did not make the dataset.
@@ -66,43 +73,57 @@ def read_committed(root: Path, info: dict[str, Any], spec: EmbodimentSpec, heade
     if not E:
         return None
     try:
-        files = {path: pq.read_table(path) for path in sorted((meta / "episodes").glob("*/*.parquet"))}
-        light = [name for name in next(iter(files.values())).column_names if not name.startswith("stats/")]
-        index = [row for table in files.values() for row in table.select(light).to_pylist()][:E]
         generation = next(g for g in generations if g["episodes"] == E)
         tasks = pq.read_table(meta / "tasks.parquet").to_pydict()["task"][: info["total_tasks"]]
-        data = [pq.read_table(path) for path in dict.fromkeys(locate(root, DATA_PATH, row, "data") for row in index)]
-        last = locate(root, EPISODES_PATH, index[-1], "meta/episodes")
-        before = sum(locate(root, EPISODES_PATH, row, "meta/episodes") != last for row in index)
-        open_rows = files[last].slice(0, E - before)
-    except (OSError, pa.ArrowException, StopIteration, KeyError, IndexError) as error:
+        index = _index(root)
+        place = _places(index, "data")[:E]
+        lengths = index["length"].to_numpy()[:E]
+        running, episodes, first = Running(header["fps"]), [], 0
+        for at in dict.fromkeys(place):
+            count = place.count(at)
+            table = pq.read_table(root / DATA_PATH.format(chunk_index=at[0], file_index=at[1]))
+            episodes = from_table(table, first, lengths[first : first + count].tolist())
+            running = running.plus(episodes)
+            first += count
+        last = index.slice(E - 1, 1).to_pylist()[0]
+        files = _places(index, "meta/episodes")
+        table = pq.read_table(locate(root, EPISODES_PATH, last, "meta/episodes"))
+        open_rows = table.slice(0, files[:E].count(files[E - 1]))
+        recorded = recording["episodes"][:E]
+        if len(recorded) != E or first != E:
+            raise ValueError(f"{len(recorded)} and {first} of {E} episodes")
+    except (OSError, pa.ArrowException, StopIteration, LookupError, ValueError) as error:
         raise DataError(root, found=f"{type(error).__name__}: {error}", expected="the files of the last commit",
                         fix=f"restore them, {_AFRESH}") from error  # fmt: skip
-    frames = index[-1]["dataset_to_index"]
-    pixels = {camera: PixelStats(np.array(h), frames) for camera, h in generation["histograms"].items()}
-    columns = _split(pa.concat_tables(data), [row["dataset_to_index"] for row in index])
-    return Committed(index, open_rows, columns, pixels, generation, recording["episodes"][:E], tasks)
+    pixels = {camera: PixelStats(np.array(h), last["dataset_to_index"]) for camera, h in generation["histograms"].items()}
+    numbers = {task: n for n, task in enumerate(tasks)}
+    return Committed(running, pixels, generation, last, open_rows, episodes, numbers, recorded)
 
 
-def _split(table: pa.Table, stops: list[int]) -> dict[str, list[np.ndarray]]:
-    columns = {}
-    for key in table.column_names:
-        column = table[key].combine_chunks()
-        nested = pa.types.is_fixed_size_list(column.type)
-        values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
-        if nested or key in ("action", "observation.state"):
-            values = values.reshape(len(column), -1)
-        columns[key] = np.split(values[: stops[-1]], stops[:-1])
-    return columns
+def _index(root: Path) -> pa.Table:
+    """Where every episode lies, committed or not."""
+    tables = []
+    for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
+        light = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+        tables.append(pq.read_table(path, columns=light))
+    return pa.concat_tables(tables)
 
 
-def sweep(root: Path, index: list[dict[str, Any]], video_keys: list[str]) -> list[str]:
-    """Remove the files no committed episode points to and half-written ones; return their names."""
+def _places(index: pa.Table, prefix: str) -> list[tuple[int, int]]:
+    columns = (index[f"{prefix}/{kind}_index"].to_pylist() for kind in ("chunk", "file"))
+    return list(zip(*columns, strict=True))
+
+
+def sweep(root: Path, video_keys: list[str], episodes: int) -> list[str]:
+    """Remove the files none of the first `episodes` episodes points to and half-written ones; return their names."""
     wanted = set()
-    for row in index:
-        wanted.add(locate(root, DATA_PATH, row, "data"))
-        wanted.add(locate(root, EPISODES_PATH, row, "meta/episodes"))
-        wanted.update(locate(root, VIDEO_PATH, row, f"videos/{key}", key) for key in video_keys)
+    if episodes:
+        index = _index(root)[:episodes]
+        templates = {"data": DATA_PATH, "meta/episodes": EPISODES_PATH, **{f"videos/{key}": VIDEO_PATH for key in video_keys}}
+        for prefix, template in templates.items():
+            for chunk, file in set(_places(index, prefix)):
+                key = prefix.removeprefix("videos/")
+                wanted.add(root / template.format(chunk_index=chunk, file_index=file, video_key=key))
     removed = []
     for folder in ("data", "videos", "meta"):
         for path in sorted((root / folder).rglob("*")):

@@ -8,6 +8,10 @@ Format: `meta/info.json`, `meta/stats.json`, `meta/tasks.parquet` (pandas index 
 Every commit *replaces* files (temporary file, fsync, rename) by ones that have the same beginning and more at the end,
 and `info.json`, which says how many episodes count, goes last. So at any moment, SIGKILL and a full disk included, a
 reader that believes `info.json` sees the last commit; what lies behind it is cut off by the next one.
+
+Memory and the time of a commit do not grow with the dataset: files that are full are closed for good, and of what was
+committed only the rows of the open data file, running statistics (`data_tools/columns.py`) and one line per episode
+(`meta/recording.json`, under 1 KB) are held.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, locate, read_committed, sweep
+from data_tools.columns import EpisodeRows, Running, timestamps, to_table
+from data_tools.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, Committed, locate, read_committed, sweep
 from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
 from data_tools.video import VIDEO, describe, encode, join, joinable
 from vla.durable import disk_full, is_disk_full, replace_file
@@ -39,7 +44,8 @@ CHUNK_FILES = 1000
 _DEFAULTS = {"next.done": "bool", "next.success": "bool", "timestamp": "float32", "frame_index": "int64",
              "episode_index": "int64", "index": "int64", "task_index": "int64"}  # fmt: skip
 _EPISODES_PER_META_FILE = 2000
-_COMMIT_SECONDS, _COMMIT_SHARE = 10.0, 20.0
+_COMMIT_SECONDS, _COMMIT_SHARE, _COMMIT_BYTES = 10.0, 20.0, 64 << 20
+_GROUP_ROWS = 1 << 16
 
 
 @dataclass
@@ -56,6 +62,7 @@ class EncodedEpisode:
     pixels: dict[str, np.ndarray]  # camera -> (3, 256) histogram
     stats: dict[str, dict] = field(default_factory=dict)  # feature -> statistics
     digests: dict[str, str] = field(default_factory=dict)  # camera -> sha256 of the frames; none unless they are kept exactly
+    source: str = ""  # key in the dataset it was converted from
 
     def __len__(self) -> int:
         return len(self.action)
@@ -71,7 +78,7 @@ def encode_episode(episode: Episode, fps: int, video: str = "lossless") -> Encod
     stats = {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
     stats |= {"action": column_stats(episode.action), "next.done": column_stats(last),
               "next.success": column_stats(last & episode.success),
-              "timestamp": column_stats(_timestamps(T, fps)), "frame_index": column_stats(np.arange(T))}  # fmt: skip
+              "timestamp": column_stats(timestamps(T, fps)), "frame_index": column_stats(np.arange(T))}  # fmt: skip
     if episode.state.shape[1]:
         stats["observation.state"] = column_stats(episode.state)
     return EncodedEpisode(
@@ -87,16 +94,13 @@ def image_key(camera: str) -> str:
     return f"observation.images.{camera}"
 
 
-def _timestamps(length: int, fps: int) -> np.ndarray:
-    return (np.arange(length) / fps).astype(np.float32)
-
-
 class LeRobotWriter:
     """Appends episodes to `root`, creating it when it is absent or empty.
 
     `spec.cameras` must carry the size of the frames. `header` is kept in `meta/recording.json` and must be the same
-    when a dataset is continued. Commits happen by themselves, at most every 10 s and so seldom that they cost under 5
-    % of the time; `close()` makes the last one. One process at a time: a second writer is refused.
+    when a dataset is continued. Commits happen by themselves: at most every 10 s and so seldom that they cost under 5
+    % of the time, but at the latest when 64 MiB of clips are waiting; `close()` makes the last one. One process at a
+    time: a second writer is refused.
 
     Raises `UsageError` when the folder is something else or was begun with other settings, `MachineError` when the
     disk is full (all committed episodes stay readable).
@@ -115,17 +119,14 @@ class LeRobotWriter:
         self.orphans: list[str] = []
         """Files an interrupted writer had left, removed on opening."""
         self.recorded: list[dict[str, Any]] = []
-        """`{"episode_index", "task", "seed", "pixels"}` of every episode, committed or pending; `pixels` maps cameras to
-        the sha256 of their frames, which a reader checks what it decoded against (`lossless` only)."""
+        """`{"episode_index", "task", "seed", "pixels", "source"}` of every episode, committed or pending; `pixels` maps
+        cameras to the sha256 of their frames, which a reader checks what it decoded against (`lossless` only); `source`
+        is the key in the dataset it was converted from."""
         self.tried: dict[str, int] = {}
-        self.tasks: list[str] = []
-        self.num_frames = self.committed = 0
+        self.committed = 0
         self._pending: list[EncodedEpisode] = []
-        self._index: list[dict[str, Any]] = []  # per committed episode: where it lies (no statistics)
-        self._open_rows: pa.Table | None = None  # the episodes file being filled, whole
-        self._columns: dict[str, list[np.ndarray]] = {}  # feature -> one array per committed episode
-        self._pixels = {camera: PixelStats() for camera in spec.cameras}
-        self._previous: dict[str, Any] | None = None
+        self._pending_bytes = 0
+        self._done = Committed(Running(self.fps), {camera: PixelStats() for camera in spec.cameras})
         self._last_commit, self._commit_cost = time.monotonic(), 0.0
         info = self.root / "meta" / "info.json"
         if self.root.exists() and not self.root.is_dir():
@@ -164,6 +165,16 @@ class LeRobotWriter:
         """Committed and pending."""
         return len(self.recorded)
 
+    @property
+    def num_frames(self) -> int:
+        """Committed."""
+        return self._done.frames
+
+    @property
+    def tasks(self) -> list[str]:
+        """Instructions, committed, by `task_index`."""
+        return list(self._done.tasks)
+
     def add(self, episode: EncodedEpisode | Episode) -> None:
         """Append one episode; commit if it is time to. Raises `DataError` when it does not fit the embodiment."""
         encoded = encode_episode(episode, self.fps, self.video) if isinstance(episode, Episode) else episode
@@ -173,9 +184,12 @@ class LeRobotWriter:
             raise DataError(f"{self.root}, episode {self.num_episodes}", found=f"cameras, state, action {found}",
                             expected=f"{expected}, as {self.spec.name!r} has", fix="record with that robot")  # fmt: skip
         entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
-        self.recorded.append(entry | ({"pixels": encoded.digests} if encoded.digests else {}))
+        entry |= {"pixels": encoded.digests} if encoded.digests else {}
+        self.recorded.append(entry | ({"source": encoded.source} if encoded.source else {}))
         self._pending.append(encoded)
-        if time.monotonic() - self._last_commit > max(_COMMIT_SECONDS, _COMMIT_SHARE * self._commit_cost):
+        self._pending_bytes += sum(map(len, encoded.clips.values()))
+        waited = time.monotonic() - self._last_commit
+        if self._pending_bytes > _COMMIT_BYTES or waited > max(_COMMIT_SECONDS, _COMMIT_SHARE * self._commit_cost):
             self.commit()
 
     def commit(self) -> None:
@@ -184,7 +198,7 @@ class LeRobotWriter:
             return
         began = time.monotonic()
         self._write()
-        self.committed, self._pending = self.num_episodes, []
+        self.committed, self._pending, self._pending_bytes = self.num_episodes, [], 0
         self._last_commit = time.monotonic()
         self._commit_cost = self._last_commit - began
 
@@ -206,114 +220,100 @@ class LeRobotWriter:
             self._pending = []  # the disk is full: trying once more would only hide the first message
         self.close()
 
-    # What follows turns pending episodes into files. `index` is `_index` plus a row per pending episode.
+    # What follows turns pending episodes into files. `rows` are their lines in meta/episodes. `self._done` is replaced
+    # at the very end, so that a commit that fails can be tried again.
 
     def _write(self) -> None:
-        columns = {key: list(arrays) for key, arrays in self._columns.items()}
-        pixels, tasks, frames = dict(self._pixels), list(self.tasks), self.num_frames
-        index, rows = list(self._index), []
+        done, tasks, frames = self._done, dict(self._done.tasks), self._done.frames
+        rows, stats, episodes, pixels = [], [], [], dict(done.pixels)
         for number, episode in enumerate(self._pending, start=self.committed):
-            if episode.instruction not in tasks:
-                tasks.append(episode.instruction)
-            task, T = tasks.index(episode.instruction), len(episode)
-            for key, values in self._episode_columns(episode, number, frames, task).items():
-                columns.setdefault(key, []).append(values)
+            task, T = tasks.setdefault(episode.instruction, len(tasks)), len(episode)
+            episodes.append(EpisodeRows(number, frames, task, episode.success, episode.state, episode.action))
             for camera in pixels:
                 pixels[camera] = pixels[camera] + PixelStats(episode.pixels[camera], T)
-            stats = episode.stats | {
+            entries = episode.stats | {
                 "episode_index": constant_stats(number, T), "task_index": constant_stats(task, T),
                 "index": ramp_stats(frames, episode.stats["frame_index"]),
             }  # fmt: skip
-            index.append({"episode_index": number, "tasks": [episode.instruction], "length": T,
-                          "dataset_from_index": frames, "dataset_to_index": frames + T})  # fmt: skip
-            rows.append({f"stats/{feature}/{k}": v for feature, entry in stats.items() for k, v in entry.items()})
+            rows.append({"episode_index": number, "tasks": [episode.instruction], "length": T,
+                         "dataset_from_index": frames, "dataset_to_index": frames + T})  # fmt: skip
+            stats.append({f"stats/{feature}/{k}": v for feature, entry in entries.items() for k, v in entry.items()})
             frames += T
-        self._write_videos(index)
-        self._write_data(index, columns)
-        meta = self.root / "meta"
-        self._put(meta / "tasks.parquet", _parquet(_task_table(tasks)))
-        open_rows = self._write_episodes(index, rows)
-        stats = {key: column_stats(np.concatenate(values)) for key, values in columns.items()}
-        stats |= {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
-        self._put(meta / "stats.json", _json(stats))
-        generation = {"episodes": len(index), "histograms": {c: p.histogram.tolist() for c, p in pixels.items()}}
+        self._write_videos(rows)
+        open_data = self._write_data(rows, episodes)
+        meta, running = self.root / "meta", done.running.plus(episodes)
+        self._put(meta / "tasks.parquet", _parquet(_task_table(list(tasks))))
+        open_rows = self._write_episodes(rows, stats)
+        entries = running.to_json() | {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
+        self._put(meta / "stats.json", _json(entries))
+        generation = {"episodes": self.num_episodes, "histograms": {c: p.histogram.tolist() for c, p in pixels.items()}}
         # Two generations, so that whichever info.json survives a crash finds its own.
-        self._put(meta / "pixels.json", json.dumps([g for g in (self._previous, generation) if g]))
+        self._put(meta / "pixels.json", json.dumps([g for g in (done.generation, generation) if g]))
         self._put(meta / "recording.json", json.dumps(self._recording()))
-        info = self._info(len(index), frames, len(tasks), index[-1])
-        self._put(meta / "info.json", _json(info))
-        self.tasks, self.num_frames, self._previous = tasks, frames, generation
-        self._columns, self._pixels, self._index, self._open_rows = columns, pixels, index, open_rows
+        self._put(meta / "info.json", _json(self._info(self.num_episodes, frames, len(tasks), rows[-1])))
+        self._done = Committed(running, pixels, generation, rows[-1], open_rows, open_data, tasks)
 
-    def _episode_columns(self, episode: EncodedEpisode, number: int, start: int, task: int) -> dict[str, np.ndarray]:
-        T = len(episode)
-        last = np.arange(T) == T - 1
-        columns = {"observation.state": episode.state} if self.spec.state_dim else {}
-        return columns | {
-            "action": episode.action, "next.done": last, "next.success": last & episode.success,
-            "timestamp": _timestamps(T, self.fps), "frame_index": np.arange(T), "episode_index": np.full(T, number),
-            "index": start + np.arange(T), "task_index": np.full(T, task),
-        }  # fmt: skip
-
-    def _write_videos(self, index: list[dict[str, Any]]) -> None:
+    def _write_videos(self, rows: list[dict[str, Any]]) -> None:
         for key in map(image_key, self.spec.cameras):
-            at, frames, clips = (0, 0), 0, []
-            if self.committed:
-                last = index[self.committed - 1]
+            at, frames, size, last = (0, 0), 0, 0, self._done.last
+            clips: list[tuple[bytes | Path, int | None]] = []
+            if last:
                 at = (last[f"videos/{key}/chunk_index"], last[f"videos/{key}/file_index"])
                 frames = round(last[f"videos/{key}/to_timestamp"] * self.fps)
-                clips = [(self._path(VIDEO_PATH, at, key).read_bytes(), frames)]
-            for episode, row in zip(self._pending, index[self.committed :], strict=True):
+                path = self._path(VIDEO_PATH, at, key)
+                clips.append((path, frames))
+                size = path.stat().st_size if path.is_file() else 0
+            for episode, row in zip(self._pending, rows, strict=True):
                 clip = episode.clips[key.removeprefix(image_key(""))]
-                full = sum(len(data) for data, _ in clips) + len(clip) > self.limits["videos"]
-                if clips and (full or not joinable(clips[-1][0], clip)):
-                    self._put_video(key, at, clips)
-                    at, frames, clips = _next_file(at), 0, []
+                if clips and (size + len(clip) > self.limits["videos"] or not self._fits(clips[-1][0], clip)):
+                    if any(limit is None for _, limit in clips):  # else the file is full as it is
+                        self._put_video(key, at, clips)
+                    at, frames, size, clips = _next_file(at), 0, 0, []
                 clips.append((clip, None))
+                size += len(clip)
                 row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"] = at
                 row[f"videos/{key}/from_timestamp"] = frames / self.fps
                 frames += len(episode)
                 row[f"videos/{key}/to_timestamp"] = frames / self.fps
             self._put_video(key, at, clips)
 
-    def _put_video(self, key: str, at: tuple[int, int], clips: list[tuple[bytes, int | None]]) -> None:
+    def _fits(self, first: bytes | Path, second: bytes) -> bool:
+        try:
+            return joinable(first, second)
+        except (OSError, ValueError) as error:
+            raise _lost(first, error) from error
+
+    def _put_video(self, key: str, at: tuple[int, int], clips: list[tuple[bytes | Path, int | None]]) -> None:
         path = self._path(VIDEO_PATH, at, key)
         try:
-            self._put(path, join(clips, self.fps))
-        except ValueError as error:
-            raise DataError(path, found=error, expected="the video of the episodes recorded so far",
-                            fix="restore the file, or record into another folder") from error  # fmt: skip
+            joined = join(clips, self.fps)
+        except (ValueError, FileNotFoundError) as error:
+            raise _lost(path, error) from error
+        self._put(path, joined)
 
-    def _write_data(self, index: list[dict[str, Any]], columns: dict[str, list[np.ndarray]]) -> None:
-        per_frame = sum(arrays[0][:1].nbytes for arrays in columns.values())
-        at, start = (0, 0), 0
-        if self.committed:
-            at = _data_file(index[self.committed - 1])
-            start = next(row["episode_index"] for row in index if _data_file(row) == at)
-        size = sum(row["length"] for row in index[start : self.committed]) * per_frame
-        for row in index[self.committed :]:
-            if size and size + row["length"] * per_frame > self.limits["data"]:
-                self._put_data(at, columns, start, row["episode_index"])
-                at, start, size = _next_file(at), row["episode_index"], 0
+    def _write_data(self, rows: list[dict[str, Any]], episodes: list[EpisodeRows]) -> list[EpisodeRows]:
+        """Write the data files the pending episodes touch; return the episodes of the one still being filled."""
+        held, at, last = list(self._done.open_data), (0, 0), self._done.last
+        if last:
+            at = (last["data/chunk_index"], last["data/file_index"])
+        size = sum(episode.nbytes for episode in held)
+        for row, episode in zip(rows, episodes, strict=True):
+            if held and size + episode.nbytes > self.limits["data"]:
+                if held[-1].number >= self.committed:  # else the file is full as it is
+                    self._put(self._path(DATA_PATH, at), _data_file(held, self.fps))
+                at, held, size = _next_file(at), [], 0
             row["data/chunk_index"], row["data/file_index"] = at
-            size += row["length"] * per_frame
-        self._put_data(at, columns, start, len(index))
+            held.append(episode)
+            size += episode.nbytes
+        self._put(self._path(DATA_PATH, at), _data_file(held, self.fps))
+        return held
 
-    def _put_data(self, at: tuple[int, int], columns: dict[str, list[np.ndarray]], first: int, stop: int) -> None:
-        arrays = {}
-        for key, episodes in columns.items():
-            values = np.concatenate(episodes[first:stop])
-            flat = pa.array(values.reshape(-1))
-            wide = values.ndim == 2 and values.shape[1] > 1  # a feature of shape [1] is a plain column
-            arrays[key] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if wide else flat
-        self._put(self._path(DATA_PATH, at), _parquet(pa.table(arrays)))
-
-    def _write_episodes(self, index: list[dict[str, Any]], stats: list[dict[str, Any]]) -> pa.Table:
+    def _write_episodes(self, rows: list[dict[str, Any]], stats: list[dict[str, Any]]) -> pa.Table:
         """Write the episodes files the pending episodes touch; return the one still being filled."""
-        table, at = self._open_rows, (0, 0)
-        if table is not None:
-            at = tuple(index[self.committed - 1][f"meta/episodes/{kind}_index"] for kind in ("chunk", "file"))
-        new = list(zip(index[self.committed :], stats, strict=True))
+        table, at, last = self._done.open_rows, (0, 0), self._done.last
+        if last:
+            at = (last["meta/episodes/chunk_index"], last["meta/episodes/file_index"])
+        new = list(zip(rows, stats, strict=True))
         while new:
             if table is not None and len(table) >= _EPISODES_PER_META_FILE:
                 table, at = None, _next_file(at)
@@ -341,7 +341,7 @@ class LeRobotWriter:
                              "names": ["height", "width", "channels"]}  # fmt: skip
             if last:
                 newest = locate(self.root, VIDEO_PATH, last, f"videos/{key}", key)
-                features[key]["info"] = describe(newest.read_bytes())
+                features[key]["info"] = describe(newest)
         for key, names in (("observation.state", self.spec.state_names), ("action", self.spec.action_names)):
             if names:
                 features[key] = {"dtype": "float32", "shape": [len(names)], "names": names}
@@ -364,15 +364,13 @@ class LeRobotWriter:
     def _resume(self, info: dict[str, Any]) -> None:
         found = read_committed(self.root, info, self.spec, self.header)
         if found is not None:
-            self._index, self._open_rows, self._columns = found.index, found.open_rows, found.columns
-            self._pixels, self._previous = found.pixels, found.generation
-            self.recorded, self.tasks, self.committed = found.recorded, found.tasks, len(found.index)
-            self.num_frames = found.index[-1]["dataset_to_index"]
-        self.orphans = sweep(self.root, self._index, [image_key(camera) for camera in self.spec.cameras])
+            self._done, self.recorded, self.committed = found, found.recorded, len(found.recorded)
+        self.orphans = sweep(self.root, [image_key(camera) for camera in self.spec.cameras], self.committed)
 
 
-def _data_file(row: dict[str, Any]) -> tuple[int, int]:
-    return row["data/chunk_index"], row["data/file_index"]
+def _lost(where: object, error: BaseException) -> DataError:
+    return DataError(where, found=error, expected="the video of the episodes recorded so far",
+                     fix="restore the file, or record into another folder")  # fmt: skip
 
 
 def _next_file(at: tuple[int, int]) -> tuple[int, int]:
@@ -393,4 +391,19 @@ def _json(value: object) -> str:
 def _parquet(table: pa.Table) -> memoryview:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="snappy", write_page_checksum=True)
+    return memoryview(sink.getvalue())
+
+
+def _data_file(episodes: list[EpisodeRows], fps: int) -> memoryview:
+    """A data file in row groups of whole episodes, so that only one group at a time exists as a table."""
+    sink, writer, first, rows = pa.BufferOutputStream(), None, 0, 0
+    for n, episode in enumerate(episodes):
+        rows += len(episode)
+        if rows >= _GROUP_ROWS or n == len(episodes) - 1:
+            table = to_table(episodes[first : n + 1], fps)
+            writer = writer or pq.ParquetWriter(sink, table.schema, compression="snappy", write_page_checksum=True)
+            writer.write_table(table, row_group_size=max(len(table), 1))
+            first, rows = n + 1, 0
+    assert writer is not None
+    writer.close()
     return memoryview(sink.getvalue())

@@ -14,12 +14,16 @@ docs/results.md):
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.error import FFmpegError
+
+from vla.errors import DataError
 
 _COMMON = {"g": "2", "bf": "0", "sc_threshold": "0"}
 VIDEO: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -47,8 +51,8 @@ def encode(frames: np.ndarray, fps: int, video: str = "lossless") -> bytes:
     return sink.getvalue()
 
 
-def join(clips: Iterable[tuple[bytes, int | None]], fps: int) -> bytes:
-    """One MP4 of all `clips`, each (MP4 bytes, number of leading frames to copy; None for all). They must be
+def join(clips: Iterable[tuple[bytes | Path, int | None]], fps: int) -> memoryview:
+    """One MP4 of all `clips`, each (MP4 bytes or file, number of leading frames to copy; None for all). They must be
     `joinable`.
 
     Raises `ValueError` when one is not, or has fewer frames than asked for.
@@ -58,7 +62,7 @@ def join(clips: Iterable[tuple[bytes, int | None]], fps: int) -> bytes:
     with av.open(sink, "w", format="mp4") as out:
         stream: Any = None
         for data, limit in clips:
-            with av.open(io.BytesIO(data), "r") as clip:
+            with _open(data) as clip:
                 source: Any = clip.streams.video[0]
                 if stream is None:
                     stream, header = out.add_stream_from_template(source), source.codec_context.extradata
@@ -77,22 +81,54 @@ def join(clips: Iterable[tuple[bytes, int | None]], fps: int) -> bytes:
                     at, count = at + 1, count + 1
                 if limit is not None and count < limit:
                     raise ValueError(f"{count} frames where {limit} were recorded")
-    return sink.getvalue()
+    return sink.getbuffer()
 
 
-def joinable(first: bytes, second: bytes) -> bool:
+def decode(path: Path, first: int, count: int, fps: int) -> Iterator[np.ndarray]:
+    """Frames `first` .. `first + count - 1` of an MP4 made by `join`, each (h, w, 3) uint8.
+
+    Raises `DataError` when the file cannot be decoded or one of them is missing.
+    """
+    wanted, end = first, first + count
+    try:
+        with av.open(str(path)) as container:
+            stream: Any = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            container.seek(round(first / fps / stream.time_base), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                at = round(frame.pts * stream.time_base * fps)
+                if at < first:
+                    continue
+                if at != wanted or frame.is_corrupt:
+                    break
+                yield frame.to_ndarray() if frame.format.name == "gbrp" else frame.to_ndarray(format="rgb24")
+                wanted += 1
+                if wanted == end:
+                    return
+    except (FFmpegError, OSError, IndexError) as error:
+        raise DataError(path, found=f"{type(error).__name__}: {error}", expected="a video that decodes to its end",
+                        fix="convert or record it again") from error  # fmt: skip
+    raise DataError(path, found=f"no whole frame {wanted}", expected=f"frames {first} to {end - 1}",
+                    fix="convert or record it again")  # fmt: skip
+
+
+def _open(data: bytes | Path) -> Any:
+    return av.open(str(data) if isinstance(data, Path) else io.BytesIO(data), "r")
+
+
+def joinable(first: bytes | Path, second: bytes | Path) -> bool:
     """Whether both clips carry the same decoder header (same encoder build and settings)."""
     headers = []
     for data in (first, second):
-        with av.open(io.BytesIO(data)) as clip:
+        with _open(data) as clip:
             stream: Any = clip.streams.video[0]
             headers.append((stream.codec_context.extradata, stream.height, stream.width))
     return headers[0] == headers[1]
 
 
-def describe(data: bytes) -> dict[str, Any]:
+def describe(data: bytes | Path) -> dict[str, Any]:
     """The `info` entry LeRobot keeps per camera in info.json."""
-    with av.open(io.BytesIO(data)) as clip:
+    with _open(data) as clip:
         stream: Any = clip.streams.video[0]
         return {
             "video.height": stream.height, "video.width": stream.width, "video.codec": stream.codec.canonical_name,

@@ -1,0 +1,346 @@
+"""Brings any dataset `data_tools/sources` can read to LeRobot v3.0 (or v2.1), and proves that nothing changed on the way.
+
+Episodes are read, understood through a dataset card, and encoded in worker processes; this process writes them in the
+order of the source, so the number of workers and interruptions change nothing. Afterwards every episode is read back
+from the written files and compared with the source (`data_tools/verify.py`).
+
+A damaged episode is left out, named and counted in `meta/conversion.json`; the other episodes are converted. With more
+damaged than whole there is nothing to trust, and the conversion is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.convert_pool import Job, Pool, fields_used
+from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
+from data_tools.sources import Source, open_source
+from data_tools.verify import verify_episodes
+from data_tools.video import VIDEO
+from vla.durable import replace_file
+from vla.embodiment import EmbodimentSpec
+from vla.errors import DataError, UsageError
+
+FORMATS = ("lerobot-v3.0", "lerobot-v2.1")
+REPORT = "meta/conversion.json"
+_MOST_NAMED = 20
+_EDGE = 1 << 16
+_AGAIN = "copy or download it again, then convert into another folder"
+
+
+@dataclass
+class _Outcome:
+    """What became of one key: an encoded episode, or the damage that was found."""
+
+    key: str
+    episode: EncodedEpisode | None = None
+    damage: DataError | None = None
+    raw_bytes: int = 0
+
+
+@dataclass
+class _Tally:
+    """Damage so far, against how much there is to convert."""
+
+    source: Source
+    whole: int
+    strict: bool
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, key: str, damage: DataError) -> None:
+        if self.strict:
+            raise DataError(damage.where, found=damage.found, expected=f"{damage.expected}; --strict stops at any damage",
+                            fix=f"{damage.fix}; or drop --strict to leave it out")  # fmt: skip
+        self.quarantined.append({"key": key, "where": damage.where, "found": damage.found, "expected": damage.expected})
+        self._refuse_ruins()
+
+    def judge_listing(self) -> None:
+        """What opening the source has found already."""
+        if self.strict and self.source.damage:
+            raise _all_of(self.source.damage, self.source.root, f"{len(self.source.damage)} damaged files",
+                          "none, as --strict demands", f"{_AGAIN}; or leave them out: drop --strict")  # fmt: skip
+        self._refuse_ruins()
+
+    def _refuse_ruins(self) -> None:
+        bad, total = len(self.source.damage) + len(self.quarantined), len(self.source.damage) + self.whole
+        if bad * 2 > total:
+            raise _all_of([*self.source.damage, *self.quarantined], self.source.root,
+                          f"{bad} of {total} damaged (files that cannot be listed, episodes that cannot be read)",
+                          "at most half damaged", _AGAIN)  # fmt: skip
+
+
+def convert(
+    src: str | Path, dst: str | Path, *, kind: str | None = None, card: Any = None, to: str = FORMATS[0], workers: int = 1,
+    video: str = "lossless", strict: bool = False, episodes: str | None = None, fps: float | None = None,
+    verify: bool = True, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Convert the dataset at `src` into the folder `dst`; returns the summary that is also in `meta/conversion.json`.
+
+    `kind`: `lerobot`, `rlds` or `hdf5` (None: recognised). `card`: a shipped card's name, a YAML file or a `Card` (None:
+    the shipped one that fits, else one derived from the fields). `episodes`: `A:B`, half open, in the source's order.
+    `fps`: the control rate, where neither card nor source knows it. `workers` 0 works in this process. The same call
+    continues an interrupted conversion.
+
+    Raises `UsageError` for a folder begun with another source or card, `DataError` for a source that is more damaged
+    than whole, at any damage when `strict`, or when what was written differs from the source; `MachineError` when the
+    disk is full (what was committed stays).
+    """
+    began = time.monotonic()
+    if to not in FORMATS:
+        raise UsageError("--to", found=to, expected=f"one of {FORMATS}", fix="choose one of these")
+    if workers < 0:
+        raise UsageError("--workers", found=workers, expected="0 or more", fix="pass --workers 0 or more")
+    source, dst = open_source(src, kind), Path(dst)
+    card = _fitted(card, source, fps)
+    spec, rate = card.spec, max(1, round(card.spec.control_hz))
+    _check_sizes(spec, video)
+    keys = _slice(source.keys(), episodes)
+    if not keys:
+        raise DataError(source.root, found=f"no episodes in {episodes or 'it'}", expected="at least one",
+                        fix="check the path, or --episodes")  # fmt: skip
+    tally = _Tally(source, len(keys), strict)
+    tally.judge_listing()
+    header = {"converted": {"kind": source.kind, "source": fingerprint(source.root), "card": card_digest(card),
+                            "episodes": episodes or ":"}}  # fmt: skip
+    work = dst if to == FORMATS[0] else dst.with_name(f".{dst.name}.v30")
+    if work != dst and dst.exists() and any(dst.iterdir()):
+        raise UsageError(dst, found="a folder of other things", expected="no folder yet",
+                         fix="choose another DST, or remove it")  # fmt: skip
+    with Pool(workers, Job(source, card, rate, video)) as pool:
+        with LeRobotWriter(work, spec, fps=rate, video=video, header=header, resume=True) as writer:
+            already, raw = writer.num_episodes, _append(writer, pool, spec, keys, tally, progress)
+        report = _report(source, card, writer, tally, episodes)
+        written = time.monotonic()
+        if verify and writer.num_episodes:
+            report["verified"] = verify_episodes(pool, work, spec, writer.recorded, video, progress)
+    replace_file(work / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
+    differing = (report["verified"] or {}).get("differences") or []
+    if differing:
+        raise _all_of(differing, work, f"{len(differing)} differences between the source and what was written",
+                      "none", "remove the folder and convert again; if it happens again, report it with this message")  # fmt: skip
+    if work != dst:
+        _write_v21(work, dst, report)
+    size = sum(p.stat().st_size for p in dst.rglob("*") if p.is_file())
+    return report | {
+        "out": str(dst), "format": to, "converted_now": writer.committed - already, "megabytes": round(size / 1e6, 1),
+        "raw_megabytes": round(raw / 1e6, 1), "seconds": round(written - began, 1),
+        "verify_seconds": round(time.monotonic() - written, 1),
+    }  # fmt: skip
+
+
+def _fitted(card: Any, source: Source, fps: float | None) -> Any:
+    from data_tools.standardise import Card, card_for, fit, load_card
+
+    if card is None and fps is None:
+        return card_for(source)
+    if card is None:
+        card = Card(name=source.root.name)
+    elif isinstance(card, str | Path):
+        card = load_card(card)
+    return fit(card if fps is None else card.model_copy(update={"fps": fps}), source.info)
+
+
+def _check_sizes(spec: EmbodimentSpec, video: str) -> None:
+    odd = [f"{name} {c.height}x{c.width}" for name, c in spec.cameras.items() if c.height % 2 or c.width % 2]
+    if odd and video == "yuv420p":
+        raise UsageError("--video", found=f"yuv420p for pictures of {odd}", expected="even height and width",
+                         fix="pass --video lossless or --video rgb")  # fmt: skip
+
+
+def _slice(keys: list[str], episodes: str | None) -> list[str]:
+    try:
+        first, _, last = (episodes or ":").partition(":")
+        if ":" not in (episodes or ":"):
+            raise ValueError
+        return keys[int(first) if first else None : int(last) if last else None]
+    except ValueError:
+        raise UsageError("--episodes", found=episodes, expected="A:B, such as 0:100, 100: or :20", fix="correct it") from None
+
+
+def card_digest(card: Any) -> str:
+    """sha256 of what a card says, whatever file it came from."""
+    return hashlib.sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(root: Path) -> str:
+    """sha256 over the names and sizes of a dataset's files and both ends (64 KiB) of each: it tells sources apart
+    without reading 50 GB, and is the same for a copy elsewhere."""
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")] if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root) if root.is_dir() else path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(_EDGE, size - _EDGE))
+            digest.update(file.read(_EDGE))
+    return digest.hexdigest()
+
+
+def _append(
+    writer: LeRobotWriter, pool: Pool, spec: EmbodimentSpec, keys: list[str], tally: _Tally, progress: bool
+) -> int:
+    """Convert what is not yet in the dataset. Returns the bytes of raw episodes that were read."""
+    if writer.orphans:
+        tqdm.write(f"removed what an interrupted conversion had left: {', '.join(writer.orphans)}", file=sys.stderr)
+    done = {entry.get("source") for entry in writer.recorded}
+    # A key before the last one written that is not there was damaged; it is tried again, and named again.
+    missing = [key for key in keys if key not in done]
+    sizes = {camera: (size.height, size.width) for camera, size in spec.cameras.items()}
+    raw, began = 0, time.monotonic()
+    with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="ep", desc="converting", disable=not progress) as bar:
+        for outcome in pool.ordered(_encode, ((key, sizes) for key in missing)):
+            if outcome.damage is not None:
+                tally.add(outcome.key, outcome.damage)
+                tqdm.write(f"QUARANTINED {outcome.key}: {outcome.damage.found}", file=sys.stderr)
+            else:
+                assert outcome.episode is not None
+                writer.add(outcome.episode)
+            raw += outcome.raw_bytes
+            bar.update()
+            rate = raw / 1e6 / (time.monotonic() - began)
+            bar.set_postfix_str(f"{rate:.1f} MB/s, {len(tally.quarantined)} damaged", refresh=False)
+    return raw
+
+
+# ---- in a worker ----
+
+
+def _encode(job: Job, key: str, sizes: dict[str, tuple[int, int]]) -> _Outcome:
+    try:
+        raw, episode = job.read(key)
+        found = {camera: (frames.shape[1], frames.shape[2]) for camera, frames in episode.images.items()}
+        if found != sizes:
+            raise DataError(raw.where, found=f"pictures of {found}", expected=f"{sizes}, as the episodes before it",
+                            fix="convert these episodes into a dataset of their own (--episodes A:B)")  # fmt: skip
+    except DataError as damage:
+        return _Outcome(key, damage=damage)
+    size = sum(array.nbytes for array in (*raw.fields.values(), *raw.images.values()))
+    del raw  # its pictures need not live while the standardised ones are encoded
+    encoded = encode_episode(episode, job.fps, job.video)
+    encoded.source = key
+    return _Outcome(key, encoded, raw_bytes=size)
+
+
+# ---- what is said about it ----
+
+
+def _report(source: Source, card: Any, writer: LeRobotWriter, tally: _Tally, episodes: str | None) -> dict[str, Any]:
+    rate, notes = card.spec.control_hz, []
+    if abs(rate - writer.fps) > 1e-6:
+        notes.append(f"{rate:g} Hz is stored as {writer.fps} fps (LeRobot's fps is an integer); meta/embodiment.json "
+                     f"keeps {rate:g}")  # fmt: skip
+    there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
+    return {
+        "version": 1, "source": {"name": source.root.name, "kind": source.kind, "fingerprint": fingerprint(source.root)},
+        "card": {"name": card.name, "sha256": card_digest(card)}, "robot": writer.spec.key, "fps": writer.fps,
+        "video": writer.video, "selected": episodes or ":", "episodes": writer.num_episodes, "frames": writer.num_frames,
+        "damaged_files": [_finding(damage) for damage in source.damage], "quarantined": tally.quarantined,
+        "not_carried": sorted(there - fields_used(card)), "notes": notes, "verified": None,
+    }  # fmt: skip
+
+
+def _finding(damage: DataError | dict[str, str]) -> dict[str, str]:
+    if isinstance(damage, dict):
+        return damage
+    return {"where": damage.where, "found": damage.found, "expected": damage.expected}
+
+
+def _all_of(findings: Any, where: object, found: str, expected: str, fix: str) -> DataError:
+    """One error that lists them all."""
+    listed = [_finding(finding) for finding in findings]
+    lines = [f"\n    {n}. {f['where']}: {f['found']} (expected {f['expected']})" for n, f in enumerate(listed[:_MOST_NAMED], 1)]
+    more = f"\n    and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
+    return DataError(where, found=found + "".join(lines) + more, expected=expected, fix=fix)
+
+
+def _write_v21(work: Path, dst: Path, report: dict[str, Any]) -> None:
+    """The finished v3.0 dataset at `work` as v2.1 at `dst`; `work` goes when it is done."""
+    from data_tools.lerobot_v21 import write_v21
+
+    write_v21(work, dst)
+    replace_file(dst / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
+    shutil.rmtree(work)
+
+
+def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `convert` to the `vla data` sub-commands; `run` carries it out."""
+    parser = subparsers.add_parser(
+        "convert", help="bring LeRobot v2.x, RLDS or HDF5 data to LeRobot v3.0, or v3.0 to v2.1",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  vla data convert downloads/libero_spatial data/libero_spatial\n"
+        "  vla data convert downloads/bridge data/bridge --from rlds --card bridge --video yuv420p --workers 8\n"
+        "  vla data convert data/tabletop export/tabletop --to lerobot-v2.1\n\n"
+        "Run the same line again to continue an interrupted conversion.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("src", type=Path, metavar="SRC", help="a folder or file in LeRobot v2.0/v2.1/v3.0, RLDS or HDF5 layout")
+    add("dst", type=Path, metavar="DST", help="the new dataset's folder, new or begun by the same command")
+    add("--from", dest="kind", choices=("lerobot", "rlds", "hdf5"), help="layout of SRC (default: recognised)")
+    add("--card", metavar="NAME|YAML", help="dataset card: what the fields mean (default: the shipped one that fits)")
+    add("--fps", type=float, metavar="HZ", help="control rate, for a source without a card that does not say it")
+    add("--to", choices=FORMATS, default=FORMATS[0], help="default %(default)s")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="W", help="processes (default: cores, %(default)s)")
+    add("--video", choices=sorted(VIDEO), default="lossless",
+        help="how frames are stored (default %(default)s; yuv420p is small and plays in browsers)")  # fmt: skip
+    add("--episodes", metavar="A:B", help="only these, counted in the source's order, B not included")
+    add("--strict", action="store_true", help="refuse a source with any damage, instead of leaving out what is damaged")
+    add("--no-verify", action="store_true", help="do not read everything back and compare it with the source")
+    add("--json", action="store_true", help="print the summary as JSON, no progress bar")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out `vla data convert`. Returns 0, or 130 after Ctrl-C or SIGTERM (what was committed is kept)."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        summary = convert(
+            args.src, args.dst, kind=args.kind, card=args.card, to=args.to, workers=args.workers, video=args.video,
+            strict=args.strict, episodes=args.episodes, fps=args.fps,
+            verify=not args.no_verify, progress=not args.json,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {args.dst} holds what was converted so far. Run the same command again to continue.",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(json.dumps(summary) if args.json else _sentence(summary))
+    return 0
+
+
+def _sentence(summary: dict[str, Any]) -> str:
+    proof = summary["verified"]
+    lines = [f"{summary['out']}: {summary['episodes']} episodes, {summary['frames']:,} frames of {summary['robot']} at "
+             f"{summary['fps']} fps, {summary['megabytes']} MB in {summary['seconds']} s, card "
+             f"{summary['card']['name']}"]  # fmt: skip
+    if proof is None:
+        lines.append("NOT verified (--no-verify)")
+    elif proof["pictures_identical"]:
+        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures identical; "
+                     "states, actions, instructions, timestamps identical")  # fmt: skip
+    else:
+        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures, worst PSNR {proof['worst_psnr']} dB "
+                     f"(limit {proof['psnr_limit']}); states, actions, instructions, timestamps identical")  # fmt: skip
+    lines += [f"note: {note}" for note in summary["notes"]]
+    if summary["not_carried"]:
+        lines.append(f"not carried over: {', '.join(summary['not_carried'])}")
+    for name, word in (("damaged_files", "file that cannot be listed"), ("quarantined", "damaged episode left out")):
+        found = summary[name]
+        if found:
+            lines.append(f"WARNING: {len(found)} {word}{'s' if len(found) > 1 else ''} (all in {REPORT}):")
+            lines += [f"  {f['where']}: {f['found']}" for f in found[:_MOST_NAMED]]
+    return "\n".join(lines)
