@@ -82,14 +82,10 @@ class LeRobotSource:
     def read(self, key: str) -> RawEpisode:
         """One episode. Raises `DataError` naming the file when its rows or videos are missing, damaged or of another
         length."""
-        row = self._episode(key)
-        problems = Problems(self.root)
-        table = self._columns(row, problems)
-        problems.raise_if_any()
-        assert table is not None
+        row, problems = self.episode(key), Problems(self.root)
+        table = self.table(key)
         where = f"{self.layout.path('data_path', row, 'data')}, episode {row['episode_index']}"
-        fields = {name: _numbers(table[name], self.info.fields[name], f"{where}, {name}") for name in self.info.fields}
-        images = {}
+        fields, images = self.numbers(table, where), {}
         for camera, name in self.layout.cameras.items():
             if self.layout.is_video(camera):
                 span = self._span(row, camera, fields["timestamp"], problems)
@@ -104,7 +100,20 @@ class LeRobotSource:
             images[name] = np.stack(frames)
         return RawEpisode(fields, images, *self._said(row, fields, where), key=key, attributes=self._attributes(row, fields))
 
-    def _episode(self, key: str) -> dict[str, Any]:
+    def table(self, key: str) -> pa.Table:
+        """The rows of one episode as the file has them, in order of time. Raises `DataError` as `read` does."""
+        problems = Problems(self.root)
+        table = self._columns(self.episode(key), problems)
+        problems.raise_if_any()
+        assert table is not None
+        return table
+
+    def numbers(self, table: pa.Table, where: str) -> dict[str, np.ndarray]:
+        """Field -> (T, ...) array of a `table`. Raises `DataError` naming a column with gaps or ragged rows."""
+        return {name: _numbers(table[name], self.info.fields[name], f"{where}, {name}") for name in self.info.fields}
+
+    def episode(self, key: str) -> dict[str, Any]:
+        """What the metadata says of one episode: its length and where it lies."""
         if self._rows is None:  # in another process
             self._rows = read_episodes(self.layout, Problems(self.root)) or []
         return self._rows[int(key.removeprefix("episode_"))]
