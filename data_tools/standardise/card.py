@@ -194,6 +194,8 @@ class CameraCard(_Entry):
     channels: Literal["rgb", "bgr"] = "rgb"
     resize: tuple[int, int] | None = None
     """(height, width), Lanczos with antialiasing."""
+    optional: bool = False
+    """Leave the camera out where the dataset has no such pictures; otherwise that is an error."""
 
 
 class Instruction(_Entry):
@@ -226,7 +228,7 @@ class Match(_Entry):
     names: tuple[str, ...] = ()
     """Names of the dataset: its folder, its parent (RLDS version folders), or attribute `name`."""
     attributes: dict[str, Any] = {}
-    """Dotted path -> value, or list of allowed values; all must hold. A `*` stands for any one key."""
+    """Dotted path -> value, or list of allowed values; all must hold. `*` stands for any one key, `**` for any number of them."""
 
 
 class Card(_Entry):
@@ -242,7 +244,8 @@ class Card(_Entry):
     """A shipped name, a spec written out (cameras may be `{}`: their sizes are the dataset's), or `derived`: every number as it
     is, convention `scalar`."""
     fps: float | None = Field(default=None, gt=0)
-    """Control rate; the embodiment's where it is left out, for `derived` the dataset's own."""
+    """Control rate in Hz. Left out: the rate of a shipped embodiment; else the dataset's own, if it carries one, else the
+    written embodiment's. Two that disagree are refused."""
     instruction: Instruction = Instruction()
     pairing: Literal["observation_before_action", "observation_after_action", "as_source"] = "observation_before_action"
     """Whether row t of the observations was seen before or after action t. After: shifted by one, so that row t was seen before
@@ -322,11 +325,17 @@ def _lines(node: Any, at: tuple = ()) -> dict[tuple, int]:
 
 
 def lookup(attributes: Mapping[str, Any], dotted: str) -> list[Any]:
-    """Every value at a dotted path (`*` matches any one key); empty when there is none. Keys with dots are found whole."""
+    """Every value at a dotted path (`*` matches any one key, `**` any number of them); empty when there is none."""
     if dotted in attributes:
         return [attributes[dotted]]
     found: list[Any] = [attributes]
     for part in dotted.split("."):
-        maps = [v for v in found if isinstance(v, Mapping)]
-        found = [v for m in maps for k, v in m.items() if part == "*" or k == part]
+        if part == "**":
+            found = [inner for value in found for inner in _below(value)]
+            continue
+        found = [v for m in found if isinstance(m, Mapping) for k, v in m.items() if part == "*" or k == part]
     return found
+
+
+def _below(value: Any) -> list[Any]:
+    return [value] + [found for v in value.values() for found in _below(v)] if isinstance(value, Mapping) else [value]

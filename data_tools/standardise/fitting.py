@@ -54,7 +54,7 @@ def fit(card: Card, info: SourceInfo) -> Card:
     problems.raise_any()
     bottom_up = info.attributes.get("image_orientation") == "bottom_up"
     turned = {name: entry.model_copy(update={"flip": "vertical" if bottom_up else "none"}) if entry.flip == "as_source" else entry
-              for name, entry in card.cameras.items()}  # fmt: skip
+              for name, entry in card.cameras.items() if name in cameras}  # fmt: skip
     spec = robot.model_copy(update={"cameras": cameras, "control_hz": fps})
     fitted = card.model_copy(update={"fps": fps, "embodiment": spec, "pairing": pairing, "cameras": turned})
     fitted._robot, fitted._fitted = None, True
@@ -74,8 +74,9 @@ def card_for(source: Source) -> Card:
                 except UsageError as error:
                     if by_name:
                         raise
-                    passed.append(f"the shipped card {card.name!r} does not fit: {' | '.join(error.found.split(chr(10)))}")
-    card = Card(name=source.root.name, about="; ".join(["derived from the fields, meanings not known", *passed]))
+                    passed.append(f"the shipped card {card.name!r} does not fit: {' | '.join(line.strip() for line in error.found.splitlines())}")
+    name = str(source.info.attributes.get("name") or source.root.stem)
+    card = Card(name=name, about="; ".join(["derived from the fields, meanings not known", *passed]))
     return fit(card, source.info)
 
 
@@ -123,9 +124,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _rate(card: Card, robot: EmbodimentSpec, info: SourceInfo, problems: _Problems) -> float:
-    fps = card.fps or robot.control_hz
-    if card.fps is not None and abs(card.fps - robot.control_hz) > 1e-3 * robot.control_hz:
-        problems.add(("fps",), f"{card.fps} Hz", f"the embodiment's {robot.control_hz} Hz, or none")
+    shipped = isinstance(card.embodiment, str)
+    fps = card.fps or (robot.control_hz if shipped else info.fps or robot.control_hz)
+    if shipped and abs(fps - robot.control_hz) > 1e-3 * robot.control_hz:
+        problems.add(("fps",), f"{fps} Hz", f"the {robot.control_hz} Hz of embodiment {robot.key!r}, or none")
     if info.fps is not None and abs(info.fps - fps) > 1e-3 * fps:
         problems.add(("fps",), f"{fps} Hz", f"the dataset's own {info.fps} Hz")
     return fps
@@ -159,10 +161,9 @@ def _widths(entry: ChannelCard, channel: Channel, at: tuple, info: SourceInfo, p
     if got is None:
         return
     need = meaning_kind(entry.from_).exact_width
-    same = need is None or meaning_kind(entry.from_).family == "position"
     if need is not None and got != need:
         problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", f"{need}: what {entry.from_.convention!r} takes")
-    elif same and got != len(channel.dims):
+    elif need is None and got != len(channel.dims):
         wanted = f"{len(channel.dims)}: {list(channel.dims)} of {channel.name!r}"
         problems.add((*at, "dims"), f"{got} of the numbers of {entry.field!r}", wanted)
 
@@ -187,12 +188,15 @@ def _picked(columns: Columns, at: tuple, info: SourceInfo, problems: _Problems) 
 
 def _cameras(card: Card, robot: EmbodimentSpec, info: SourceInfo, problems: _Problems) -> dict[str, Camera]:
     known = robot.cameras
-    for missing in sorted(known.keys() - card.cameras.keys()):
+    filled = {name for name, entry in card.cameras.items() if entry.field in info.images or not entry.optional}
+    for missing in sorted(known.keys() - filled):
         problems.add(("cameras",), f"nothing fills camera {missing!r} of {robot.key!r}", f"an entry for each of {sorted(known)}")
     sizes = {}
     for name, entry in card.cameras.items():
         if known and name not in known:
             problems.add(("cameras", name), f"{robot.key!r} has no camera {name!r}", nearest(name, known))
+        if entry.field not in info.images and entry.optional:
+            continue
         if entry.field not in info.images:
             near = nearest(entry.field, info.images)
             problems.add(("cameras", name, "field"), f"no pictures {entry.field!r}", f"one of the dataset's: {near}")

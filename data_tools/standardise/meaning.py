@@ -39,7 +39,7 @@ class Kind:
     @property
     def exact_width(self) -> int | None:
         """How many numbers it takes; None where any number will do."""
-        return width(self.form) if self.form else 3 if self.family == "position" else None
+        return width(self.form) if self.form else None
 
 
 def kind_of(convention: str, rotation: str | None = None) -> Kind:
