@@ -74,7 +74,8 @@ def card_for(source: Source) -> Card:
                 except UsageError as error:
                     if by_name:
                         raise
-                    passed.append(f"the shipped card {card.name!r} does not fit: {' | '.join(line.strip() for line in error.found.splitlines())}")
+                    reasons = " | ".join(line.strip() for line in error.found.splitlines())
+                    passed.append(f"the shipped card {card.name!r} does not fit: {reasons}")
     name = str(source.info.attributes.get("name") or source.root.stem)
     card = Card(name=name, about="; ".join(["derived from the fields, meanings not known", *passed]))
     return fit(card, source.info)
