@@ -106,11 +106,14 @@ class FakePolicy:
     def __init__(self, kind: str = "honest", instructions: tuple[str, ...] | None = None) -> None:
         self.kind = kind
         self.embodiments = {"tabletop": load_embodiment("tabletop")}
-        self.chunk, self.execute, self.image_size, self.decode, self.fingerprint = 8, 4, 64, "mean", "f" * 64
+        self.chunk, self.image_size, self.decode, self.fingerprint = 8, 64, "mean", "f" * 64
         self.recorded_seeds = {s: {t: [[0, 9], [20, 29]] for t in TASKS} for s in ("fake", "lone")}
         self.instructions = list(instructions if instructions is not None else (f"reach {c}" for c in COLOURS))
         self.batches: list[int] = []
         self.saw: list[tuple] = []
+
+    def steps(self, embodiment: str) -> tuple[int, int]:
+        return self.chunk, 4
 
     def act_batch(self, observations, instructions, embodiment, *, decode=None, seeds=None, drop_state=False):
         assert seeds is not None and len(observations) == len(instructions) == len(seeds)

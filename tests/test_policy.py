@@ -57,7 +57,7 @@ def test_loss_counts_only_valid_elements(policy, mixture):
 def test_gradient_reaches_every_part(mixture):
     policy = make(mixture)
     loss = policy.loss(policy.collate([policy.encode(mixture.window(n)) for n in range(4)]))
-    loss.total(1.0, loss.action_count, loss.end_count).backward()
+    loss.total(policy.loss_weights, loss.counts).backward()
     silent = [n for n, p in policy.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
 
@@ -230,14 +230,14 @@ def test_it_learns_eight_windows_by_heart(mixture, decoding):
     first = None
     for _ in range(300):
         loss = policy.loss(batch)
-        total = loss.total(1.0, loss.action_count, loss.end_count)
+        total = loss.total(policy.loss_weights, loss.counts)
         first = first or total.item()
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
     policy.eval()
     loss = policy.loss(batch)
-    assert loss.total(1.0, loss.action_count, loss.end_count).item() < 0.6 * (first or 0)
+    assert loss.total(policy.loss_weights, loss.counts).item() < 0.6 * (first or 0)
     chunks = policy.act_batch([{"images": w.images, "state": w.state} for w in windows], [w.instruction for w in windows],
                               "tabletop", decode="argmax")  # fmt: skip
     errors = np.concatenate([np.abs(c.actions - w.actions)[w.valid] for c, w in zip(chunks, windows, strict=True)])

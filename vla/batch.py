@@ -1,4 +1,4 @@
-"""Window -> Example -> Batch, and the shape legend of the house.
+"""Window or Question -> Example -> Batch, and the shape legend of the house.
 
     B batch        T tokens            H chunk length (steps)     A action dimensions (padded to the policy's widest robot)
     I images       S state dimensions  N = H * A action symbols   K symbols of the codec        V vocabulary
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +17,28 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.actions import ActionCodec
+from vla.answers import Question
 from vla.backbones import prepare_image
 from vla.config import Config
 from vla.embodiment import EmbodimentSpec
 from vla.normalize import Normalizer
-from vla.prompt import act_prompt, clean_instruction
+from vla.prompt import act_prompt, answer_prompt, clean_instruction
 from vla.randomness import Purpose, generator
 from vla.schema import Observation, Window
 
 
 @dataclass(frozen=True)
 class Example:
-    """One Window as the model will read it: numpy, ready to be stacked."""
+    """One Window or Question as the model will read it: numpy, ready to be stacked.
 
-    ids: np.ndarray  # (T,) int64 prefix: images, text, state, end query
+    What a robot does not have is not there, or masked: a camera that was not recorded brings no tokens, dimensions beyond
+    its own are zero in `state` and not `valid`, steps beyond the episode's end are not `valid`.
+    """
+
+    ids: np.ndarray  # (T,) int64 prefix: images, text, robot, state, end query; or images, question, answer
     images: np.ndarray  # (I, h, w, 3) uint8
+    slots: np.ndarray  # (I,) int64: which camera of its robot each image comes from
+    robot: np.ndarray  # () int64: position among the policy's embodiments
     state: np.ndarray  # (S,) float32 in [-1, 1], padded
     unit: np.ndarray  # (H, A) float32 in [-1, 1], padded
     valid: np.ndarray  # (H, A) bool
@@ -38,6 +46,8 @@ class Example:
     end: np.ndarray  # (S,) float32: final state in [-1, 1]
     end_valid: np.ndarray  # (S,) bool: the dimensions the end loss looks at
     hidden: np.ndarray  # (N,) bool: symbols an autoregressive model may not read as history in this example
+    labels: np.ndarray  # (T,) int64: the id to be said after each position of the prefix, -100 where nothing is to be learned
+    causal: np.ndarray  # (T,) bool: positions only later ones may read (an answer, said word by word)
     n: int = -1
 
 
@@ -48,6 +58,8 @@ class Batch:
     ids: Tensor  # (B, T) int64
     mask: Tensor  # (B, T) bool, False at padding
     images: Tensor  # (I, 3, h, w) uint8, in order of appearance
+    slots: Tensor  # (I,) int64
+    robot: Tensor  # (B,) int64
     state: Tensor  # (B, S) float32
     unit: Tensor  # (B, H, A) float32
     valid: Tensor  # (B, H, A) bool
@@ -55,6 +67,8 @@ class Batch:
     end: Tensor  # (B, S) float32
     end_valid: Tensor  # (B, S) bool
     hidden: Tensor  # (B, N) bool
+    labels: Tensor  # (B, T) int64, -100 at padding
+    causal: Tensor  # (B, T) bool
     n: Tensor  # (B,) int64 stream positions
 
     def to(self, device: torch.device | str) -> Batch:
@@ -70,11 +84,11 @@ class Batch:
 def collate(examples: list[Example], pad_id: int) -> Batch:
     """Stack examples; the shorter prefixes get `pad_id` on the left."""
     B, T = len(examples), max(len(e.ids) for e in examples)
-    ids = np.full((B, T), pad_id, np.int64)
-    mask = np.zeros((B, T), bool)
+    ids, labels = np.full((B, T), pad_id, np.int64), np.full((B, T), -100, np.int64)
+    mask, causal = np.zeros((B, T), bool), np.zeros((B, T), bool)
     for row, example in enumerate(examples):
-        ids[row, T - len(example.ids) :] = example.ids
-        mask[row, T - len(example.ids) :] = True
+        at = slice(T - len(example.ids), T)
+        ids[row, at], labels[row, at], mask[row, at], causal[row, at] = example.ids, example.labels, True, example.causal
     images = np.concatenate([e.images for e in examples]).transpose(0, 3, 1, 2)
 
     def stack(name: str) -> Tensor:
@@ -82,8 +96,9 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
 
     return Batch(
         ids=torch.from_numpy(ids), mask=torch.from_numpy(mask), images=torch.from_numpy(np.ascontiguousarray(images)),
-        n=torch.tensor([e.n for e in examples]),
-        **{name: stack(name) for name in ("state", "unit", "valid", "symbols", "end", "end_valid", "hidden")},
+        slots=torch.from_numpy(np.concatenate([e.slots for e in examples])), n=torch.tensor([e.n for e in examples]),
+        labels=torch.from_numpy(labels), causal=torch.from_numpy(causal),
+        **{name: stack(name) for name in ("robot", "state", "unit", "valid", "symbols", "end", "end_valid", "hidden")},
     )  # fmt: skip
 
 
@@ -107,32 +122,36 @@ class AugmentConfig(Config):
 
 
 class Encoder:
-    """Window -> Example: numpy only, so that loader workers carry no model.
+    """Window or Question -> Example: numpy only, so that loader workers carry no model.
 
-    Action and state vectors of narrower robots are padded to A and S with zeros and masked.
+    Action and state vectors of robots narrower than `action_dim` (A) and `state_dim` (S) are padded with zeros and masked.
+    `layout` holds the backbone's control ids, `image_tokens` and `soft_tokens`.
     """
 
     def __init__(
         self, *, embodiments: dict[str, EmbodimentSpec], normalizers: dict[str, dict[str, Normalizer]], codec: ActionCodec,
         tokenize: Callable[[str], list[int]], layout: dict[str, int], prompt: str, image_size: int, horizon: int,
+        action_dim: int, state_dim: int,
     ) -> None:  # fmt: skip
         self.embodiments, self.normalizers, self.codec = embodiments, normalizers, codec
         self.tokenize, self.layout, self.prompt = tokenize, layout, prompt
         self.image_size, self.horizon = image_size, horizon
-        self.action_dim = max(spec.action_dim for spec in embodiments.values())
-        self.state_dim = max(spec.state_dim for spec in embodiments.values())
-        self._ids: dict[tuple[str, int], np.ndarray] = {}
+        self.action_dim, self.state_dim = action_dim, state_dim
+        self._ids: dict[tuple[str, int, str], np.ndarray] = {}
+        self._robots = {name: np.array(i, np.int64) for i, name in enumerate(embodiments)}
         self._end_valid = {name: _end_dims(spec, self.state_dim) for name, spec in embodiments.items()}
 
-    def window(self, window: Window, augment: AugmentConfig | None = None, seed: int = 0) -> Example:
+    def window(self, window: Window | Question, augment: AugmentConfig | None = None, seed: int = 0) -> Example:
         """Raises `DataError` on non-finite values (from the normaliser and the codec)."""
+        if isinstance(window, Question):
+            return self.question(window)
         H, A = self.horizon, self.action_dim
         spec, norm = self.embodiments[window.embodiment], self.normalizers[window.embodiment]
         unit, valid = np.zeros((H, A), np.float32), np.zeros((H, A), bool)
         unit[:, : spec.action_dim] = norm["action"].to_unit(window.actions)
         valid[:, : spec.action_dim] = window.valid
         unit[~valid] = 0.0
-        images = self._images(window.images, spec)
+        images, slots = self._images(window.images, spec)
         state, hidden = self._state(norm["state"], window.state), np.zeros(H * A, bool)
         if augment is not None:
             rng = generator(Purpose.AUGMENT, seed, window.n)
@@ -140,10 +159,11 @@ class Encoder:
             noise = rng.normal(0.0, augment.state_noise, spec.state_dim) if augment.state_noise else 0.0
             state[: spec.state_dim] += noise
             hidden = rng.random(H * A) < augment.history_dropout
+        ids = self._prefix(window.instruction, len(images), window.embodiment)
         return Example(
-            ids=self._prefix(window.instruction, len(images)), images=images, state=state, unit=unit, valid=valid,
+            ids=ids, images=images, slots=slots, robot=self._robots[window.embodiment], state=state, unit=unit, valid=valid,
             symbols=self.codec.encode(unit), end=self._state(norm["state"], window.final_state),
-            end_valid=self._end_valid[window.embodiment], hidden=hidden, n=window.n,
+            end_valid=self._end_valid[window.embodiment], hidden=hidden, **_nothing_to_say(ids), n=window.n,
         )  # fmt: skip
 
     def observation(self, observation: Observation, instruction: str, embodiment: str, drop_state: bool = False) -> Example:
@@ -153,32 +173,60 @@ class Encoder:
         state = np.zeros(self.state_dim, np.float32)
         if not drop_state:
             state = self._state(norm["state"], np.asarray(observation["state"], np.float32))
-        images = self._images(observation["images"], spec)  # pyright: ignore[reportArgumentType]
-        none = np.zeros((self.horizon, self.action_dim), np.float32)
+        images, slots = self._images(observation["images"], spec)  # pyright: ignore[reportArgumentType]
+        ids = self._prefix(instruction, len(images), embodiment)
+        return Example(ids=ids, images=images, slots=slots, robot=self._robots[embodiment], **self._no_actions(state),
+                       **_nothing_to_say(ids))  # fmt: skip
+
+    def question(self, question: Question) -> Example:
+        """Picture, question, answer: the answer's words are learned one after the other, no action is."""
+        layout = self.layout
+        images = [] if question.image is None else [prepare_image(question.image, self.image_size)]
+        ask = [layout["image"]] * (layout["image_tokens"] * len(images)) + list(self.tokenize(answer_prompt(question.text)))
+        answer = list(self.tokenize(answer_prompt(question.answer))) if question.answer else []
+        ids = np.array([*ask, layout["say"], *answer], np.int64)
+        labels = np.full(len(ids), -100, np.int64)
+        if answer:
+            labels[len(ask) :] = [*answer, layout["eos"]]
+        size = self.image_size
         return Example(
-            ids=self._prefix(instruction, len(images)), images=images, state=state, unit=none,
-            valid=none.astype(bool), symbols=np.zeros(none.size, np.int64), end=np.zeros_like(state),
-            end_valid=np.zeros(self.state_dim, bool), hidden=np.zeros(none.size, bool),
+            ids=ids, images=np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8),
+            slots=np.zeros(len(images), np.int64), robot=np.array(0, np.int64),
+            **self._no_actions(np.zeros(self.state_dim, np.float32)), labels=labels, causal=np.arange(len(ids)) >= len(ask),
+            n=question.n,
         )  # fmt: skip
 
-    def _images(self, images: dict[str, np.ndarray], spec: EmbodimentSpec) -> np.ndarray:
-        return np.stack([prepare_image(images[camera], self.image_size) for camera in spec.cameras])
+    def _no_actions(self, state: np.ndarray) -> dict[str, Any]:
+        none = np.zeros((self.horizon, self.action_dim), np.float32)
+        return {"state": state, "unit": none, "valid": none.astype(bool), "symbols": np.zeros(none.size, np.int64),
+                "end": np.zeros_like(state), "end_valid": np.zeros(self.state_dim, bool),
+                "hidden": np.zeros(none.size, bool)}  # fmt: skip
+
+    def _images(self, images: dict[str, np.ndarray], spec: EmbodimentSpec) -> tuple[np.ndarray, np.ndarray]:
+        """(I, h, w, 3) of the cameras that are there, and (I,) which of the robot's they are."""
+        there = [(slot, camera) for slot, camera in enumerate(spec.cameras) if camera in images]
+        frames = np.stack([prepare_image(images[camera], self.image_size) for _, camera in there])
+        return frames, np.array([slot for slot, _ in there], np.int64)
 
     def _state(self, normalizer: Normalizer, state: np.ndarray) -> np.ndarray:
         padded = np.zeros(self.state_dim, np.float32)
         padded[: normalizer.dims] = normalizer.to_unit(state)
         return padded
 
-    def _prefix(self, instruction: str, cameras: int) -> np.ndarray:
-        key = (instruction if isinstance(instruction, str) else clean_instruction(instruction), cameras)
+    def _prefix(self, instruction: str, cameras: int, robot: str) -> np.ndarray:
+        key = (instruction if isinstance(instruction, str) else clean_instruction(instruction), cameras, robot)
         if key not in self._ids:
             if len(self._ids) > 10_000:  # a server meets many sentences; a dictionary must not grow for ever
                 self._ids.clear()
-            text = self.tokenize(act_prompt(instruction, self.prompt))
-            tail = [self.layout["state"], self.layout["end"]]
+            text = self.tokenize(act_prompt(instruction, self.prompt, robot))
+            tail = [self.layout["soft"]] * self.layout["soft_tokens"] + [self.layout["state"], self.layout["end"]]
             head = [self.layout["image"]] * (self.layout["image_tokens"] * cameras)
             self._ids[key] = np.array(head + list(text) + tail, np.int64)
         return self._ids[key]
+
+
+def _nothing_to_say(ids: np.ndarray) -> dict[str, Any]:
+    return {"labels": np.full(len(ids), -100, np.int64), "causal": np.zeros(len(ids), bool)}
 
 
 def _end_dims(spec: EmbodimentSpec, width: int) -> np.ndarray:

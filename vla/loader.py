@@ -1,31 +1,51 @@
-"""The stream as batches: positions for a rank and a step, Examples in loader workers, micro-batches."""
+"""The stream as batches: positions for a rank and a step, Examples in loader workers, micro-batches.
+
+Pictures stay uint8 until they are on the device. Workers hand batches over in memory they share with this process
+(`vla/shelves.py`); what is in a batch does not depend on how many workers there are.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vla.batch import Batch, Example, collate
 from vla.errors import VLAError
 from vla.mixture import Mixture
 from vla.policy import VLAPolicy
+from vla.shelves import Laid, Shelves
+
+PREFETCH = 4
+"""Batches each worker makes ahead of the one that is wanted."""
 
 
 class _Stream(Dataset):
-    """Stream positions -> Examples. Map-style over positions: order is the caller's, so workers cannot change it."""
+    """Stream positions -> samples. Map-style over positions: order is the caller's, so workers cannot change it."""
+
+    def __init__(self, read: Callable[[int], Any]) -> None:
+        self.read = read
+
+    def __getitem__(self, n: int) -> Any | VLAError:
+        try:
+            return self.read(n)
+        except VLAError as error:  # as a value: torch rebuilds a worker's exception from its text alone
+            return error
+
+
+class _Examples:
+    """Stream position -> Example: the policy's encoder without the policy, for workers."""
 
     def __init__(self, mixture: Mixture, policy: VLAPolicy, seed: int) -> None:
         self.mixture, self.encoder, self.augment, self.seed = mixture, policy.encoder, policy.config.augment, seed
 
-    def __getitem__(self, n: int) -> Example | VLAError:
-        try:
-            return self.encoder.window(self.mixture.window(n), self.augment, self.seed)
-        except VLAError as error:  # as a value: torch rebuilds a worker's exception from its text alone
-            return error
+    def __call__(self, n: int) -> Example:
+        return self.encoder.window(self.mixture.window(n), self.augment, self.seed)
 
 
 class _Positions(Sampler[list[int]]):
@@ -44,29 +64,90 @@ class _Positions(Sampler[list[int]]):
         return self.steps - self.first_step
 
 
+class Loader:
+    """Batches of `collate([read(n), ...])` for each list of positions in `positions`, made by `workers` processes.
+
+    A batch is a dataclass of tensors, or the first `VLAError` that `read` raised for it. `shelf` is the most bytes a batch is
+    expected to have; larger ones arrive as well, more slowly. `start` is how workers are started: `fork`, `spawn`,
+    `forkserver`, None for Python's default.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Any], collate: Callable[[list[Any]], Any], positions: Sampler[list[int]], *,
+        workers: int = 0, shelf: int = 2**24, start: str | None = None,
+    ) -> None:  # fmt: skip
+        self.positions = positions
+        self._shelves = None
+        if workers and hasattr(os, "memfd_create"):  # Linux
+            # Those made ahead, the one being used, and the one before, whose last tensor may not be gone yet.
+            self._shelves = Shelves(workers, PREFETCH + 2, shelf)
+        self._loader = DataLoader(
+            _Stream(read), batch_sampler=positions, collate_fn=_Collate(collate, self._shelves), num_workers=workers,
+            worker_init_fn=_quiet_worker, pin_memory=torch.cuda.is_available(), prefetch_factor=PREFETCH if workers else None,
+            multiprocessing_context=start if workers else None,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Batches:
+        return Batches(iter(self._loader), self._shelves)
+
+
+class Batches:
+    """The batches of a `Loader` in order."""
+
+    def __init__(self, inner: Any, shelves: Shelves | None) -> None:
+        self._inner, self._shelves = inner, shelves
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._inner)
+        return batch.take() if isinstance(batch, Laid) else batch
+
+    def _shutdown_workers(self) -> None:
+        getattr(self._inner, "_shutdown_workers", lambda: None)()
+
+
 def make_loader(
     mixture: Mixture, policy: VLAPolicy, *, seed: int, batch: int, steps: int, first_step: int = 0, rank: int = 0,
-    world: int = 1, workers: int = 0,
-) -> DataLoader:  # fmt: skip
+    world: int = 1, workers: int = 0, start: str | None = None,
+) -> Loader:  # fmt: skip
     """Batches of `rank` for steps [first_step, steps); the same whatever the number of workers."""
-    return DataLoader(
-        _Stream(mixture, policy, seed), batch_sampler=_Positions(batch, rank, world, first_step, steps),
-        collate_fn=_Collate(policy.encoder.layout["pad"]), num_workers=workers, worker_init_fn=_quiet_worker,
-        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+    encoder = policy.encoder
+    cameras = max(len(spec.cameras) for spec in encoder.embodiments.values())
+    pictures = cameras * encoder.image_size**2 * 3
+    return Loader(
+        _Examples(mixture, policy, seed), _Batch(encoder.layout["pad"]),
+        _Positions(batch, rank, world, first_step, steps), workers=workers, start=start,
+        shelf=batch // world * (pictures + 2**16) + 2**16,
     )  # fmt: skip
 
 
-class _Collate:
+class _Batch:
     """`policy.collate` without the policy, for workers."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
-    def __call__(self, examples: list[Example | VLAError]) -> Batch | VLAError:
-        good = [e for e in examples if isinstance(e, Example)]
-        if len(good) < len(examples):
-            return next(e for e in examples if isinstance(e, VLAError))
-        return collate(good, self.pad)
+    def __call__(self, examples: list[Example]) -> Batch:
+        return collate(examples, self.pad)
+
+
+class _Collate:
+    """Samples -> a batch, laid on a shelf where this is a worker; an error instead if there is one."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], shelves: Shelves | None) -> None:
+        self.collate, self.shelves = collate, shelves
+
+    def __call__(self, samples: list[Any | VLAError]) -> Any:
+        for sample in samples:
+            if isinstance(sample, VLAError):
+                return sample
+        batch, worker = self.collate(samples), get_worker_info()
+        return batch if worker is None or self.shelves is None else self.shelves.put(batch, worker.id)
 
 
 def _quiet_worker(worker: int) -> None:
@@ -86,6 +167,7 @@ def split_batch(batch: Batch, policy: VLAPolicy, micro: int | None) -> list[Batc
     parts = []
     for first in range(0, len(batch), micro):
         last = min(first + micro, len(batch))
-        rows = {k: getattr(batch, k)[first:last] for k in batch.__dataclass_fields__ if k != "images"}
-        parts.append(Batch(images=batch.images[starts[first] : starts[last]], **rows))
+        rows = {k: getattr(batch, k)[first:last] for k in batch.__dataclass_fields__ if k not in ("images", "slots")}
+        mine = slice(int(starts[first]), int(starts[last]))
+        parts.append(Batch(images=batch.images[mine], slots=batch.slots[mine], **rows))
     return parts

@@ -7,71 +7,119 @@ How n becomes a frame: the stream is cut into blocks of `BLOCK` draws. Each data
 block (cumulative rounding, so shares are right to one draw at every block's end); a keyed shuffle of the block says
 which position is whose. The k-th draw of a dataset is element k % F of a keyed permutation of its F frames, with a new
 key for each epoch k // F: without replacement inside an epoch. That permutation is computed, not stored
-(`vla/randomness.py`).
+(`vla/randomness.py`). Only a dataset that is streamed is permuted in two levels, its shards and then the frames of a few
+shards together, so that a few files at a time are enough.
+
+Image-text data (`vla/answers.py`) is one more owner of draws: at its positions `window(n)` is a `Question`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+import yaml
+from pydantic import Field, model_validator
 
-from vla.config import Config
+from vla.answers import Answers, AnswersConfig, Question
+from vla.config import Config, find_config
 from vla.embodiment import EmbodimentSpec, explain, load_embodiment
 from vla.episodes import EpisodeStore
 from vla.errors import DataError, UsageError, VLAError
 from vla.randomness import Purpose, generator, mix, permute
+from vla.resample import native_steps, to_policy_steps
 from vla.schema import Window
 
 BLOCK = 4096
 """Draws per block. Large enough that every dataset of a mixture of 60 gets its share to the draw."""
 
+SHARDS_AT_ONCE = 4
+"""Shards of a streamed dataset whose frames are shuffled together."""
+
 
 class DatasetConfig(Config):
     """One dataset of the mixture."""
 
-    path: str
-    """Folder of a LeRobot v3.0 dataset."""
+    path: str = Field(min_length=1)
+    """Folder of a LeRobot dataset, or `hub:user/name@revision`."""
     embodiment: str | None = None
     """Which robot it is: a shipped name or a YAML file. Default: the dataset's own `meta/embodiment.json`, else a spec derived
     from its features (convention `scalar`)."""
     weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Share of the samples, relative to the other datasets' weights (not multiplied by size)."""
+    """Share of the samples, relative to the other datasets' weights; multiplied by size where `mixture.temperature` is set."""
+    cameras: dict[str, str | None] = Field(default_factory=dict)
+    """The embodiment's camera -> this dataset's name for it; `null`: it was not recorded, and is masked."""
+    stream: bool = False
+    """Of a Hub dataset, fetch videos file by file while training instead of everything before it."""
 
 
 class MixtureConfig(Config):
     """What is drawn, and in which shares."""
 
-    datasets: list[DatasetConfig] = Field(min_length=1)
+    datasets: list[DatasetConfig] = Field(default_factory=list)
+    named: str | None = None
+    """A shipped list of datasets and weights (`oxe_magic_soup_plus_minus`) or a YAML file of that form, read from `root`."""
+    root: str = "data"
+    """Where the datasets of `named` lie, each in a folder of its name."""
+    temperature: float | None = Field(default=None, gt=0)
+    """None: weights alone decide. T: weight times frames ** (1 / T). 1 is every frame alike (OpenVLA's balancing, where a weight
+    multiplies a dataset's natural share); larger is flatter."""
+    answers: AnswersConfig | None = None
+    """Image-text data to train on beside the robots'."""
     holdout: float = Field(default=0.02, ge=0, lt=1)
     """Share of each dataset's episodes kept out of training (at least one), chosen by a keyed hash; for open-loop figures."""
-    frames: Literal["raw", "jpeg"] = "raw"
-    """How the training cache stores frames."""
+    frames: Literal["raw", "jpeg", "video"] = "raw"
+    """How pictures are kept for training: decoded, as JPEG (about ten times smaller), or not at all (videos are read)."""
     cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureConfig:
+        if not self.datasets and not self.named:
+            raise ValueError("no datasets: give `datasets`, `named`, or both")
+        return self
+
+
+def all_datasets(config: MixtureConfig) -> tuple[list[DatasetConfig], float | None]:
+    """Every dataset of a mixture, those of its named list included, and the temperature that holds."""
+    if config.named is None:
+        return config.datasets, config.temperature
+    path = Path(config.named) if config.named.endswith((".yaml", ".yml")) else Path("mixtures") / config.named
+    listed = yaml.safe_load(find_config(path).read_text())
+    entries = [DatasetConfig(path=str(Path(config.root) / e["name"]), weight=e["weight"]) for e in listed["datasets"]]
+    natural = 1.0 if listed.get("balance") == "frames" else None
+    return [*entries, *config.datasets], config.temperature or natural
 
 
 class Mixture:
     """Windows of `horizon` actions over several datasets, addressed by position in the stream.
 
-    `stores` are opened datasets; `weights` their relative shares; `part` is "train" or "holdout".
-    Raises `DataError` when two datasets of one robot disagree about it.
+    `stores` are opened datasets; `weights` their relative shares; `part` is "train" or "holdout". `seconds` makes a chunk a
+    length of time (`vla/resample.py`). `specs[i]` is what robot dataset i shows (default: its own description) and
+    `cameras[i]` maps that robot's cameras to the dataset's, None where one was not recorded.
+    Raises `DataError` when two datasets of one robot and control mode disagree about it.
     """
 
     def __init__(
         self, stores: Sequence[EpisodeStore], weights: Sequence[float], horizon: int, seed: int,
-        holdout: float = 0.0, part: str = "train",
+        holdout: float = 0.0, part: str = "train", *, seconds: float | None = None, temperature: float | None = None,
+        specs: Sequence[EmbodimentSpec] | None = None, cameras: Sequence[Mapping[str, str | None]] | None = None,
+        answers: tuple[Answers, float] | None = None,
     ) -> None:  # fmt: skip
         self.stores, self.horizon, self.seed, self.part = list(stores), horizon, seed, part
+        self.seconds = seconds
+        self.specs = list(specs) if specs else [store.spec for store in self.stores]
+        every = [{name: name for name in spec.cameras} for spec in self.specs]
+        self.cameras: Sequence[Mapping[str, str | None]] = list(cameras) if cameras else every
+        self.answers = answers[0] if answers else None
         self.embodiments: dict[str, EmbodimentSpec] = {}
-        for store in self.stores:
-            known = self.embodiments.setdefault(store.spec.name, store.spec)
-            if lines := explain(known, store.spec):
-                raise DataError(store.root, found="; ".join(lines), expected=f"one description of robot {known.name!r}",
-                                fix="give the other robot its own name in meta/embodiment.json")  # fmt: skip
+        for store, spec in zip(self.stores, self.specs, strict=True):
+            known = self.embodiments.setdefault(spec.key, spec)
+            if lines := explain(known, spec):
+                raise DataError(store.root, found="; ".join(lines), expected=f"one description of robot {known.key!r}",
+                                fix="give the other robot its own name, or this control mode a `mode`")  # fmt: skip
         self.episodes = [_split(store.num_episodes, holdout, part) for store in self.stores]
         # Frame starts of the chosen episodes, as if they lay one after the other.
         self._starts = []
@@ -82,41 +130,64 @@ class Mixture:
         if part == "train" and (empty := [str(s.root) for s, size in zip(self.stores, self.sizes, strict=True) if size == 0]):
             raise DataError(", ".join(empty), found="no training episode", expected="at least one",
                             fix="record more, or lower mixture.holdout")  # fmt: skip
-        total = math.fsum(w for w, size in zip(weights, self.sizes, strict=True) if size)
-        self.shares = [w / total if size else 0.0 for w, size in zip(weights, self.sizes, strict=True)]
+        self.shares = _shares(weights, self.sizes, temperature, answers[1] if answers and part == "train" else 0.0)
         self._heaviest = int(np.argmax(self.shares))
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray, list[int]]] = {}
+        self._shards = [_shard_starts(store, chosen, starts)
+                        for store, chosen, starts in zip(self.stores, self.episodes, self._starts, strict=True)]  # fmt: skip
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Frames in one pass over every dataset."""
         return sum(self.sizes)
 
     def drawn(self, block: int) -> list[int]:
-        """How many draws of each dataset the first `block` blocks hold."""
-        counts = [math.floor(share * BLOCK * block) for share in self.shares]
+        """How many draws of each dataset (and, last, of the questions) the first `block` blocks hold."""
+        counts = np.floor(np.array(self.shares) * (BLOCK * block)).astype(np.int64)
         counts[self._heaviest] = 0
-        counts[self._heaviest] = BLOCK * block - sum(counts)
-        return counts
+        counts[self._heaviest] = BLOCK * block - counts.sum()
+        return counts.tolist()
 
     def locate(self, n: int) -> tuple[int, int, int]:
-        """Stream position -> (dataset, episode of its store, frame inside the episode)."""
+        """Stream position -> (dataset, episode of its store, frame inside the episode); (-1, pair, 0) for a question."""
         block, position = divmod(n, BLOCK)
         owner, rank, before = self._block(block)
         dataset = int(owner[position])
-        epoch, i = divmod(before[dataset] + int(rank[position]), self.sizes[dataset])
-        frame = permute(i, self.sizes[dataset], mix(self.seed, Purpose.EPOCH, dataset, epoch))
+        draw = int(before[dataset]) + int(rank[position])
+        if dataset == len(self.stores):
+            assert self.answers is not None
+            epoch, i = divmod(draw, len(self.answers))
+            return -1, permute(i, len(self.answers), mix(self.seed, Purpose.EPOCH, dataset, epoch)), 0
+        epoch, i = divmod(draw, self.sizes[dataset])
+        key = mix(self.seed, Purpose.EPOCH, dataset, epoch)
+        shards = self._shards[dataset]
+        frame = permute(i, self.sizes[dataset], key) if shards is None else self._streamed(dataset, epoch, i, key, shards)
         return dataset, *self.place(dataset, frame)
 
-    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def _streamed(self, dataset: int, epoch: int, i: int, key: int, shards: np.ndarray) -> int:
+        """The i-th frame of an epoch over shards: groups of shuffled shards one after the other, frames shuffled inside one."""
+        if (dataset, epoch) not in self._orders:
+            order = np.array([permute(p, len(shards) - 1, key) for p in range(len(shards) - 1)])
+            if len(self._orders) > 2 * len(self.stores):
+                self._orders.clear()
+            self._orders[dataset, epoch] = order, np.concatenate([[0], np.cumsum(np.diff(shards)[order])])
+        order, ends = self._orders[dataset, epoch]
+        group = (int(np.searchsorted(ends, i, "right")) - 1) // SHARDS_AT_ONCE * SHARDS_AT_ONCE
+        first, last = int(ends[group]), int(ends[min(group + SHARDS_AT_ONCE, len(order))])
+        at = first + permute(i - first, last - first, mix(key, group))
+        shard = int(np.searchsorted(ends, at, "right")) - 1
+        return int(shards[order[shard]]) + at - int(ends[shard])
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each position of a block: whose it is, and how many earlier positions are the same dataset's."""
         if block not in self._blocks:
-            before, after = self.drawn(block), self.drawn(block + 1)
-            counts = [b - a for a, b in zip(before, after, strict=True)]
+            before = np.array(self.drawn(block))
+            counts = np.array(self.drawn(block + 1)) - before
             shuffled = generator(Purpose.BLOCK, self.seed, block).random(BLOCK).argsort(kind="stable")
             owner = np.repeat(np.arange(len(counts)), counts)[shuffled]
-            rank = np.zeros(BLOCK, np.int64)
-            for dataset, count in enumerate(counts):
-                rank[owner == dataset] = np.arange(count)
+            rank = np.empty(BLOCK, np.int64)
+            together = owner.argsort(kind="stable")  # each dataset's positions, in their order
+            rank[together] = np.arange(BLOCK) - np.repeat(np.cumsum(counts) - counts, counts)
             if len(self._blocks) > 8:
                 self._blocks.clear()
             self._blocks[block] = (owner, rank, before)
@@ -128,65 +199,139 @@ class Mixture:
         chosen = int(np.searchsorted(starts, frame, side="right")) - 1
         return int(self.episodes[dataset][chosen]), frame - int(starts[chosen])
 
-    def window(self, n: int) -> Window:
-        """The n-th window of the stream, validated."""
-        return self.window_at(*self.locate(n), n=n)
+    def window(self, n: int) -> Window | Question:
+        """The n-th sample of the stream, validated."""
+        dataset, episode, t = self.locate(n)
+        if dataset < 0:
+            assert self.answers is not None
+            return self.answers.question(episode, n)
+        return self.window_at(dataset, episode, t, n=n)
 
     def window_at(self, dataset: int, episode: int, t: int, n: int = -1) -> Window:
         """The window at frame t of an episode; actions past the episode's end are zero and not valid."""
-        store = self.stores[dataset]
+        store, spec = self.stores[dataset], self.specs[dataset]
         start, stop = int(store.episode_starts[episode]), int(store.episode_starts[episode + 1])
         at = start + t
-        count = min(self.horizon, stop - at)
-        actions = np.zeros((self.horizon, store.action.shape[1]), np.float32)
+        native = native_steps(self.seconds, self.horizon, spec.control_hz)
+        count = min(native, stop - at)
+        actions = np.zeros((native, store.action.shape[1]), np.float32)
         actions[:count] = store.action[at : at + count]
-        valid = np.zeros(actions.shape, bool)
-        valid[:count] = True
+        actions, whole = to_policy_steps(actions, count, self.horizon, spec)
         return Window(
-            images={camera: store.frame(camera, at) for camera in store.cameras},
-            state=np.asarray(store.state[at]), instruction=store.instructions[store.task_of_episode[episode]],
-            actions=actions, valid=valid, embodiment=store.spec.name, final_state=np.asarray(store.state[stop - 1]),
-            n=n, source=f"{store.root.name}:{episode}:{t}",
+            images={name: store.frame(own, at) for name, own in self.cameras[dataset].items() if own is not None},
+            state=np.asarray(store.state[at]), instruction=store.instructions[store.task_of_frame[at]],
+            actions=actions, valid=np.repeat(whole[:, None], actions.shape[1], axis=1), embodiment=spec.key,
+            final_state=np.asarray(store.state[stop - 1]), n=n, source=f"{store.root.name}:{episode}:{t}",
         ).validate()  # fmt: skip
 
     def report(self, steps: int, batch: int) -> list[dict]:
         """What a run of `steps` x `batch` will draw: share, draws and epochs per dataset."""
-        draws = [share * steps * batch for share in self.shares]
-        return [
-            {"dataset": str(s.root), "robot": s.spec.name, "episodes": len(e), "frames": size, "share": round(share, 4),
-             "draws": round(d), "epochs": round(d / size, 2) if size else 0.0}
-            for s, e, size, share, d in zip(self.stores, self.episodes, self.sizes, self.shares, draws, strict=True)
-        ]  # fmt: skip
+        lines = [
+            {"dataset": str(store.root), "robot": spec.key, "episodes": len(episodes), "frames": size}
+            for store, spec, episodes, size in zip(self.stores, self.specs, self.episodes, self.sizes, strict=True)
+        ]
+        if self.answers is not None and len(self.shares) > len(lines):
+            lines.append({"dataset": str(self.answers.path), "robot": "-", "episodes": 0, "frames": len(self.answers)})
+        for line, share in zip(lines, self.shares, strict=True):
+            draws = share * steps * batch
+            line |= {"share": round(share, 4), "draws": round(draws), "epochs": round(draws / max(1, line["frames"]), 2)}
+        return lines
+
+
+def _shares(weights: Sequence[float], sizes: Sequence[int], temperature: float | None, answers: float) -> list[float]:
+    """Share of the samples per dataset, summing to 1; `answers` > 0 adds theirs at the end."""
+    scaled = [(w * size ** (1 / temperature) if temperature else w) if size else 0.0
+              for w, size in zip(weights, sizes, strict=True)]  # fmt: skip
+    total = math.fsum(scaled)
+    shares = [w / total * (1 - answers) if total else 0.0 for w in scaled]
+    return [*shares, answers] if answers else shares
+
+
+def _shard_starts(store: EpisodeStore, chosen: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
+    """Where a streamed dataset's shards begin among the frames of the chosen episodes; None for one that lies here whole."""
+    shards = getattr(store, "shards", None)
+    if shards is None:
+        return None
+    episodes = np.searchsorted(store.episode_starts, shards)  # a shard begins with an episode
+    return np.unique(starts[np.searchsorted(chosen, episodes)])
 
 
 def _split(count: int, holdout: float, part: str) -> np.ndarray:
     """Episodes of `part`. The split does not depend on the run's seed, so that figures of two seeds compare."""
     held = min(max(round(count * holdout), 1), count - 1) if holdout else 0
-    order = [permute(i, count, mix(Purpose.SPLIT, count)) for i in range(count)]
-    return np.sort(np.array(order[:held] if part == "holdout" else order[held:], np.int64))
+    key = mix(Purpose.SPLIT, count)
+    out = np.array([permute(i, count, key) for i in range(held)], np.int64)
+    return np.sort(out) if part == "holdout" else np.setdiff1d(np.arange(count), out, assume_unique=True)
 
 
-def open_mixture(config: MixtureConfig, horizon: int, seed: int, progress: bool = True) -> tuple[Mixture, Mixture]:
+def open_mixture(
+    config: MixtureConfig, horizon: int, seed: int, progress: bool = True, seconds: float | None = None
+) -> tuple[Mixture, Mixture]:
     """Open every dataset (building caches) and return the training and the held-out mixture.
 
     All datasets that cannot be opened are reported in one `DataError`.
     """
     stores: list[EpisodeStore] = []
+    specs: list[EmbodimentSpec] = []
+    cameras: list[Mapping[str, str | None]] = []
     problems: list[VLAError] = []
-    for entry in config.datasets:
+    answers: Answers | None = None
+    datasets, temperature = all_datasets(config)
+    for entry in datasets:
         try:
-            cache = Path(config.cache_dir) if config.cache_dir else None
-            spec = load_embodiment(entry.embodiment) if entry.embodiment else None
-            stores.append(EpisodeStore.open(entry.path, cache, config.frames, progress, embodiment=spec))
+            store, spec, names = _open(entry, config, progress)
+            stores.append(store)
+            specs.append(spec)
+            cameras.append(names)
         except (DataError, UsageError) as error:
             problems.append(error)
+    try:
+        answers = Answers(config.answers.path, config.answers.images) if config.answers else None
+    except DataError as error:
+        problems.append(error)
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise DataError("mixture", found="\n".join(map(str, problems)), expected="datasets that open",
                         fix="mend each dataset named above")  # fmt: skip
-    weights = [entry.weight for entry in config.datasets]
-    return (
-        Mixture(stores, weights, horizon, seed, config.holdout, "train"),
-        Mixture(stores, weights, horizon, seed, config.holdout, "holdout"),
-    )
+    weights = [entry.weight for entry in datasets]
+    asked = (answers, config.answers.share) if answers and config.answers else None
+
+    def part(name: str) -> Mixture:
+        return Mixture(stores, weights, horizon, seed, config.holdout, name, seconds=seconds, temperature=temperature,
+                       specs=specs, cameras=cameras, answers=asked)  # fmt: skip
+
+    return part("train"), part("holdout")
+
+
+def _open(entry: DatasetConfig, config: MixtureConfig, progress: bool):
+    """(store, the robot it shows, that robot's cameras -> the dataset's names) of one dataset."""
+    cache = Path(config.cache_dir) if config.cache_dir else None
+    spec = load_embodiment(entry.embodiment) if entry.embodiment else None
+    names: dict[str, str | None] = {}
+    if entry.cameras:
+        if spec is None:
+            raise UsageError(f"dataset {entry.path}", found="cameras without an embodiment", expected="both",
+                             fix="say which robot it is: embodiment: NAME_OR_YAML")  # fmt: skip
+        if unknown := sorted(entry.cameras.keys() - spec.cameras.keys()):
+            raise UsageError(f"dataset {entry.path}, cameras", found=f"{unknown}",
+                             expected=f"cameras of {spec.key!r}: {sorted(spec.cameras)}",
+                             fix="name the embodiment's camera on the left, the dataset's on the right")  # fmt: skip
+        names = {name: entry.cameras.get(name, name) for name in spec.cameras}
+        recorded = {own: spec.cameras[name] for name, own in names.items() if own is not None}
+        if not recorded:
+            raise UsageError(f"dataset {entry.path}, cameras", found="all of them null", expected="at least one camera",
+                             fix="leave the dataset out: a policy that sees nothing learns nothing")  # fmt: skip
+        spec = spec.model_copy(update={"cameras": recorded})
+    store = _reach(entry, config, cache, spec, progress)
+    if not entry.cameras:
+        return store, store.spec, {name: name for name in store.spec.cameras}
+    whole = load_embodiment(entry.embodiment or "")
+    sizes = {name: store.spec.cameras[own] if own is not None else whole.cameras[name] for name, own in names.items()}
+    return store, store.spec.model_copy(update={"cameras": sizes}), names
+
+
+def _reach(
+    entry: DatasetConfig, config: MixtureConfig, cache: Path | None, spec: EmbodimentSpec | None, progress: bool
+) -> EpisodeStore:  # fmt: skip
+    return EpisodeStore.open(entry.path, cache, config.frames, progress, embodiment=spec)  # pyright: ignore

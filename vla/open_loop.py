@@ -7,6 +7,7 @@ import torch
 
 from vla.mixture import Mixture
 from vla.policy import VLAPolicy
+from vla.resample import to_policy_steps
 
 
 def evaluate_open_loop(policy: VLAPolicy, heldout: Mixture, windows: int) -> dict:
@@ -30,7 +31,9 @@ def evaluate_open_loop(policy: VLAPolicy, heldout: Mixture, windows: int) -> dic
             seen = [{"images": w.images, "state": w.state} for w in some]
             chunks = policy.act_batch(seen, [w.instruction for w in some], some[0].embodiment)
             for window, chunk in zip(some, chunks, strict=True):
-                error = np.where(window.valid, np.abs(chunk.actions - window.actions), np.nan)
+                spec = policy.embodiments[window.embodiment]
+                predicted, _ = to_policy_steps(chunk.actions, len(chunk.actions), policy.chunk, spec)
+                error = np.where(window.valid, np.abs(predicted - window.actions), np.nan)
                 errors.setdefault(window.embodiment, []).append(error)
     policy.train(was_training)
     l1 = {

@@ -14,10 +14,12 @@ MAX_INSTRUCTION = 512
 
 PROMPTS: dict[str, str] = {
     "plain-1": "{instruction}",
+    "robot-1": "{robot}: {instruction}",
     "openvla-1": "In: What action should the robot take to {instruction}?\nOut:",
 }
-"""Version -> template. `plain-1` is for models learned from scratch, where each further word costs a position;
-`openvla-1` is OpenVLA's (lower-cased instruction, right-stripped)."""
+"""Version -> template. `plain-1` is for models learned from scratch, where each further word costs a position; `robot-1`
+says which robot is meant, so that a mixture of them can be told apart by words; `openvla-1` is OpenVLA's (lower-cased
+instruction, right-stripped)."""
 
 
 def clean_instruction(text: str) -> str:
@@ -35,6 +37,13 @@ def clean_instruction(text: str) -> str:
     return cleaned
 
 
-def act_prompt(instruction: str, version: str) -> str:
-    """The text before the actions for `instruction`, in prompt `version`."""
-    return PROMPTS[version].format(instruction=clean_instruction(instruction))
+def act_prompt(instruction: str, version: str, robot: str = "") -> str:
+    """The text before the actions for `instruction` given to `robot` (an embodiment's key), in prompt `version`."""
+    words = " ".join(robot.replace("_", " ").replace("/", " ").replace("-", " ").split()).lower()
+    return PROMPTS[version].format(instruction=clean_instruction(instruction), robot=words or "robot")
+
+
+def answer_prompt(question: str) -> str:
+    """The text before an answer: the question, white space and control characters cleaned, its case kept."""
+    kept = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in unicodedata.normalize("NFC", question))
+    return " ".join(kept.split())

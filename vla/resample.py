@@ -29,6 +29,12 @@ def native_steps(seconds: float | None, chunk: int, hz: float) -> int:
     return chunk if seconds is None else max(1, round(seconds * hz))
 
 
+def chunk_steps(seconds: float | None, chunk: int, execute: int, hz: float) -> tuple[int, int]:
+    """(n, how many of them are carried out before looking again): a chunk and `execute` of its steps at a robot's own rate."""
+    n = native_steps(seconds, chunk, hz)
+    return n, max(1, min(n, round(execute * n / chunk)))
+
+
 def to_policy_steps(actions: np.ndarray, valid: int, steps: int, spec: EmbodimentSpec) -> tuple[np.ndarray, np.ndarray]:
     """(n, A) actions at the robot's rate, the first `valid` of them real -> (steps, A) and which steps (steps,) are whole.
 

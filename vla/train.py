@@ -40,7 +40,7 @@ from vla.launch import StopSignal, add_arguments, answer_launcher, die_with_laun
 from vla.loader import make_loader, split_batch
 from vla.mixture import MixtureConfig, open_mixture
 from vla.open_loop import describe, evaluate_open_loop
-from vla.policy import PolicyConfig, build_policy, read_policy, save_policy
+from vla.policy import PolicyConfig, VLAPolicy, build_policy, extend_policy, load_policy, read_policy, save_policy
 from vla.randomness import Purpose, mix
 
 
@@ -63,6 +63,15 @@ class OptimConfig(Config):
     """Samples per forward pass and process; smaller than the process's share means accumulation, with the same result."""
     ema: float = Field(default=0.995, ge=0, lt=1)
     """Decay of the averaged weights that are evaluated and saved as the policy; 0 turns averaging off."""
+
+
+class StartConfig(Config):
+    """Begin from a trained policy instead of a fresh one. It brings its own `policy:` settings."""
+
+    policy: Annotated[str, Field(min_length=1)]
+    """Policy folder, run folder or Hub id. Robots of the mixture it does not know are added to it."""
+    train: Literal["all", "robots"] = "all"
+    """`robots`: the soft tokens alone, so that what it answers to the robots it knows does not change."""
 
 
 class RunConfig(Config):
@@ -98,10 +107,13 @@ class TrainConfig(Config):
     run: RunConfig
     mixture: MixtureConfig
     policy: PolicyConfig = PolicyConfig()
+    start: StartConfig | None = None
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.start and self.policy != PolicyConfig():
+            raise ValueError("policy: and start: exclude each other; a policy that is started from brings its own settings")
         if self.run.processes != "auto" and (self.run.processes < 1 or self.optim.batch % self.run.processes):
             raise ValueError(f"optim.batch {self.optim.batch} must be a multiple of run.processes {self.run.processes}")
         return self
@@ -149,6 +161,8 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     run = Run(Path(config.run.out))
 
     # ------------------------------------------------------------------------------------ what there is already
+    base = load_policy(config.start.policy, "cpu") if config.start else None
+
     def open_all() -> tuple:
         found = run.newest(say)
         if found and not resume:
@@ -156,7 +170,8 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                              fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
         if found:
             _check_unchanged(found[1]["config"], config, run.root, allow_change)
-        return found, *open_mixture(config.mixture, config.policy.chunk, config.run.seed, progress=main)
+        wanted = base.config if base else config.policy
+        return found, *open_mixture(config.mixture, wanted.chunk, config.run.seed, progress=main, seconds=wanted.chunk_seconds)
 
     def together(error: BaseException | None) -> None:
         """Every process calls it after a step that only one of them could fail at: they go on, or stop, as one."""
@@ -183,11 +198,15 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     torch.manual_seed(config.run.seed)
     if found:
         policy = read_policy(found[0] / "policy").train()
+    elif base:
+        policy = extend_policy(base, mixture).train()
     else:
         policy = build_policy(config.policy, mixture).train()
+    if config.start and config.start.train == "robots":
+        _freeze_but_robots(policy)
     names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     tables = {id(p) for m in policy.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    decayed = [p for p in names if p.ndim >= 2 and id(p) not in tables and not names[p].endswith("patch_positions")]
+    decayed = [p for p in names if p.ndim >= 2 and id(p) not in tables and not names[p].endswith("_positions")]
     plain = [p for p in names if all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
@@ -256,11 +275,11 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             torch.manual_seed(mix(config.run.seed, Purpose.STEP, step, rank) >> 1)  # dropout = f(seed, step, rank)
             # Every rank divides by the global number of valid elements; DDP then averages, hence the factor `world`.
             if isinstance(batch, VLAError):
-                mine = [0, 0, stop.asked, 1]
+                mine = [0, 0, 0, stop.asked, 1]
             else:
-                mine = [int(batch.valid.sum()), int(batch.end_valid.sum()), stop.asked, 0]
+                mine = [*(int(x.sum()) for x in (batch.valid, batch.end_valid, batch.labels != -100)), stop.asked, 0]
             agreed = _sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=accelerator.device))
-            if isinstance(batch, VLAError) or agreed[3] > 0:
+            if isinstance(batch, VLAError) or agreed[4] > 0:
                 raise batch if isinstance(batch, VLAError) else _OtherRank("another process met a bad sample")
             batch = batch.to(accelerator.device)
             losses, totals = [], []
@@ -268,7 +287,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             for i, micro in enumerate(micros):
                 with accelerator.no_sync(wrapped) if i + 1 < len(micros) else nullcontext():
                     loss = wrapped(micro)
-                    total = loss.total(config.policy.end_weight, agreed[0], agreed[1])
+                    total = loss.total(policy.loss_weights, agreed[:3])
                     accelerator.backward(total * world)
                 losses.append(loss)
                 totals.append(total.detach())
@@ -285,12 +304,14 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                 update_average(ema, names, min(config.optim.ema, (1 + step) / (10 + step)))
 
             if step % config.run.log_every == 0 or step == config.run.steps:
-                sums = torch.stack([torch.stack([x.action, x.end, x.correct.float()]).detach() for x in losses]).sum(0)
-                sums = _sum_over_ranks(torch.cat([sums.double(), torch.stack(totals).double().sum().view(1)]))
+                parts = [torch.stack([x.action, x.end, x.correct.float(), x.answer]).detach() for x in losses]
+                sums = torch.stack(parts).double().sum(0)
+                sums = _sum_over_ranks(torch.cat([sums, torch.stack(totals).double().sum().view(1)]))
+                shares = (sums[:4] / agreed[[0, 1, 0, 2]].clamp(min=1)).tolist()
                 now = time.perf_counter()
                 record = {
-                    "kind": "train", "step": step, "loss": sums[3].item(), "action_loss": (sums[0] / agreed[0]).item(),
-                    "aux": (sums[1] / agreed[1]).item(), "token_accuracy": (sums[2] / agreed[0]).item(), "lr": lr,
+                    "kind": "train", "step": step, "loss": sums[4].item(), "action_loss": shares[0], "aux": shares[1],
+                    "token_accuracy": shares[2], **({"answer_loss": shares[3]} if mixture.answers else {}), "lr": lr,
                     "grad_norm": norm.item(), "samples_s": (step - logged_step) * config.optim.batch / (now - logged_at),
                     "data_wait": waited / (now - logged_at), "elapsed": now - started,
                 }  # fmt: skip
@@ -321,7 +342,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                     except VLAError as error:
                         problem = error
                 together(problem)
-            if healthy and (step % config.run.save_every == 0 or step == config.run.steps or agreed[2] > 0):
+            if healthy and (step % config.run.save_every == 0 or step == config.run.steps or agreed[3] > 0):
                 problem = None
                 if main:
                     try:
@@ -329,7 +350,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                     except VLAError as error:
                         problem = error
                 together(problem)
-            if agreed[2] > 0 and step < config.run.steps:
+            if agreed[3] > 0 and step < config.run.steps:
                 if main:
                     run.status("preempted", step=step, steps=config.run.steps)
                 raise Preempted(f"step {step}", found=f"signal {stop.name}", expected="to run to the end",
@@ -360,6 +381,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = (step - optim.warmup) / max(1, config.run.steps - optim.warmup)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _freeze_but_robots(policy: VLAPolicy) -> None:
+    """Leave only the soft tokens to be learned. Rows of robots that are not drawn get no gradient, no decay, no change."""
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name == "model.robots.weight")
 
 
 def _precision(wanted: str) -> str:

@@ -1,16 +1,18 @@
 """The embedded default backbone: a Prismatic-style vision-language model small enough to learn from scratch on a CPU.
 
     image --conv tower--> P patch tokens --projector--\
-      \\--FiLM(instruction), spatial softmax--> 1 keypoint token --> [image][text][state][end][action slots] --> Llama
+      \\--FiLM(instruction), spatial softmax--> 1 keypoint token -> [images][text][robot][state][end][action slots] -> Llama
     state (S,) --MLP--> 1 token ----------------------/
 
 The language model is transformers' own Llama; only the tower, the keypoint token and the splice are ours. It is
 registered with the Auto classes, so `AutoModelForImageTextToText.from_pretrained(folder)` works without remote code
 once `vla` is imported. Keypoint token: spatial softmax (Levine et al. 2016, "End-to-End Training of Deep Visuomotor
-Policies") under FiLM (Perez et al. 2018); the state as a token of the sentence: PaLM-E (Driess et al. 2023).
+Policies") under FiLM (Perez et al. 2018); the state as a token of the sentence: PaLM-E (Driess et al. 2023). `robot` are a
+few learned soft tokens per embodiment (prompt tuning, Lester et al. 2021; per embodiment as in X-VLA, Zheng et al.
+2025); they also take part in the FiLM.
 
-Vocabulary: `[text bytes and merges | pad image state end act | slots | action symbols]`. Only the first part belongs to
-the tokenizer, so no text a user types can ever become a control id.
+Vocabulary: `[text bytes and merges | pad image state end act soft say eos | slots | action symbols]`. Only the first part
+belongs to the tokenizer, so no text a user types can ever become a control id.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
-SPECIALS = ("pad", "image", "state", "end", "act")
-"""Control ids that follow the text vocabulary, in this order."""
+SPECIALS = ("pad", "image", "state", "end", "act", "soft", "say", "eos")
+"""Control ids that follow the text vocabulary, in this order. `say` begins an answer in words, `eos` ends it."""
 
 
 class NanoVLMConfig(PreTrainedConfig):
@@ -44,6 +47,9 @@ class NanoVLMConfig(PreTrainedConfig):
         tower_channels: tuple[int, ...] = (32, 64, 128),
         keypoints: int = 64,
         state_dim: int = 4,
+        num_robots: int = 1,
+        soft_tokens: int = 0,
+        max_cameras: int = 8,
         embedding_std: float = 0.3,
         **kwargs: Any,
     ) -> None:
@@ -56,6 +62,7 @@ class NanoVLMConfig(PreTrainedConfig):
         self.text_config = text_config
         self.image_size, self.tower_channels = image_size, tuple(tower_channels)
         self.keypoints, self.state_dim, self.embedding_std = keypoints, state_dim, embedding_std
+        self.num_robots, self.soft_tokens, self.max_cameras = num_robots, soft_tokens, max_cameras
         super().__init__(**kwargs)
 
     def special_id(self, name: str) -> int:
@@ -165,6 +172,8 @@ class NanoVLM(PreTrainedModel):
         self.projector = nn.Sequential(nn.Linear(self.tower.out_channels, d), nn.ReLU(), nn.Linear(d, d))
         patches = (config.image_size // _PATCH) ** 2
         self.patch_positions = nn.Parameter(torch.zeros(patches, d))
+        self.camera_positions = nn.Parameter(torch.zeros(config.max_cameras, d))
+        self.robots = nn.Embedding(config.num_robots, config.soft_tokens * d) if config.soft_tokens else None
         self.keypoints = Keypoints(self.tower.mid_channels, config.keypoints, d) if config.keypoints else None
         self.state_in = nn.Sequential(nn.Linear(config.state_dim, d), nn.ReLU(), nn.Linear(d, d))
         self.language_model = LlamaModel._from_config(config.text_config)
@@ -185,6 +194,7 @@ class NanoVLM(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.embedding_std)
         elif isinstance(module, NanoVLM):
             nn.init.normal_(module.patch_positions, std=self.config.embedding_std)
+            nn.init.zeros_(module.camera_positions)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
@@ -192,22 +202,34 @@ class NanoVLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, states: Tensor | None) -> Tensor:
-        """Splice images and states into the sentence.
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, states: Tensor | None, slots: Tensor | None = None,
+        robots: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Splice images, states and robots into the sentence.
 
         `input_ids` (B, T); `pixel_values` (I, 3, h, w) uint8 or float in 0..255, images in order of appearance over the
-        batch; `states` (B, S) in [-1, 1]. Returns (B, T, d).
+        batch; `states` (B, S) in [-1, 1]; `slots` (I,) which camera of its robot an image comes from (default: the first);
+        `robots` (B,) whose soft tokens a row has. Returns (B, T, d).
         """
         config = self.config
         embeddings = self.get_input_embeddings()(input_ids)
+        at_soft = input_ids == config.special_id("soft")
+        if self.robots is not None and robots is not None:
+            table = self.robots(robots).view(len(input_ids), config.soft_tokens, -1)
+            which = (at_soft.cumsum(-1) - 1).clamp(0, config.soft_tokens - 1)
+            soft = table.gather(1, which[..., None].expand(-1, -1, table.shape[-1]))
+            embeddings = torch.where(at_soft[..., None], soft.to(embeddings.dtype), embeddings)
         if pixel_values is not None and len(pixel_values):
             at_image = input_ids == config.special_id("image")
             pixels = pixel_values.to(embeddings.dtype) * (2.0 / 255.0) - 1.0
             grid = _coordinates(pixels.shape[-2], pixels.shape[-1], pixels.device).to(pixels.dtype)
             mid, patches = self.tower(torch.cat([pixels, grid.expand(len(pixels), -1, -1, -1)], dim=1))
-            tokens = self.projector(patches.transpose(1, 2)) + self.patch_positions
+            slots = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device) if slots is None else slots
+            camera = F.one_hot(slots, config.max_cameras).to(self.camera_positions.dtype) @ self.camera_positions
+            tokens = self.projector(patches.transpose(1, 2)) + self.patch_positions + camera[:, None]
             if self.keypoints is not None:
-                is_text = input_ids < config.text_vocab_size
+                is_text = (input_ids < config.text_vocab_size) | at_soft
                 count = is_text.sum(-1, keepdim=True).clamp(min=1)
                 sentence = (embeddings * is_text[..., None]).sum(1) / count
                 # Row of each image, from where its first token stands (repeat_interleave has no deterministic backward).
@@ -239,11 +261,11 @@ class NanoVLM(PreTrainedModel):
     def hidden(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, states: Tensor | None = None,
         attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Cache | None = None,
-        use_cache: bool = False, **kwargs: Any,
+        use_cache: bool = False, slots: Tensor | None = None, robots: Tensor | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Last hidden states (B, T, d). `attention_mask` is (B, T) or a 4-D additive mask (B, 1, T, T_total)."""
         return self.language_model(
-            inputs_embeds=self.embed(input_ids, pixel_values, states),
+            inputs_embeds=self.embed(input_ids, pixel_values, states, slots, robots),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -56,10 +56,11 @@ def evaluate(
     room = module.SUITES[suite]
     chosen = check_conditions(conditions)
     spec = _embodiment(policy, room.embodiment)
-    execute = policy.execute if execute is None else execute
+    chunk, own = policy.steps(spec.key)
+    execute = own if execute is None else execute
     decode = decode or policy.decode  # written down, not left to a default
-    if not 1 <= execute <= policy.chunk:
-        raise UsageError("execute", found=execute, expected=f"1..{policy.chunk}, the policy's chunk", fix="--execute 4")
+    if not 1 <= execute <= chunk:
+        raise UsageError("execute", found=execute, expected=f"1..{chunk}, the policy's chunk", fix=f"--execute {own}")
     if episodes < 1:
         raise UsageError("episodes", found=episodes, expected="at least 1", fix="--episodes 50")
     check_seeds(policy, suite, seed, episodes)
@@ -75,7 +76,7 @@ def evaluate(
             running = pool.open(suite, image_size, LANES * width + 4, len(jobs))
 
             def play(some: Sequence[Any], tick: Any) -> Any:
-                return run_jobs(pool, running, policy, spec.name, some, execute=execute, decode=decode, width=width, tick=tick)
+                return run_jobs(pool, running, policy, spec.key, some, execute=execute, decode=decode, width=width, tick=tick)
 
             outcomes, _ = play(jobs, lambda: bar.update(1))
             films = save_clips(jobs, outcomes, play, spec, out, clips) if out is not None and clips else []
@@ -86,7 +87,7 @@ def evaluate(
     rows, per_task = make_rows(jobs, outcomes)
     results = {
         "schema": SCHEMA, "suite": suite, "seed": seed, "episodes": episodes, "tasks": names, "conditions": chosen,
-        "execute": execute, "chunk": policy.chunk, "decode": decode, "policy": policy.fingerprint, "versions": versions(),
+        "execute": execute, "chunk": chunk, "decode": decode, "policy": policy.fingerprint, "versions": versions(),
         "rows": rows, "per_task": per_task, "records": make_records(jobs, outcomes), "clips": films, "notes": notes,
         "wall_s": round(time.perf_counter() - started, 2), "cpu_s": round(cpu_s, 2),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

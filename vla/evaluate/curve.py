@@ -16,6 +16,7 @@ from vla.durable import read_lines, replace_file
 from vla.errors import CheckpointError
 from vla.evaluate import SimulatorPool, evaluate
 from vla.report.lines import interval, percent, spread
+from vla.resample import chunk_steps
 
 CURVE_SEED = 500_000
 """First validation seed: disjoint from recorded scenes and from the reported ones."""
@@ -45,7 +46,8 @@ def success_curve(
     if not found:
         raise CheckpointError(folder, found="no checkpoints/step_*/policy", expected="a run folder with checkpoints",
                               fix="train with run.save_every below run.steps, and run.keep=0 to keep them all")  # fmt: skip
-    keys = {step: _keys(path, suite, groups, seed, episodes, decode, execute) for step, path in found.items()}
+    room = module.SUITES[suite]
+    keys = {step: _keys(path, room, groups, seed, episodes, decode, execute) for step, path in found.items()}
     path = folder / "eval" / "curve.jsonl"
     lines = [line for line in read_lines(path)[0] if {"step", "rate", "low", "high", *KEY} <= line.keys()]
     lines = _of_this_training(lines, {step: some[0]["policy"] for step, some in keys.items()})
@@ -65,18 +67,21 @@ def success_curve(
     return [line for line in lines if {name: line[name] for name in KEY} in keys.get(line["step"], ())]
 
 
-def _keys(policy: Path, suite: str, groups: Mapping[str, list[str]], seed: int, episodes: int, decode: str | None,
+def _keys(policy: Path, room: Any, groups: Mapping[str, list[str]], seed: int, episodes: int, decode: str | None,
           execute: int | None) -> list[dict[str, Any]]:  # fmt: skip
     """The key of each group's line at this checkpoint. Read without its weights: most often nothing is left to do."""
     try:
         meaning = json.loads((policy / "policy.json").read_text())
         config, fingerprint = meaning["config"], meaning["fingerprint"]
-        decode, execute = decode or config["decode"], execute or min(config["execute"], config["chunk"])
+        seconds = config.get("chunk_seconds")
+        hz = meaning["embodiments"][room.embodiment]["control_hz"] if seconds else 1.0
+        decode = decode or config["decode"]
+        execute = execute or chunk_steps(seconds, config["chunk"], config["execute"], hz)[1]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(policy / "policy.json", found=f"{type(error).__name__}: {error}", expected="a policy's description",
                               fix=f"remove {policy.parent}, it is no whole checkpoint") from error  # fmt: skip
     rest = {"seed": seed, "n": episodes, "decode": decode, "execute": execute, "policy": fingerprint}
-    return [{"suite": suite, "group": group, "tasks": members, **rest} for group, members in groups.items()]
+    return [{"suite": room.name, "group": group, "tasks": members, **rest} for group, members in groups.items()]
 
 
 def _of_this_training(lines: list[dict[str, Any]], policies: Mapping[int, str]) -> list[dict[str, Any]]:

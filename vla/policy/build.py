@@ -1,13 +1,17 @@
-"""A fresh policy for the robots, sentences and statistics of a mixture."""
+"""A fresh policy for the robots, sentences and statistics of a mixture; or a trained one that also knows further robots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import nn
 
 from vla.actions import BinCodec
 from vla.backbones import NanoVLM, NanoVLMConfig, build_tokenizer
+from vla.embodiment import EmbodimentSpec, explain
+from vla.errors import UsageError
 from vla.mixture import Mixture
 from vla.normalize import Normalizer, Stats
 from vla.policy.config import NormalizationConfig, PolicyConfig
@@ -16,41 +20,127 @@ from vla.prompt import PROMPTS, act_prompt
 
 
 def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
-    """A fresh policy for the robots, sentences and statistics of `mixture`. Draws from torch's global generator."""
+    """A fresh policy for the robots, sentences and statistics of `mixture`. Draws from torch's global generator.
+
+    Raises `UsageError` when `policy.action_dim` or `policy.state_dim` leave no room for one of the robots.
+    """
     embodiments = mixture.embodiments
     codec = BinCodec(config.codec.bins, config.codec.variant)
-    sentences = sorted({text for store in mixture.stores for text in store.instructions})
-    corpus = [act_prompt(text, version) for text in sentences for version in PROMPTS]
+    spoken = [(key, text) for key, texts in _sentences(mixture).items() for text in texts]
+    corpus = [act_prompt(text, version, key) for key, text in spoken for version in PROMPTS]
+    if mixture.answers is not None:
+        corpus += [text for _, question, answer in mixture.answers.pairs for text in (question, answer)]
     tokenizer = build_tokenizer(corpus, config.backbone.text_vocab)
-    A = max(spec.action_dim for spec in embodiments.values())
-    S = max(spec.state_dim for spec in embodiments.values())
+    A = _room("action", config.action_dim, embodiments)
+    S = _room("state", config.state_dim, embodiments)
     nano = config.backbone
     model = NanoVLM(NanoVLMConfig(
         text_config=dict(hidden_size=nano.hidden, num_hidden_layers=nano.layers, num_attention_heads=nano.heads,
                          num_key_value_heads=nano.heads, intermediate_size=nano.mlp),
-        text_vocab_size=nano.text_vocab, num_slots=config.chunk * A, num_symbols=codec.size,
-        image_size=nano.image_size, tower_channels=nano.tower_channels, keypoints=nano.keypoints, state_dim=S,
+        text_vocab_size=nano.text_vocab, num_slots=config.chunk * A, num_symbols=codec.size, image_size=nano.image_size,
+        tower_channels=nano.tower_channels, keypoints=nano.keypoints, state_dim=S, num_robots=len(embodiments),
+        soft_tokens=config.soft_tokens,
     ))  # fmt: skip
     model.set_attn_implementation("eager")  # SDPA's backward is slow for ~60 tokens on a CPU
-    normalizers = {name: _normalizers(name, mixture, config.normalization) for name in embodiments}
+    normalizers = {key: _normalizers(key, mixture, config.normalization) for key in embodiments}
+    return VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, _provenance(mixture))
+
+
+def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
+    """`policy` with the robots of `mixture` it does not know yet: their statistics, and fresh soft tokens.
+
+    What it answers to the robots it knows does not change by a bit: their statistics, their rows of soft tokens and every
+    other weight stay as they are. Robots of the mixture that it knows keep the policy's statistics, not the data's.
+    Raises `UsageError` when a robot does not fit: too many dimensions, no soft tokens, or a known name that means another
+    robot now.
+    """
+    config, model, width = policy.config, policy.model, policy.encoder
+    problems = []
+    for key, spec in mixture.embodiments.items():
+        if key in policy.embodiments:
+            free = {"cameras": {}}  # any picture size will do
+            problems += [f"{key}: {line}" for line in explain(policy.embodiments[key].model_copy(update=free),
+                                                              spec.model_copy(update=free))]  # fmt: skip
+        elif spec.action_dim > width.action_dim or spec.state_dim > width.state_dim:
+            problems.append(f"{key}: {spec.action_dim} action and {spec.state_dim} state dimensions")
+    new = [key for key in mixture.embodiments if key not in policy.embodiments]
+    if new and not config.soft_tokens:
+        problems.append("no soft tokens, so nothing could tell a new robot from the known ones")
+    if problems:
+        raise UsageError("start.policy", found="; ".join(problems),
+                         expected=f"robots it knows as {sorted(policy.embodiments)}, or new ones of at most {width.action_dim} "
+                         f"action and {width.state_dim} state dimensions, and policy.soft_tokens",
+                         fix="train a policy with policy.soft_tokens and room (policy.action_dim, policy.state_dim), or give the "
+                         "other robot its own name")  # fmt: skip
+    if new:
+        known = model.robots
+        assert known is not None
+        rows = nn.Embedding(known.num_embeddings + len(new), known.embedding_dim)
+        with torch.no_grad():
+            rows.weight[: known.num_embeddings] = known.weight
+            # A new robot starts as the average of those known, and a little of its own.
+            noise = torch.randn(len(new), known.embedding_dim) * known.weight.std().item() * 0.1
+            rows.weight[known.num_embeddings :] = known.weight.mean(0) + noise
+        model.robots = rows
+        model.config.num_robots = rows.num_embeddings
+    embodiments = policy.embodiments | {key: mixture.embodiments[key] for key in new}
+    normalizers = policy.normalizers | {key: _normalizers(key, mixture, config.normalization) for key in new}
+    provenance = _joined(policy.provenance, _provenance(mixture))
+    return VLAPolicy(config, model, policy.tokenizer, embodiments, normalizers, policy.codec, provenance).adopt(policy)
+
+
+def _sentences(mixture: Mixture) -> dict[str, list[str]]:
+    """Robot -> every instruction given to it."""
+    found: dict[str, set[str]] = {}
+    for store, spec in zip(mixture.stores, mixture.specs, strict=True):
+        found.setdefault(spec.key, set()).update(store.instructions)
+    return {key: sorted(texts) for key, texts in found.items()}
+
+
+def _room(part: str, asked: int | None, embodiments: dict[str, EmbodimentSpec]) -> int:
+    needed = {key: getattr(spec, f"{part}_dim") for key, spec in embodiments.items()}
+    if asked is not None and asked < max(needed.values()):
+        raise UsageError(f"policy.{part}_dim", found=asked, expected=f"at least {max(needed.values())}; the robots have {needed}",
+                         fix=f"leave policy.{part}_dim out, or raise it")  # fmt: skip
+    return asked or max(needed.values())
+
+
+def _provenance(mixture: Mixture) -> dict:
     seeds: dict[str, dict[str, list[list[int]]]] = {}
-    for store in mixture.stores:
+    for store, spec in zip(mixture.stores, mixture.specs, strict=True):
         for task, numbers in store.recorded_seeds.items():
-            ranges = seeds.setdefault(store.suite or store.spec.name, {}).setdefault(task, [])
+            ranges = seeds.setdefault(store.suite or spec.key, {}).setdefault(task, [])
             ranges += _ranges(numbers)
-    datasets = [{"path": str(s.root), "robot": s.spec.name, "fingerprint": s.fingerprint, "episodes": s.num_episodes,
-                 "frames": s.num_frames} for s in mixture.stores]  # fmt: skip
-    provenance = {"datasets": datasets, "recorded_seeds": seeds, "instructions": sentences}
-    return VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, provenance)
+    datasets = [{"path": str(s.root), "robot": spec.key, "fingerprint": s.fingerprint, "episodes": s.num_episodes,
+                 "frames": s.num_frames} for s, spec in zip(mixture.stores, mixture.specs, strict=True)]  # fmt: skip
+    if mixture.answers is not None:
+        datasets.append({"path": str(mixture.answers.path), "robot": "-", "fingerprint": mixture.answers.fingerprint,
+                         "episodes": 0, "frames": len(mixture.answers)})  # fmt: skip
+    sentences = sorted({text for texts in _sentences(mixture).values() for text in texts})
+    return {"datasets": datasets, "recorded_seeds": seeds, "instructions": sentences}
 
 
-def _normalizers(robot: str, mixture: Mixture, config: NormalizationConfig) -> dict[str, Normalizer]:
-    """Statistics of one robot: its dataset's own; recomputed exactly from the columns when it has several datasets."""
-    stores = [store for store in mixture.stores if store.spec.name == robot]
+def _joined(before: dict, after: dict) -> dict:
+    seeds = {suite: dict(tasks) for suite, tasks in before.get("recorded_seeds", {}).items()}
+    for suite, tasks in after["recorded_seeds"].items():
+        for task, ranges in tasks.items():
+            own = seeds.setdefault(suite, {})
+            own[task] = [*own.get(task, []), *(r for r in ranges if r not in own.get(task, []))]
+    known = {d["fingerprint"] for d in before.get("datasets", [])}
+    return {"datasets": [*before.get("datasets", []), *(d for d in after["datasets"] if d["fingerprint"] not in known)],
+            "recorded_seeds": seeds,
+            "instructions": sorted({*before.get("instructions", []), *after["instructions"]})}  # fmt: skip
+
+
+def _normalizers(key: str, mixture: Mixture, config: NormalizationConfig) -> dict[str, Normalizer]:
+    """Statistics of one robot in one control mode: its dataset's own; recomputed exactly from the columns when it has several."""
+    stores = [store for store, spec in zip(mixture.stores, mixture.specs, strict=True) if spec.key == key]
     made = {}
     for part, feature in (("action", "action"), ("state", "observation.state")):
         where = f"{stores[0].root}/meta/stats.json: {feature}"
-        if len(stores) == 1:
+        if not getattr(stores[0].spec, f"{part}_dim"):
+            stats = Stats({name: np.zeros(0) for name in ("min", "max", "mean", "std", "q01", "q99")}, 0)
+        elif len(stores) == 1:
             stats = Stats.from_json(stores[0].stats[feature], where)
         else:
             stats = Stats.of(np.concatenate([getattr(store, part) for store in stores]))

@@ -56,16 +56,27 @@ class PolicyConfig(Config):
     normalization: NormalizationConfig = NormalizationConfig()
     chunk: int = Field(default=8, ge=1)
     """H: steps predicted at once."""
+    chunk_seconds: float | None = Field(default=None, gt=0)
+    """Time a chunk spans, for robots of different control rates: their actions are resampled to H steps and back
+    (`vla/resample.py`). None: H steps of each robot's own."""
     execute: int = Field(default=4, ge=1)
-    """Steps of a chunk that are carried out before looking again."""
+    """Steps of a chunk (of its H) that are carried out before looking again."""
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     decode: Decode = "mean"
     soft_sigma: float = Field(default=0.02, ge=0)
     """Standard deviation, in unit space, of the Gaussian around the true action that the bins are taught; 0: hard labels."""
     end_weight: float = Field(default=1.0, ge=0)
     """Weight of the auxiliary loss "where does this episode end", read off the demonstration itself."""
-    prompt: Literal["plain-1", "openvla-1"] = "plain-1"
-    """Version in `vla/prompt.py`."""
+    prompt: Literal["plain-1", "robot-1", "openvla-1"] = "plain-1"
+    """Version in `vla/prompt.py`; `robot-1` names the robot."""
+    soft_tokens: int = Field(default=0, ge=0, le=64)
+    """Learned tokens per embodiment, the other way to tell a policy which robot it is. Needed to add a robot later."""
+    action_dim: int | None = Field(default=None, ge=1)
+    """A: room for action dimensions; default: the widest robot of the mixture. A robot added later must fit."""
+    state_dim: int | None = Field(default=None, ge=1)
+    """S: likewise for the state."""
+    answer_weight: float = Field(default=0.5, ge=0)
+    """Weight of the loss on answers in words (`mixture.answers`)."""
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")

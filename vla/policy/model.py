@@ -3,7 +3,8 @@
 Two decodings (RT-2, Brohan et al. 2023 / OpenVLA, Kim et al. 2024, and OpenVLA-OFT, Kim et al. 2025):
     autoregressive   prefix, <act>, s_0 .. s_{N-2}  ->  s_0 .. s_{N-1}   causal over the action positions
     parallel         prefix, slot_0 .. slot_{N-1}   ->  s_0 .. s_{N-1}   one pass, bidirectional over them
-The prefix (images, text, state, end query) attends to itself in both directions, and never to the actions.
+The prefix (images, text, robot, state, end query) attends to itself in both directions, and never to the actions. An answer in
+words (`vla/answers.py`) is a prefix whose last part is causal.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import vla
 from vla.actions import ActionCodec
+from vla.answers import Question
 from vla.backbones import NanoVLM
 from vla.batch import Batch, Encoder, Example, collate
 from vla.embodiment import EmbodimentSpec
@@ -30,8 +33,9 @@ from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
 from vla.policy.choose import Chooser
 from vla.policy.config import Decode, PolicyConfig
-from vla.policy.protocol import Chunk, Loss
+from vla.policy.protocol import Chunk, Loss, LossWeights
 from vla.prompt import PROMPTS
+from vla.resample import chunk_steps, source_step, to_robot_steps
 from vla.schema import Observation, Window
 
 
@@ -49,11 +53,12 @@ class VLAPolicy(nn.Module):
         self.saved_meaning: dict | None = None
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
-        layout = {name: model.config.special_id(name) for name in ("image", "state", "end", "pad")}
+        layout = {name: model.config.special_id(name) for name in ("image", "state", "end", "pad", "soft", "say", "eos")}
         self.encoder = Encoder(
-            embodiments=embodiments, normalizers=normalizers, codec=codec, prompt=config.prompt,
-            tokenize=_Tokenize(tokenizer), layout=layout | {"image_tokens": model.config.image_tokens},
-            image_size=model.config.image_size, horizon=config.chunk,
+            embodiments=embodiments, normalizers=normalizers, codec=codec, prompt=config.prompt, tokenize=_Tokenize(tokenizer),
+            layout=layout | {"image_tokens": model.config.image_tokens, "soft_tokens": model.config.soft_tokens},
+            image_size=model.config.image_size, horizon=config.chunk, action_dim=model.config.num_slots // config.chunk,
+            state_dim=model.config.state_dim,
         )  # fmt: skip
         d = model.config.text_config.hidden_size
         self.end_head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, self.encoder.state_dim))
@@ -61,10 +66,15 @@ class VLAPolicy(nn.Module):
         self.centres: Tensor
         self.register_buffer("centres", torch.from_numpy(centres), persistent=False)
 
+    def adopt(self, other: VLAPolicy) -> VLAPolicy:
+        """Take over the heads of a policy of the same sizes; returns self."""
+        self.end_head.load_state_dict(other.end_head.state_dict())
+        return self.to(other.device).train(other.training)
+
     # ------------------------------------------------------------------------------------------------ learning
 
-    def encode(self, window: Window, augment: bool = False, seed: int = 0) -> Example:
-        """Window -> Example; with `augment`, images and state are varied as a function of (seed, window.n)."""
+    def encode(self, window: Window | Question, augment: bool = False, seed: int = 0) -> Example:
+        """Window or Question -> Example; with `augment`, images and state are varied as a function of (seed, window.n)."""
         return self.encoder.window(window, self.config.augment if augment else None, seed)
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -83,11 +93,18 @@ class VLAPolicy(nn.Module):
             entropies = -log_p.gather(-1, batch.symbols[..., None])[..., 0]
         end = self.end_head(hidden[:, -batch.symbols.shape[1] - 1]).float()  # (B, S)
         end_losses = F.smooth_l1_loss(end, batch.end, reduction="none", beta=0.1)
+        said = batch.labels != -100
+        words = F.cross_entropy(self._word_logits(hidden[:, : batch.ids.shape[1]][said]), batch.labels[said], reduction="sum")
         return Loss(
             action=(entropies * valid).sum(), action_count=valid.sum(),
             end=(end_losses * batch.end_valid).sum(), end_count=batch.end_valid.sum(),
-            correct=((logits.argmax(-1) == batch.symbols) & valid).sum(),
+            correct=((logits.argmax(-1) == batch.symbols) & valid).sum(), answer=words, answer_count=said.sum(),
         )  # fmt: skip
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """Of the losses beside the actions'."""
+        return LossWeights(self.config.end_weight, self.config.answer_weight)
 
     def loss(self, batch: Batch) -> Loss:
         """Same as calling the policy."""
@@ -108,18 +125,21 @@ class VLAPolicy(nn.Module):
             history = batch.symbols[:, :-1] + config.action_ids.start
             history = history.masked_fill(batch.hidden[:, :-1], config.special_id("act"))
             tail = torch.cat([start, history], dim=1)
-        mask, positions = self._attention(batch.mask, N)
+        mask, positions = self._attention(batch, N)
         hidden = self.model.hidden(
-            torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, attention_mask=mask, position_ids=positions
-        ).last_hidden_state
+            torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, slots=batch.slots, robots=batch.robot,
+            attention_mask=mask, position_ids=positions,
+        ).last_hidden_state  # fmt: skip
         assert hidden is not None
         return hidden
 
-    def _attention(self, prefix: Tensor, N: int) -> tuple[Tensor, Tensor]:
-        """Additive mask (B, 1, T + N, T + N) and positions (B, T + N) for a prefix mask (B, T) and N action positions."""
+    def _attention(self, batch: Batch, N: int) -> tuple[Tensor, Tensor]:
+        """Additive mask (B, 1, T + N, T + N) and positions (B, T + N) for a batch's prefixes and N action positions."""
+        prefix = batch.mask
         B, T = prefix.shape
         allowed = torch.zeros(B, T + N, T + N, dtype=torch.bool, device=prefix.device)
-        allowed[:, :, :T] = prefix[:, None, :]
+        earlier = torch.ones(T + N, T, dtype=torch.bool, device=prefix.device).tril()
+        allowed[:, :, :T] = prefix[:, None, :] & (earlier | ~batch.causal[:, None, :])
         tail = torch.ones(N, N, dtype=torch.bool, device=prefix.device)
         allowed[:, T:, T:] = tail if self.config.decoding == "parallel" else tail.tril()
         positions = (prefix.cumsum(-1) - 1).clamp(min=0)
@@ -130,6 +150,10 @@ class VLAPolicy(nn.Module):
         """Only the rows of the head that are actions: a malformed chunk cannot be expressed."""
         ids = self.model.config.action_ids
         return F.linear(hidden, self.model.lm_head.weight[ids.start : ids.stop])
+
+    def _word_logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., words), float: the rows of the head that are words or control ids, never an action."""
+        return F.linear(hidden, self.model.lm_head.weight[: self.model.config.slot_ids.start]).float()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -143,11 +167,17 @@ class VLAPolicy(nn.Module):
 
     @property
     def chunk(self) -> int:
+        """H, in policy steps; see `steps` for a robot's own."""
         return self.config.chunk
 
     @property
     def execute(self) -> int:
         return self.config.execute
+
+    def steps(self, embodiment: str) -> tuple[int, int]:
+        """(steps of a chunk, steps carried out before looking again) at the control rate of `embodiment`."""
+        config = self.config
+        return chunk_steps(config.chunk_seconds, config.chunk, config.execute, self.embodiments[embodiment].control_hz)
 
     @property
     def decode(self) -> Decode:
@@ -177,7 +207,7 @@ class VLAPolicy(nn.Module):
         self, observations: Sequence[Observation], instructions: Sequence[str], embodiment: str,
         decode: Decode | None = None, seeds: Sequence[int] | None = None, drop_state: bool = False,
     ) -> list[Chunk]:  # fmt: skip
-        """Chunks for several observations of one kind of robot.
+        """Chunks for several observations of one kind of robot, at its own control rate.
 
         `decode` overrides the policy's own; `seeds` (one per observation, default 0, 1, ...) decide what "sample" draws.
         Raises `DataError` for an observation that does not fit the embodiment, `CheckpointError` for an unknown robot.
@@ -196,8 +226,27 @@ class VLAPolicy(nn.Module):
         normalizer = self.normalizers[embodiment]["action"]
         shape = (len(batch), self.chunk, self.encoder.action_dim)
         unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape)[..., :dims] for part in choose.parts)
-        actions = normalizer.from_unit(unit)
-        return [Chunk(actions[i], confidence[i].astype(np.float32), symbols[i]) for i in range(len(batch))]
+        actions, spec, (n, _) = normalizer.from_unit(unit), self.embodiments[embodiment], self.steps(embodiment)
+        held = source_step(n, self.chunk)
+        return [Chunk(to_robot_steps(actions[i], n, spec), confidence[i][held].astype(np.float32), symbols[i][held])
+                for i in range(len(batch))]  # fmt: skip
+
+    @torch.inference_mode()
+    def answer(self, image: np.ndarray | None, question: str, most: int = 64) -> str:
+        """What the policy says to a question about a picture ((h, w, 3) uint8, or none), greedily, at most `most` tokens."""
+        said: list[int] = []
+        layout = self.encoder.layout
+        example = self.encoder.question(Question(image, question, ""))
+        while len(said) < most:
+            ids = np.concatenate([example.ids, np.array(said, np.int64)])
+            causal = np.concatenate([example.causal, np.ones(len(said), bool)])
+            grown = replace(example, ids=ids, causal=causal, labels=np.full(len(ids), -100, np.int64))
+            hidden = self._hidden(self.collate([grown]).to(self.device))
+            word = int(self._word_logits(hidden[:, len(ids) - 1])[0].argmax())
+            if word == layout["eos"]:
+                break
+            said.append(word)
+        return str(self.tokenizer.decode([i for i in said if i < self.model.config.text_vocab_size])).strip()
 
     def _decode_steps(self, batch: Batch, choose: Chooser, dims: int) -> None:
         """Constrained greedy (or sampled) decoding: the prefix once, then one symbol at a time over a cache.
@@ -208,11 +257,11 @@ class VLAPolicy(nn.Module):
         B, N = batch.symbols.shape
         T = batch.ids.shape[1]
         config = self.model.config
-        mask, positions = self._attention(batch.mask, N)
+        mask, positions = self._attention(batch, N)
         cache = DynamicCache(config=config.text_config)
         self.model.hidden(
-            batch.ids, batch.images, batch.state, attention_mask=mask[:, :, :T, :T], position_ids=positions[:, :T],
-            past_key_values=cache, use_cache=True,
+            batch.ids, batch.images, batch.state, slots=batch.slots, robots=batch.robot, attention_mask=mask[:, :, :T, :T],
+            position_ids=positions[:, :T], past_key_values=cache, use_cache=True,
         )  # fmt: skip
         ids = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
         for i in range(N):
