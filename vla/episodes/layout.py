@@ -95,7 +95,7 @@ def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool)
     """Metadata of the dataset at `root`. Raises `DataError` at once when it is no v2.0, v2.1 or v3.0 dataset; other
     findings are returned."""
     problems = Problems(root)
-    info = _read_info(root)
+    info = read_info(root)
     features = info["features"]
     cameras = {}
     for key, feature in features.items():
@@ -145,7 +145,8 @@ def _major(version: str) -> str:
     return version.removeprefix("v").split(".")[0]
 
 
-def _read_info(root: Path) -> dict[str, Any]:
+def read_info(root: Path) -> dict[str, Any]:
+    """`meta/info.json`. Raises `DataError` when it is missing, malformed or of a version that is not read here."""
     path = root / "meta" / "info.json"
     if not path.is_file():
         old, rlds = root / "meta" / "episodes.jsonl", root / "dataset_info.json"
