@@ -167,6 +167,7 @@ def split_batch(batch: Batch, policy: VLAPolicy, micro: int | None) -> list[Batc
     parts = []
     for first in range(0, len(batch), micro):
         last = min(first + micro, len(batch))
-        rows = {k: getattr(batch, k)[first:last] for k in batch.__dataclass_fields__ if k != "images"}
-        parts.append(Batch(images=batch.images[starts[first] : starts[last]], **rows))
+        rows = {k: getattr(batch, k)[first:last] for k in batch.__dataclass_fields__ if k not in ("images", "slots")}
+        mine = slice(int(starts[first]), int(starts[last]))
+        parts.append(Batch(images=batch.images[mine], slots=batch.slots[mine], **rows))
     return parts
