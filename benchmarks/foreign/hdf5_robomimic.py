@@ -104,8 +104,9 @@ def write(out: Path, demos: int, size: int, seed: int) -> None:
     info = collect(raw, demos, seed)
     gather_demonstrations_as_hdf5(str(raw), str(out), info)
     shutil.rmtree(raw)
-    (out / "raw_states").mkdir(exist_ok=True)
-    demo = out / "raw_states" / "demo.hdf5"
+    # Beside OUT, not in it: it holds the same demonstrations without observations.
+    demo = out.with_name(f"{out.name}_raw") / "demo.hdf5"
+    demo.parent.mkdir(exist_ok=True)
     (out / "demo.hdf5").replace(demo)
     script("robomimic.scripts.conversion.convert_robosuite", "--dataset", str(demo))
     script("robomimic.scripts.dataset_states_to_obs", "--dataset", str(demo), "--output_name", "image.hdf5",
@@ -145,7 +146,7 @@ def dump(path: Path, out: Path) -> None:
         for key in ("actions", "rewards", "dones"):
             values.setdefault(key, []).append(item[key][0])
     arrays: dict[str, Any] = {key: np.stack(rows) for key, rows in values.items()}
-    lengths = [data.get_demo_info(d)[0] if hasattr(data, "get_demo_info") else data._demo_id_to_demo_length[d] for d in data.demos]
+    lengths = [data._demo_id_to_demo_length[demo] for demo in data.demos]
     np.savez(out, demos=np.array(data.demos), lengths=np.array(lengths), **arrays)
     print(f"{len(data)} steps of {len(data.demos)} demonstrations, {len(arrays)} fields")
 

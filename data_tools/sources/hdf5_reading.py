@@ -53,8 +53,14 @@ def opened(path: Path) -> Iterator[Any]:
     """
     h5py = load_h5py()
     with named(str(path)):
-        # Finished files on read-only and network drives often cannot be locked.
-        file = h5py.File(path, "r", locking=False)
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            if "lock" not in str(error):
+                raise
+            # Read-only and network drives often cannot lock; finished files need none. Not asked for at first: HDF5
+            # refuses a file that this process has open elsewhere with another setting.
+            file = h5py.File(path, "r", locking=False)
     with file:
         yield file
 
