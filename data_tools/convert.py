@@ -35,6 +35,8 @@ from vla.errors import DataError, UsageError
 
 FORMATS = ("lerobot-v3.0", "lerobot-v2.1")
 REPORT = "meta/conversion.json"
+RECOMPUTED = {"timestamp", "frame_index", "episode_index", "index", "task_index", "next.done", "next.success"}
+"""LeRobot's own columns, written anew: they follow from the episodes."""
 _MOST_NAMED = 20
 _EDGE = 1 << 16
 _AGAIN = "copy or download it again, then convert into another folder"
@@ -48,6 +50,7 @@ class _Outcome:
     episode: EncodedEpisode | None = None
     damage: DataError | None = None
     raw_bytes: int = 0
+    several: bool = False  # more than one instruction
 
 
 @dataclass
@@ -58,6 +61,7 @@ class _Tally:
     whole: int
     strict: bool
     quarantined: list[dict[str, str]] = field(default_factory=list)
+    several: int = 0  # episodes with more than one instruction
 
     def add(self, key: str, damage: DataError) -> None:
         if self.strict:
@@ -102,7 +106,12 @@ def convert(
         raise UsageError("--to", found=to, expected=f"one of {FORMATS}", fix="choose one of these")
     if workers < 0:
         raise UsageError("--workers", found=workers, expected="0 or more", fix="pass --workers 0 or more")
-    source, dst = open_source(src, kind), Path(dst)
+    src, dst = Path(src), Path(dst)
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise UsageError(dst, found="a folder inside the source", expected="a place of its own", fix="choose another DST")
+    source = open_source(src, kind)
+    if to == FORMATS[1] and source.kind.startswith("lerobot") and card is None and episodes is None and fps is None:
+        return _lerobot_to_v21(source, dst, workers, verify, progress)
     card = _fitted(card, source, fps)
     spec, rate = card.spec, max(1, round(card.spec.control_hz))
     _check_sizes(spec, video)
@@ -112,32 +121,58 @@ def convert(
                         fix="check the path, or --episodes")  # fmt: skip
     tally = _Tally(source, len(keys), strict)
     tally.judge_listing()
-    header = {"converted": {"kind": source.kind, "source": fingerprint(source.root), "card": card_digest(card),
-                            "episodes": episodes or ":"}}  # fmt: skip
+    header = {"source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root),
+              "card": card.name, "card_sha256": card_digest(card), "selected": episodes or ":"}  # fmt: skip
     work = dst if to == FORMATS[0] else dst.with_name(f".{dst.name}.v30")
-    if work != dst and dst.exists() and any(dst.iterdir()):
-        raise UsageError(dst, found="a folder of other things", expected="no folder yet",
-                         fix="choose another DST, or remove it")  # fmt: skip
     with Pool(workers, Job(source, card, rate, video)) as pool:
         with LeRobotWriter(work, spec, fps=rate, video=video, header=header, resume=True) as writer:
             already, raw = writer.num_episodes, _append(writer, pool, spec, keys, tally, progress)
-        report = _report(source, card, writer, tally, episodes)
+        report = _report(source, card, writer, tally)
         written = time.monotonic()
         if verify and writer.num_episodes:
             report["verified"] = verify_episodes(pool, work, spec, writer.recorded, video, progress)
-    replace_file(work / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
-    differing = (report["verified"] or {}).get("differences") or []
-    if differing:
-        raise _all_of(differing, work, f"{len(differing)} differences between the source and what was written",
-                      "none", "remove the folder and convert again; if it happens again, report it with this message")  # fmt: skip
+    _keep(work, report)
     if work != dst:
-        _write_v21(work, dst, report)
-    size = sum(p.stat().st_size for p in dst.rglob("*") if p.is_file())
+        from data_tools.convert_v21 import to_v21
+
+        _, proof = to_v21(work, dst, workers=workers, verify=verify, progress=progress)
+        _keep(dst, report | ({"verified": proof} if proof and proof["differences"] else {}))
+        shutil.rmtree(work)
     return report | {
-        "out": str(dst), "format": to, "converted_now": writer.committed - already, "megabytes": round(size / 1e6, 1),
+        "out": str(dst), "format": to, "converted_now": writer.committed - already, "megabytes": _megabytes(dst),
         "raw_megabytes": round(raw / 1e6, 1), "seconds": round(written - began, 1),
         "verify_seconds": round(time.monotonic() - written, 1),
     }  # fmt: skip
+
+
+def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progress: bool) -> dict[str, Any]:
+    """Straight from LeRobot to LeRobot: numbers in their own type, videos without decoding where that is possible."""
+    from data_tools.convert_v21 import to_v21
+
+    done, proof = to_v21(source.root, dst, workers=workers, verify=verify, progress=progress)
+    notes = [f"{done['clips_encoded']} clips could not be cut out as they are and were encoded anew, without loss"]
+    report = {
+        "source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root), "card": None,
+        "robot": source.info.attributes.get("robot_type"), "fps": source.info.fps, "episodes": done["episodes"],
+        "frames": done["frames"], "damaged_files": [], "quarantined": [], "not_carried": done["left_out"],
+        "notes": notes if done["clips_encoded"] else [], "verified": proof,
+    }  # fmt: skip
+    _keep(dst, report)
+    return report | {"out": str(dst), "format": FORMATS[1], "converted_now": done["episodes"] - done["resumed"],
+                     "megabytes": _megabytes(dst), "seconds": done["seconds"]}  # fmt: skip
+
+
+def _keep(root: Path, report: dict[str, Any]) -> None:
+    """Write the report beside the data. Raises `DataError` when the proof has failed."""
+    replace_file(root / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
+    differing = (report["verified"] or {}).get("differences") or []
+    if differing:
+        raise _all_of(differing, root, f"{len(differing)} differences between the source and what was written", "none",
+                      "remove the folder and convert again; if it happens again, report it with this message")  # fmt: skip
+
+
+def _megabytes(root: Path) -> float:
+    return round(sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) / 1e6, 1)
 
 
 def _fitted(card: Any, source: Source, fps: float | None) -> Any:
@@ -209,6 +244,7 @@ def _append(
                 assert outcome.episode is not None
                 writer.add(outcome.episode)
             raw += outcome.raw_bytes
+            tally.several += outcome.several
             bar.update()
             rate = raw / 1e6 / (time.monotonic() - began)
             bar.set_postfix_str(f"{rate:.1f} MB/s, {len(tally.quarantined)} damaged", refresh=False)
@@ -228,27 +264,28 @@ def _encode(job: Job, key: str, sizes: dict[str, tuple[int, int]]) -> _Outcome:
     except DataError as damage:
         return _Outcome(key, damage=damage)
     size = sum(array.nbytes for array in (*raw.fields.values(), *raw.images.values()))
+    several = len(raw.attributes.get("instructions", ())) > 1
     del raw  # its pictures need not live while the standardised ones are encoded
     encoded = encode_episode(episode, job.fps, job.video)
     encoded.source = key
-    return _Outcome(key, encoded, raw_bytes=size)
+    return _Outcome(key, encoded, raw_bytes=size, several=several)
 
 
 # ---- what is said about it ----
 
 
-def _report(source: Source, card: Any, writer: LeRobotWriter, tally: _Tally, episodes: str | None) -> dict[str, Any]:
+def _report(source: Source, card: Any, writer: LeRobotWriter, tally: _Tally) -> dict[str, Any]:
     rate, notes = card.spec.control_hz, []
     if abs(rate - writer.fps) > 1e-6:
         notes.append(f"{rate:g} Hz is stored as {writer.fps} fps (LeRobot's fps is an integer); meta/embodiment.json "
                      f"keeps {rate:g}")  # fmt: skip
+    if tally.several:
+        notes.append(f"{tally.several} episodes change their instruction midway; the first was kept for all of each")
     there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
     return {
-        "version": 1, "source": {"name": source.root.name, "kind": source.kind, "fingerprint": fingerprint(source.root)},
-        "card": {"name": card.name, "sha256": card_digest(card)}, "robot": writer.spec.key, "fps": writer.fps,
-        "video": writer.video, "selected": episodes or ":", "episodes": writer.num_episodes, "frames": writer.num_frames,
+        **writer.header, "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,
         "damaged_files": [_finding(damage) for damage in source.damage], "quarantined": tally.quarantined,
-        "not_carried": sorted(there - fields_used(card)), "notes": notes, "verified": None,
+        "not_carried": sorted(there - fields_used(card) - RECOMPUTED), "notes": notes, "verified": None,
     }  # fmt: skip
 
 
@@ -264,15 +301,6 @@ def _all_of(findings: Any, where: object, found: str, expected: str, fix: str) -
     lines = [f"\n    {n}. {f['where']}: {f['found']} (expected {f['expected']})" for n, f in enumerate(listed[:_MOST_NAMED], 1)]
     more = f"\n    and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
     return DataError(where, found=found + "".join(lines) + more, expected=expected, fix=fix)
-
-
-def _write_v21(work: Path, dst: Path, report: dict[str, Any]) -> None:
-    """The finished v3.0 dataset at `work` as v2.1 at `dst`; `work` goes when it is done."""
-    from data_tools.lerobot_v21 import write_v21
-
-    write_v21(work, dst)
-    replace_file(dst / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
-    shutil.rmtree(work)
 
 
 def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -325,22 +353,23 @@ def run(args: argparse.Namespace) -> int:
 def _sentence(summary: dict[str, Any]) -> str:
     proof = summary["verified"]
     lines = [f"{summary['out']}: {summary['episodes']} episodes, {summary['frames']:,} frames of {summary['robot']} at "
-             f"{summary['fps']} fps, {summary['megabytes']} MB in {summary['seconds']} s, card "
-             f"{summary['card']['name']}"]  # fmt: skip
+             f"{summary['fps']} fps, {summary['megabytes']} MB in {summary['seconds']} s"
+             + (f", card {summary['card']}" if summary["card"] else "")]  # fmt: skip
     if proof is None:
         lines.append("NOT verified (--no-verify)")
     elif proof["pictures_identical"]:
         lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures identical; "
                      "states, actions, instructions, timestamps identical")  # fmt: skip
     else:
-        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures, worst PSNR {proof['worst_psnr']} dB "
-                     f"(limit {proof['psnr_limit']}); states, actions, instructions, timestamps identical")  # fmt: skip
+        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures, worst PSNR "
+                     f"{proof['worst_psnr']} dB (limit {proof['psnr_limit']}); states, actions, instructions, "
+                     "timestamps identical")  # fmt: skip
     lines += [f"note: {note}" for note in summary["notes"]]
     if summary["not_carried"]:
         lines.append(f"not carried over: {', '.join(summary['not_carried'])}")
-    for name, word in (("damaged_files", "file that cannot be listed"), ("quarantined", "damaged episode left out")):
+    for name, words in (("damaged_files", "files that cannot be listed"), ("quarantined", "damaged episodes left out")):
         found = summary[name]
         if found:
-            lines.append(f"WARNING: {len(found)} {word}{'s' if len(found) > 1 else ''} (all in {REPORT}):")
+            lines.append(f"WARNING: {words}: {len(found)} (all in {REPORT})")
             lines += [f"  {f['where']}: {f['found']}" for f in found[:_MOST_NAMED]]
     return "\n".join(lines)

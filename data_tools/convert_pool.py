@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -29,7 +29,8 @@ class Job:
     """What every worker needs to know, sent once."""
 
     source: Source
-    card: Card
+    card: Card | None
+    """None where episodes are compared as they are, see `data_tools/convert_v21.py`."""
     fps: int
     video: str
 
@@ -39,18 +40,21 @@ class Job:
         Raises `DataError` for whatever a damaged file makes a decoder raise: a flipped bit can end in any of these.
         """
         where = f"{self.source.root}, {key}"
+        assert self.card is not None
         try:
-            raw = self._raw(key)
+            raw = self._raw(key, self.card)
             episode = standardise(raw, self.card, self.source.info)
+            if "next.success" in raw.fields and "success" not in raw.attributes:  # LeRobot says it per row
+                episode = replace(episode, success=bool(raw.fields["next.success"].any()))
             episode.validate(where)
         except (OSError, ValueError, LookupError, RuntimeError, EOFError) as error:
             raise DataError(where, found=f"{type(error).__name__}: {error}", expected="an episode that can be read",
                             fix="download or copy the file again") from error  # fmt: skip
         return raw, episode
 
-    def _raw(self, key: str) -> RawEpisode:
+    def _raw(self, key: str, card: Card) -> RawEpisode:
         if "only" in inspect.signature(self.source.read).parameters:  # robomimic's next_obs is half a file
-            return self.source.read(key, only=fields_used(self.card))  # pyright: ignore[reportCallIssue]
+            return self.source.read(key, only=fields_used(card))  # pyright: ignore[reportCallIssue]
         return self.source.read(key)
 
 

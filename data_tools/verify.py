@@ -77,7 +77,7 @@ def _compare(
         differences.append({"key": key, "where": f"{where}, {what}", "found": str(found), "expected": str(expected)})
 
     try:
-        _, episode = job.read(key)
+        raw, episode = job.read(key)
     except DataError as damage:
         differ("source", f"cannot be read a second time: {damage.found}", "the episode that was converted")
         return differences, 0, np.inf
@@ -87,6 +87,11 @@ def _compare(
     if row["dataset_to_index"] - row["dataset_from_index"] != T:
         differ("length", row["dataset_to_index"] - row["dataset_from_index"], T)
         return differences, 0, np.inf
+    times = raw.fields.get("timestamp") if job.source.kind.startswith("lerobot") else None
+    if times is not None and len(times) == T:
+        late = float(np.abs(times.astype(np.float64).reshape(-1) - times[0] - np.arange(T) / job.fps).max())
+        if late > 0.5 / job.fps:
+            differ("timestamp", f"rows up to {late:g} s beside the source's own times", f"within {0.5 / job.fps:g} s")
     _compare_columns(root, row, episode, job.fps, state_dim, differ)
     worst, frames = np.inf, 0
     for camera in cameras:

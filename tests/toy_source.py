@@ -26,7 +26,7 @@ def write_toy(root: Path, episodes: int) -> Path:
 class ToySource:
     """A `Source` over such a folder. `delay` seconds per episode; pictures are smooth, so that lossy video suits them."""
 
-    kind = "robomimic"
+    kind = "toy"
 
     def __init__(self, root: Path, delay: float = 0.0, unlisted: int = 0, noise: bool = False) -> None:
         self.root, self.delay, self.noise = Path(root), delay, noise
