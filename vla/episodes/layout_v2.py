@@ -160,10 +160,18 @@ def read_tables(layout: Layout, episodes: list[dict[str, Any]], columns: list[st
             problems.add(path, found=f"rows of episodes {belongs.tolist()[:5]}", expected=f"episode {number}", fix=RESTORE)
             continue
         index = np.arange(row["dataset_from_index"], row["dataset_to_index"])
-        tables.append(table.append_column("index", pa.array(index)).select(columns))
+        tables.append(_alike(table.append_column("index", pa.array(index)).select(columns)))
         nameless = [t for t in np.unique(table["task_index"].to_numpy())
                     if 0 <= t < len(layout.instructions) and not layout.instructions[t]]  # fmt: skip
         if nameless:
             problems.add(layout.root / "meta" / "tasks.jsonl", found=f"no task {nameless[0]}, which episode {number} has",
                          expected="an instruction per task_index", fix=RESTORE)  # fmt: skip
     return tables
+
+
+def _alike(table: pa.Table) -> pa.Table:
+    """Vectors as lists of float64, so that files of several writers (fixed and free lengths, both precisions) join."""
+    for at, field in enumerate(table.schema):
+        if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type) or pa.types.is_large_list(field.type):
+            table = table.set_column(at, field.name, table[field.name].cast(pa.list_(pa.float64())))
+    return table

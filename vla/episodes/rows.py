@@ -48,7 +48,11 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
         problems.add(layout.root, found="0 episodes", expected="at least one",
                      fix="go on with the recording: run the same command")  # fmt: skip
         return None
-    table = pa.concat_tables(tables, promote_options="default")
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        problems.add(layout.root / "data", found=short(error), expected="the same columns in every file", fix=RESTORE)
+        return None
     F = layout.num_frames
     index = _column(table, "index", np.int64)
     order = np.argsort(index, kind="stable")
