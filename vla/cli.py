@@ -66,7 +66,7 @@ DATA_VERBS: dict[str, tuple[str, str]] = {
     "check": ("data_tools.check", "find what is wrong with a dataset, before it is trained on"),
     "report": ("data_tools.report", "one HTML file to judge a dataset from"),
     "stats": ("data_tools.stats", "show, recompute or compare statistics"),
-    "mixture": ("data_tools.mixture", "print what a training config will draw"),
+    "mixture": ("vla.preview", "print what a training config will draw"),
     "bench": ("data_tools.bench", "samples per second, waiting time and the decode floor"),
 }
 """`vla data` verb -> (module with `add_<verb>_parser`, one line for the overview)."""

@@ -31,8 +31,8 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
     if mixture.answers is not None:
         corpus += [text for _, question, answer in mixture.answers.pairs for text in (question, answer)]
     tokenizer = build_tokenizer(corpus, config.backbone.text_vocab)
-    A = _room("action", config.action_dim, embodiments)
-    S = _room("state", config.state_dim, embodiments)
+    A = room_for("action", config.action_dim, embodiments)
+    S = room_for("state", config.state_dim, embodiments)
     nano = config.backbone
     model = NanoVLM(NanoVLMConfig(
         text_config=dict(hidden_size=nano.hidden, num_hidden_layers=nano.layers, num_attention_heads=nano.heads,
@@ -42,7 +42,7 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
         soft_tokens=config.soft_tokens,
     ))  # fmt: skip
     model.set_attn_implementation("eager")  # SDPA's backward is slow for ~60 tokens on a CPU
-    normalizers = {key: _normalizers(key, mixture, config.normalization) for key in embodiments}
+    normalizers = {key: normalizers_of(key, mixture, config.normalization) for key in embodiments}
     return VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, _provenance(mixture))
 
 
@@ -84,7 +84,7 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
         model.robots = rows
         model.config.num_robots = rows.num_embeddings
     embodiments = policy.embodiments | {key: mixture.embodiments[key] for key in new}
-    normalizers = policy.normalizers | {key: _normalizers(key, mixture, config.normalization) for key in new}
+    normalizers = policy.normalizers | {key: normalizers_of(key, mixture, config.normalization) for key in new}
     provenance = _joined(policy.provenance, _provenance(mixture))
     return VLAPolicy(config, model, policy.tokenizer, embodiments, normalizers, policy.codec, provenance).adopt(policy)
 
@@ -97,7 +97,8 @@ def _sentences(mixture: Mixture) -> dict[str, list[str]]:
     return {key: sorted(texts) for key, texts in found.items()}
 
 
-def _room(part: str, asked: int | None, embodiments: dict[str, EmbodimentSpec]) -> int:
+def room_for(part: str, asked: int | None, embodiments: dict[str, EmbodimentSpec]) -> int:
+    """Dimensions of `part` ("action" or "state") a policy of these robots has: what was `asked`, or the widest robot's."""
     needed = {key: getattr(spec, f"{part}_dim") for key, spec in embodiments.items()}
     if asked is not None and asked < max(needed.values()):
         raise UsageError(f"policy.{part}_dim", found=asked, expected=f"at least {max(needed.values())}; the robots have {needed}",
@@ -132,7 +133,7 @@ def _joined(before: dict, after: dict) -> dict:
             "instructions": sorted({*before.get("instructions", []), *after["instructions"]})}  # fmt: skip
 
 
-def _normalizers(key: str, mixture: Mixture, config: NormalizationConfig) -> dict[str, Normalizer]:
+def normalizers_of(key: str, mixture: Mixture, config: NormalizationConfig) -> dict[str, Normalizer]:
     """Statistics of one robot in one control mode: its dataset's own; recomputed exactly from the columns when it has several."""
     stores = [store for store, spec in zip(mixture.stores, mixture.specs, strict=True) if spec.key == key]
     made = {}
