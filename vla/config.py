@@ -28,6 +28,9 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+_MOST_BYTES, _MOST_NODES = 2**20, 100_000
+"""Of one YAML file, aliases written out: a dozen lines of aliases of aliases can stand for more values than memory holds."""
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...], model: type[C]) -> C:
     """Read `path` (a file, or a shipped name such as `train/demo`), apply `a.b=c` overrides, validate as `model`.
@@ -36,9 +39,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...], model:
     """
     file = find_config(path)
     try:
+        if (size := file.stat().st_size) > _MOST_BYTES:
+            raise yaml.YAMLError(f"{size:,} bytes; at most {_MOST_BYTES:,}")
         text = file.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if (nodes := _written_out(tree, {})) > _MOST_NODES:
+            raise yaml.YAMLError(f"aliases that stand for {nodes:,} values; at most {_MOST_NODES:,}")
         values = yaml.safe_load(text)
-        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+        lines = _line_numbers(tree)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(file, found=" ".join(str(error).split()), expected="valid YAML",
                          fix="correct the line named above") from error  # fmt: skip
@@ -133,6 +141,19 @@ def _value(raw: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _written_out(node: Any, known: dict[int, int]) -> int:
+    """How many nodes `node` would be with every alias written out; each is counted once, so this is quick."""
+    if id(node) in known:
+        if known[id(node)] < 0:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias of itself")
+        return known[id(node)]
+    known[id(node)] = -1
+    inside = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else \
+        node.value if isinstance(node, yaml.SequenceNode) else ()  # fmt: skip
+    known[id(node)] = 1 + sum(_written_out(child, known) for child in inside)
+    return known[id(node)]
 
 
 def _line_numbers(node: Any, at: tuple = ()) -> dict[tuple, int]:

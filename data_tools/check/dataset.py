@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_tools.check.pictures import Film, watch
 from vla.embodiment import Channel, EmbodimentSpec
-from vla.episodes.layout import Layout, read_layout
+from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, read_layout
 from vla.episodes.rows import Rows, read_rows
 from vla.errors import DataError
 from vla.mixture import MixtureConfig
@@ -173,7 +175,7 @@ def open_dataset(
     fits = True
     try:
         data.layout = layout
-        rows = read_rows(layout, problems)
+        rows = None if _misfit_columns(layout, problems) else read_rows(layout, problems)
         if rows is not None:
             fits = (rows.state.shape[1], rows.action.shape[1]) == (layout.spec.state_dim, layout.spec.action_dim)
         if rows is not None and fits:
@@ -186,13 +188,34 @@ def open_dataset(
             data.films = watch(layout, rows, problems, progress, keep)
         elif rows is not None:
             watch(layout, rows, problems, False, 0, decode=False)
-    except DataError as error:
+    except (DataError, ValueError, KeyError, TypeError, pa.ArrowException) as error:  # damage of a kind the readers do not name
         data.complaints.append(_complaint(root, error))
     data.complaints = problems.found + data.complaints
     return data
 
 
+def _misfit_columns(layout: Layout, problems: Problems) -> bool:
+    """Whether a Parquet file holds text, or something else that is no number, where the features say numbers."""
+    wrong = False
+    for path in sorted((layout.root / "data").rglob("*.parquet")):
+        try:
+            schema = pq.read_schema(path)
+        except (OSError, pa.ArrowException):
+            continue  # said by `read_rows`
+        for key in (STATE, ACTION, "timestamp", "episode_index", "index", "task_index"):
+            kind = schema.field(key).type if key in schema.names else pa.float32()
+            while pa.types.is_nested(kind) and kind.num_fields == 1:
+                kind = kind.field(0).type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                problems.add(path, found=f"column {key!r} of type {schema.field(key).type}", expected="a Parquet column of numbers",
+                             fix=RESTORE)  # fmt: skip
+                wrong = True
+    return wrong
+
+
 def _complaint(root: Path, error: Exception) -> tuple[str, str, str, str]:
     if isinstance(error, DataError):
         return error.where, error.found, error.expected, error.fix
-    return str(root / "meta"), f"{type(error).__name__}", "JSON nested a few levels deep", "restore this file from its source"
+    if isinstance(error, RecursionError):
+        return str(root / "meta"), "JSON nested without end", "JSON nested a few levels deep", RESTORE
+    return str(root), f"{type(error).__name__}: {error}", "files that can be read", RESTORE

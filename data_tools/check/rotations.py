@@ -241,7 +241,8 @@ def _odd_episodes(data: Dataset, part: str, run: Run, form: str) -> Iterator[Fin
         return
     usual, step = np.median(means, axis=0), 1 if form == "quat_xyzw" else -1
     for e, mean in zip(episodes, means, strict=True):
-        if np.linalg.norm(mean - usual) > 0.5 and np.linalg.norm(np.roll(mean, -step) - usual) < 0.15:
+        straight, rolled = np.linalg.norm(mean - usual), np.linalg.norm(np.roll(mean, -step) - usual)
+        if straight > 0.4 and rolled < 0.4 * straight:
             yield Finding(
                 "error",
                 KEYS[part],
