@@ -34,7 +34,8 @@ from vla.resample import native_steps, to_policy_steps
 from vla.schema import Window
 
 BLOCK = 4096
-"""Draws per block. Large enough that every dataset of a mixture of 60 gets its share to the draw."""
+"""Draws per block, doubled until every dataset is drawn at least twice in each."""
+LARGEST_BLOCK = 2**20
 
 SHARDS_AT_ONCE = 4
 """Shards of a streamed dataset whose frames are shuffled together."""
@@ -131,7 +132,19 @@ class Mixture:
             raise DataError(", ".join(empty), found="no training episode", expected="at least one",
                             fix="record more, or lower mixture.holdout")  # fmt: skip
         self.shares = _shares(weights, self.sizes, temperature, answers[1] if answers and part == "train" else 0.0)
-        self._heaviest = int(np.argmax(self.shares))
+        # Where each dataset's share of [0, 1] ends. Its draws up to n are floor(end * n) less floor(start * n): they add up
+        # to n, are right to one draw, and never decrease from block to block where a share is a draw of a block or more.
+        self._ends = np.minimum(np.cumsum(self.shares), 1.0)
+        self._ends[self._ends > 1 - 1e-9] = 1.0
+        self.block = BLOCK
+        while min((s for s in self.shares if s), default=1.0) * self.block < 2:
+            self.block *= 2
+        if self.block > LARGEST_BLOCK:
+            d = int(np.argmin([s or 1.0 for s in self.shares]))
+            where = self.stores[d].root if d < len(self.stores) else "mixture.answers"
+            raise UsageError(where, found=f"share {self.shares[d]:.1e} of the samples",
+                             expected=f"{2 / LARGEST_BLOCK:.1e} or more",
+                             fix="raise its weight, or leave it out")  # fmt: skip
         self._shards = [_shard_starts(store, chosen, starts)
                         for store, chosen, starts in zip(self.stores, self.episodes, self._starts, strict=True)]  # fmt: skip
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -143,14 +156,11 @@ class Mixture:
 
     def drawn(self, block: int) -> list[int]:
         """How many draws of each dataset (and, last, of the questions) the first `block` blocks hold."""
-        counts = np.floor(np.array(self.shares) * (BLOCK * block)).astype(np.int64)
-        counts[self._heaviest] = 0
-        counts[self._heaviest] = BLOCK * block - counts.sum()
-        return counts.tolist()
+        return np.diff(np.floor(self._ends * (self.block * block)).astype(np.int64), prepend=0).tolist()
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """Stream position -> (dataset, episode of its store, frame inside the episode); (-1, pair, 0) for a question."""
-        block, position = divmod(n, BLOCK)
+        block, position = divmod(n, self.block)
         owner, rank, before = self._block(block)
         dataset = int(owner[position])
         draw = int(before[dataset]) + int(rank[position])
@@ -183,12 +193,12 @@ class Mixture:
         if block not in self._blocks:
             before = np.array(self.drawn(block))
             counts = np.array(self.drawn(block + 1)) - before
-            shuffled = generator(Purpose.BLOCK, self.seed, block).random(BLOCK).argsort(kind="stable")
+            shuffled = generator(Purpose.BLOCK, self.seed, block).random(self.block).argsort(kind="stable")
             owner = np.repeat(np.arange(len(counts)), counts)[shuffled]
-            rank = np.empty(BLOCK, np.int64)
+            rank = np.empty(self.block, np.int64)
             together = owner.argsort(kind="stable")  # each dataset's positions, in their order
-            rank[together] = np.arange(BLOCK) - np.repeat(np.cumsum(counts) - counts, counts)
-            if len(self._blocks) > 8:
+            rank[together] = np.arange(self.block) - np.repeat(np.cumsum(counts) - counts, counts)
+            if len(self._blocks) * self.block > 8 * BLOCK:
                 self._blocks.clear()
             self._blocks[block] = (owner, rank, before)
         return self._blocks[block]
