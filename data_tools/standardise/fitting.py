@@ -284,7 +284,7 @@ def _flat(names: Any) -> list[str]:
 
 def _short(path: str) -> str:
     """`observation/robot/state` -> `robot_state`."""
-    for prefix in ("observations/", "observation/", "obs/", "observation."):
+    for prefix in ("observations/", "observation/", "obs/", "observation.", "action/"):
         path = path.removeprefix(prefix)
     return path.replace("/", "_")
 
