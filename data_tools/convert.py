@@ -11,35 +11,28 @@ damaged than whole there is nothing to trust, and the conversion is refused.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.convert_pool import Job, Pool, fields_used
+from data_tools.convert_pool import Job, Pool
+from data_tools.convert_report import Tally, card_digest, fingerprint, keep, report_of, sentence
 from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
 from data_tools.sources import Source, open_source
 from data_tools.verify import verify_episodes
 from data_tools.video import VIDEO
-from vla.durable import replace_file
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, UsageError
 
 FORMATS = ("lerobot-v3.0", "lerobot-v2.1")
-REPORT = "meta/conversion.json"
-RECOMPUTED = {"timestamp", "frame_index", "episode_index", "index", "task_index", "next.done", "next.success"}
-"""LeRobot's own columns, written anew: they follow from the episodes."""
-_MOST_NAMED = 20
-_EDGE = 1 << 16
-_AGAIN = "copy or download it again, then convert into another folder"
 
 
 @dataclass
@@ -53,49 +46,17 @@ class _Outcome:
     several: bool = False  # more than one instruction
 
 
-@dataclass
-class _Tally:
-    """Damage so far, against how much there is to convert."""
-
-    source: Source
-    whole: int
-    strict: bool
-    quarantined: list[dict[str, str]] = field(default_factory=list)
-    several: int = 0  # episodes with more than one instruction
-
-    def add(self, key: str, damage: DataError) -> None:
-        if self.strict:
-            raise DataError(damage.where, found=damage.found, expected=f"{damage.expected}; --strict stops at any damage",
-                            fix=f"{damage.fix}; or drop --strict to leave it out")  # fmt: skip
-        self.quarantined.append({"key": key, "where": damage.where, "found": damage.found, "expected": damage.expected})
-        self._refuse_ruins()
-
-    def judge_listing(self) -> None:
-        """What opening the source has found already."""
-        if self.strict and self.source.damage:
-            raise _all_of(self.source.damage, self.source.root, f"{len(self.source.damage)} damaged files",
-                          "none, as --strict demands", f"{_AGAIN}; or leave them out: drop --strict")  # fmt: skip
-        self._refuse_ruins()
-
-    def _refuse_ruins(self) -> None:
-        bad, total = len(self.source.damage) + len(self.quarantined), len(self.source.damage) + self.whole
-        if bad * 2 > total:
-            raise _all_of([*self.source.damage, *self.quarantined], self.source.root,
-                          f"{bad} of {total} damaged (files that cannot be listed, episodes that cannot be read)",
-                          "at most half damaged", _AGAIN)  # fmt: skip
-
-
 def convert(
     src: str | Path, dst: str | Path, *, kind: str | None = None, card: Any = None, to: str = FORMATS[0], workers: int = 1,
     video: str = "lossless", strict: bool = False, episodes: str | None = None, fps: float | None = None,
-    verify: bool = True, progress: bool = True,
+    instruction: str | None = None, verify: bool = True, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert the dataset at `src` into the folder `dst`; returns the summary that is also in `meta/conversion.json`.
 
     `kind`: `lerobot`, `rlds` or `hdf5` (None: recognised). `card`: a shipped card's name, a YAML file or a `Card` (None:
     the shipped one that fits, else one derived from the fields). `episodes`: `A:B`, half open, in the source's order.
-    `fps`: the control rate, where neither card nor source knows it. `workers` 0 works in this process. The same call
-    continues an interrupted conversion.
+    `fps` and `instruction`: the control rate and the words of every episode, for a source that has none. `workers` 0
+    works in this process. The same call continues an interrupted conversion.
 
     Raises `UsageError` for a folder begun with another source or card, `DataError` for a source that is more damaged
     than whole, at any damage when `strict`, or when what was written differs from the source; `MachineError` when the
@@ -110,16 +71,16 @@ def convert(
     if dst.resolve().is_relative_to(src.resolve()):
         raise UsageError(dst, found="a folder inside the source", expected="a place of its own", fix="choose another DST")
     source = open_source(src, kind)
-    if to == FORMATS[1] and source.kind.startswith("lerobot") and card is None and episodes is None and fps is None:
+    if to == FORMATS[1] and source.kind.startswith("lerobot") and card is None and not (episodes or fps or instruction):
         return _lerobot_to_v21(source, dst, workers, verify, progress)
-    card = _fitted(card, source, fps)
+    card = _fitted(card, source, fps, instruction)
     spec, rate = card.spec, max(1, round(card.spec.control_hz))
     _check_sizes(spec, video)
     keys = _slice(source.keys(), episodes)
     if not keys:
         raise DataError(source.root, found=f"no episodes in {episodes or 'it'}", expected="at least one",
                         fix="check the path, or --episodes")  # fmt: skip
-    tally = _Tally(source, len(keys), strict)
+    tally = Tally(source, len(keys), strict)
     tally.judge_listing()
     header = {"source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root),
               "card": card.name, "card_sha256": card_digest(card), "selected": episodes or ":"}  # fmt: skip
@@ -127,16 +88,16 @@ def convert(
     with Pool(workers, Job(source, card, rate, video)) as pool:
         with LeRobotWriter(work, spec, fps=rate, video=video, header=header, resume=True) as writer:
             already, raw = writer.num_episodes, _append(writer, pool, spec, keys, tally, progress)
-        report = _report(source, card, writer, tally)
+        report = report_of(source, card, writer, tally)
         written = time.monotonic()
         if verify and writer.num_episodes:
             report["verified"] = verify_episodes(pool, work, spec, writer.recorded, video, progress)
-    _keep(work, report)
+    keep(work, report)
     if work != dst:
         from data_tools.convert_v21 import to_v21
 
         _, proof = to_v21(work, dst, workers=workers, verify=verify, progress=progress)
-        _keep(dst, report | ({"verified": proof} if proof and proof["differences"] else {}))
+        keep(dst, report | ({"verified": proof} if proof and proof["differences"] else {}))
         shutil.rmtree(work)
     return report | {
         "out": str(dst), "format": to, "converted_now": writer.committed - already, "megabytes": _megabytes(dst),
@@ -157,34 +118,33 @@ def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progr
         "frames": done["frames"], "damaged_files": [], "quarantined": [], "not_carried": done["left_out"],
         "notes": notes if done["clips_encoded"] else [], "verified": proof,
     }  # fmt: skip
-    _keep(dst, report)
+    keep(dst, report)
     return report | {"out": str(dst), "format": FORMATS[1], "converted_now": done["episodes"] - done["resumed"],
                      "megabytes": _megabytes(dst), "seconds": done["seconds"]}  # fmt: skip
-
-
-def _keep(root: Path, report: dict[str, Any]) -> None:
-    """Write the report beside the data. Raises `DataError` when the proof has failed."""
-    replace_file(root / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
-    differing = (report["verified"] or {}).get("differences") or []
-    if differing:
-        raise _all_of(differing, root, f"{len(differing)} differences between the source and what was written", "none",
-                      "remove the folder and convert again; if it happens again, report it with this message")  # fmt: skip
 
 
 def _megabytes(root: Path) -> float:
     return round(sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) / 1e6, 1)
 
 
-def _fitted(card: Any, source: Source, fps: float | None) -> Any:
+def _fitted(card: Any, source: Source, fps: float | None, instruction: str | None) -> Any:
     from data_tools.standardise import Card, card_for, fit, load_card
 
-    if card is None and fps is None:
-        return card_for(source)
     if card is None:
-        card = Card(name=source.root.name)
+        try:
+            card = card_for(source)
+        except UsageError:
+            if fps is None:
+                raise
+            card = Card(name=source.root.name)  # all that was missing may be the rate
     elif isinstance(card, str | Path):
         card = load_card(card)
-    return fit(card if fps is None else card.model_copy(update={"fps": fps}), source.info)
+    if fps is not None:
+        card = card.model_copy(update={"fps": fps})
+    if instruction is not None:
+        words = card.instruction.model_copy(update={"text": instruction})
+        card = card.model_copy(update={"instruction": words})
+    return fit(card, source.info)
 
 
 def _check_sizes(spec: EmbodimentSpec, video: str) -> None:
@@ -204,28 +164,8 @@ def _slice(keys: list[str], episodes: str | None) -> list[str]:
         raise UsageError("--episodes", found=episodes, expected="A:B, such as 0:100, 100: or :20", fix="correct it") from None
 
 
-def card_digest(card: Any) -> str:
-    """sha256 of what a card says, whatever file it came from."""
-    return hashlib.sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(root: Path) -> str:
-    """sha256 over the names and sizes of a dataset's files and both ends (64 KiB) of each: it tells sources apart
-    without reading 50 GB, and is the same for a copy elsewhere."""
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")] if root.is_dir() else [root]
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root) if root.is_dir() else path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(_EDGE, size - _EDGE))
-            digest.update(file.read(_EDGE))
-    return digest.hexdigest()
-
-
 def _append(
-    writer: LeRobotWriter, pool: Pool, spec: EmbodimentSpec, keys: list[str], tally: _Tally, progress: bool
+    writer: LeRobotWriter, pool: Pool, spec: EmbodimentSpec, keys: list[str], tally: Tally, progress: bool
 ) -> int:
     """Convert what is not yet in the dataset. Returns the bytes of raw episodes that were read."""
     if writer.orphans:
@@ -271,38 +211,6 @@ def _encode(job: Job, key: str, sizes: dict[str, tuple[int, int]]) -> _Outcome:
     return _Outcome(key, encoded, raw_bytes=size, several=several)
 
 
-# ---- what is said about it ----
-
-
-def _report(source: Source, card: Any, writer: LeRobotWriter, tally: _Tally) -> dict[str, Any]:
-    rate, notes = card.spec.control_hz, []
-    if abs(rate - writer.fps) > 1e-6:
-        notes.append(f"{rate:g} Hz is stored as {writer.fps} fps (LeRobot's fps is an integer); meta/embodiment.json "
-                     f"keeps {rate:g}")  # fmt: skip
-    if tally.several:
-        notes.append(f"{tally.several} episodes change their instruction midway; the first was kept for all of each")
-    there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
-    return {
-        **writer.header, "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,
-        "damaged_files": [_finding(damage) for damage in source.damage], "quarantined": tally.quarantined,
-        "not_carried": sorted(there - fields_used(card) - RECOMPUTED), "notes": notes, "verified": None,
-    }  # fmt: skip
-
-
-def _finding(damage: DataError | dict[str, str]) -> dict[str, str]:
-    if isinstance(damage, dict):
-        return damage
-    return {"where": damage.where, "found": damage.found, "expected": damage.expected}
-
-
-def _all_of(findings: Any, where: object, found: str, expected: str, fix: str) -> DataError:
-    """One error that lists them all."""
-    listed = [_finding(finding) for finding in findings]
-    lines = [f"\n    {n}. {f['where']}: {f['found']} (expected {f['expected']})" for n, f in enumerate(listed[:_MOST_NAMED], 1)]
-    more = f"\n    and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
-    return DataError(where, found=found + "".join(lines) + more, expected=expected, fix=fix)
-
-
 def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add `convert` to the `vla data` sub-commands; `run` carries it out."""
     parser = subparsers.add_parser(
@@ -319,6 +227,7 @@ def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--from", dest="kind", choices=("lerobot", "rlds", "hdf5"), help="layout of SRC (default: recognised)")
     add("--card", metavar="NAME|YAML", help="dataset card: what the fields mean (default: the shipped one that fits)")
     add("--fps", type=float, metavar="HZ", help="control rate, for a source without a card that does not say it")
+    add("--instruction", metavar="TEXT", help="what every episode is told to do, for a source without words (robomimic, ALOHA)")
     add("--to", choices=FORMATS, default=FORMATS[0], help="default %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="W", help="processes (default: cores, %(default)s)")
     add("--video", choices=sorted(VIDEO), default="lossless",
@@ -338,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
         summary = convert(
             args.src, args.dst, kind=args.kind, card=args.card, to=args.to, workers=args.workers, video=args.video,
             strict=args.strict, episodes=args.episodes, fps=args.fps,
-            verify=not args.no_verify, progress=not args.json,
+            instruction=args.instruction, verify=not args.no_verify, progress=not args.json,
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.dst} holds what was converted so far. Run the same command again to continue.",
@@ -346,30 +255,5 @@ def run(args: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(json.dumps(summary) if args.json else _sentence(summary))
+    print(json.dumps(summary) if args.json else sentence(summary))
     return 0
-
-
-def _sentence(summary: dict[str, Any]) -> str:
-    proof = summary["verified"]
-    lines = [f"{summary['out']}: {summary['episodes']} episodes, {summary['frames']:,} frames of {summary['robot']} at "
-             f"{summary['fps']} fps, {summary['megabytes']} MB in {summary['seconds']} s"
-             + (f", card {summary['card']}" if summary["card"] else "")]  # fmt: skip
-    if proof is None:
-        lines.append("NOT verified (--no-verify)")
-    elif proof["pictures_identical"]:
-        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures identical; "
-                     "states, actions, instructions, timestamps identical")  # fmt: skip
-    else:
-        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures, worst PSNR "
-                     f"{proof['worst_psnr']} dB (limit {proof['psnr_limit']}); states, actions, instructions, "
-                     "timestamps identical")  # fmt: skip
-    lines += [f"note: {note}" for note in summary["notes"]]
-    if summary["not_carried"]:
-        lines.append(f"not carried over: {', '.join(summary['not_carried'])}")
-    for name, words in (("damaged_files", "files that cannot be listed"), ("quarantined", "damaged episodes left out")):
-        found = summary[name]
-        if found:
-            lines.append(f"WARNING: {words}: {len(found)} (all in {REPORT})")
-            lines += [f"  {f['where']}: {f['found']}" for f in found[:_MOST_NAMED]]
-    return "\n".join(lines)

@@ -19,6 +19,7 @@ from toy_source import ToySource, write_toy
 import data_tools.convert as conversion
 import data_tools.lerobot as lerobot
 from data_tools.convert import convert
+from data_tools.convert_report import sentence
 from data_tools.standardise import Card
 from data_tools.video import join
 from vla.cli import main
@@ -117,7 +118,7 @@ def test_damage_in_the_listing(src: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "2 damaged files" in caught.value.found and not (tmp_path / "ds").exists()
     summary = run(src, tmp_path / "ds")
     assert [d["where"].rsplit("/", 1)[1] for d in summary["damaged_files"]] == ["shard-0", "shard-1"]
-    assert "files that cannot be listed: 2" in conversion._sentence(summary)
+    assert "files that cannot be listed: 2" in sentence(summary)
 
 
 def test_more_ruins_than_data_are_refused(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

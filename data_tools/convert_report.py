@@ -1,0 +1,148 @@
+"""What a conversion says about itself: damage as it is found, `meta/conversion.json`, one error that lists everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.convert_pool import fields_used
+from data_tools.lerobot import LeRobotWriter
+from data_tools.sources import Source
+from vla.durable import replace_file
+from vla.errors import DataError
+
+REPORT = "meta/conversion.json"
+RECOMPUTED = {"timestamp", "frame_index", "episode_index", "index", "task_index", "next.done", "next.success"}
+"""LeRobot's own columns, written anew: they follow from the episodes."""
+_MOST_NAMED = 20
+_EDGE = 1 << 16
+_AGAIN = "copy or download it again, then convert into another folder"
+
+
+@dataclass
+class Tally:
+    """Damage so far, against how much there is to convert."""
+
+    source: Source
+    whole: int
+    strict: bool
+    quarantined: list[tuple[str, DataError]] = field(default_factory=list)
+    several: int = 0  # episodes with more than one instruction
+
+    def add(self, key: str, damage: DataError) -> None:
+        """Count a damaged episode. Raises `DataError` when `strict`, or when that makes it more than half."""
+        if self.strict:
+            raise DataError(damage.where, found=damage.found, expected=f"{damage.expected}; --strict stops at any damage",
+                            fix=f"{damage.fix}; or drop --strict to leave it out")  # fmt: skip
+        self.quarantined.append((key, damage))
+        self._refuse_ruins()
+
+    def judge_listing(self) -> None:
+        """What opening the source has found already."""
+        if self.strict and self.source.damage:
+            raise all_of(_findings(self.source.damage), self.source.root, f"{len(self.source.damage)} damaged files",
+                         "none, as --strict demands", f"{_AGAIN}; or leave them out: drop --strict")  # fmt: skip
+        self._refuse_ruins()
+
+    def _refuse_ruins(self) -> None:
+        bad, total = len(self.source.damage) + len(self.quarantined), len(self.source.damage) + self.whole
+        if bad * 2 > total:
+            damage = [*self.source.damage, *(d for _, d in self.quarantined)]
+            advice = list(dict.fromkeys(d.fix for d in damage))[:3]
+            if any(d.where.endswith(", instruction") for d in damage):
+                advice.insert(0, "pass --instruction TEXT")
+            raise all_of(_findings(damage), self.source.root,
+                         f"{bad} of {total} damaged (files that cannot be listed, episodes that cannot be read)",
+                         "at most half damaged", "; ".join(advice) + "; then convert into another folder")  # fmt: skip
+
+
+def card_digest(card: Any) -> str:
+    """sha256 of what a card says, whatever file it came from."""
+    return hashlib.sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(root: Path) -> str:
+    """sha256 over the names and sizes of a dataset's files and both ends (64 KiB) of each: it tells sources apart
+    without reading 50 GB, and is the same for a copy elsewhere."""
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")] if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root) if root.is_dir() else path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(_EDGE, size - _EDGE))
+            digest.update(file.read(_EDGE))
+    return digest.hexdigest()
+
+
+def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) -> dict[str, Any]:
+    """What `meta/conversion.json` holds, before the proof. No paths of this machine, no times: equal for equal conversions."""
+    rate, notes = card.spec.control_hz, []
+    if abs(rate - writer.fps) > 1e-6:
+        notes.append(f"{rate:g} Hz is stored as {writer.fps} fps (LeRobot's fps is an integer); meta/embodiment.json "
+                     f"keeps {rate:g}")  # fmt: skip
+    if tally.several:
+        notes.append(f"{tally.several} episodes change their instruction midway; the first was kept for all of each")
+    there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
+    return {
+        **writer.header, "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,
+        "damaged_files": [_placeless(finding, source.root) for finding in _findings(source.damage)],
+        "quarantined": [_placeless({"key": key, **_findings([d])[0]}, source.root) for key, d in tally.quarantined],
+        "not_carried": sorted(there - fields_used(card) - RECOMPUTED), "notes": notes, "verified": None,
+    }  # fmt: skip
+
+
+def _findings(damage: Sequence[DataError]) -> list[dict[str, str]]:
+    return [{"where": d.where, "found": d.found, "expected": d.expected} for d in damage]
+
+
+def _placeless(finding: dict[str, str], root: Path) -> dict[str, str]:
+    """Without the folder the source lay in: a dataset is handed on."""
+    return {key: value.replace(str(root), root.name) for key, value in finding.items()}
+
+
+def all_of(findings: Sequence[dict[str, str]], where: object, found: str, expected: str, fix: str) -> DataError:
+    """One error that lists them all, or the first 20."""
+    lines = [f"\n    {n}. {f['where']}: {f['found']} (expected {f['expected']})" for n, f in enumerate(findings[:_MOST_NAMED], 1)]
+    more = f"\n    and {len(findings) - _MOST_NAMED} more" if len(findings) > _MOST_NAMED else ""
+    return DataError(where, found=found + "".join(lines) + more, expected=expected, fix=fix)
+
+
+def keep(root: Path, report: dict[str, Any]) -> None:
+    """Write the report beside the data. Raises `DataError` when the proof has failed."""
+    replace_file(root / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
+    differing = (report["verified"] or {}).get("differences") or []
+    if differing:
+        raise all_of(differing, root, f"{len(differing)} differences between the source and what was written", "none",
+                     "remove the folder and convert again; if it happens again, report it with this message")  # fmt: skip
+
+
+def sentence(summary: dict[str, Any]) -> str:
+    """The summary for people, warnings last."""
+    proof = summary["verified"]
+    lines = [f"{summary['out']}: {summary['episodes']} episodes, {summary['frames']:,} frames of {summary['robot']} at "
+             f"{summary['fps']} fps, {summary['megabytes']} MB in {summary['seconds']} s"
+             + (f", card {summary['card']}" if summary["card"] else "")]  # fmt: skip
+    if proof is None:
+        lines.append("NOT verified (--no-verify)")
+    elif proof["pictures_identical"]:
+        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures identical; "
+                     "states, actions, instructions, timestamps identical")  # fmt: skip
+    else:
+        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures, worst PSNR "
+                     f"{proof['worst_psnr']} dB (limit {proof['psnr_limit']}); states, actions, instructions, "
+                     "timestamps identical")  # fmt: skip
+    lines += [f"note: {note}" for note in summary["notes"]]
+    if summary["not_carried"]:
+        lines.append(f"not carried over: {', '.join(summary['not_carried'])}")
+    for name, words in (("damaged_files", "files that cannot be listed"), ("quarantined", "damaged episodes left out")):
+        found = summary[name]
+        if found:
+            lines.append(f"WARNING: {words}: {len(found)} (all in {REPORT})")
+            lines += [f"  {f['where']}: {f['found']}" for f in found[:_MOST_NAMED]]
+    return "\n".join(lines)
