@@ -195,6 +195,7 @@ PNG16 = jpeg(np.zeros((8, 8), np.uint16), "PNG")
         ({"steps__observation__image": [jpeg(np.zeros((8, 9, 3), np.uint8))] * 3}, "8 x 9 pixels where 8 x 8 are promised"),
         ({"steps__observation__image": [jpeg(np.zeros((8, 8, 3), np.uint8))[:-40]] * 3}, "cannot be decoded"),
         ({"steps__observation__image": [PNG16] * 3}, "I;16 samples where uint8 is promised"),
+        ({"steps__observation__image": [jpeg(np.zeros((8, 8, 3), np.uint8))] * 2}, "2 values where 3 are promised"),
         ({"steps__observation__image": [b""] * 3}, "0 bytes that cannot be decoded"),
         ({"steps__observation__image": np.zeros(3, np.int64)}, "int64 where byte strings"),
         ({"steps__language_instruction": [b"\xff\xfe"] * 3}, "language_instruction: bytes that are no UTF-8 text"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlds_writing import example, framed, plain_crc32c, record
+from rlds_writing import delimited, example, feature, framed, plain_crc32c, record
 
 from data_tools.sources.tfrecord import _FAR, _NEAR, _NEXT, crc32c, index_shard, parse_example
 from vla.errors import DataError
@@ -133,6 +133,8 @@ def test_unknown_fields_are_passed_over_and_the_last_of_two_kinds_counts():
     unknown = bytes([9 << 3 | 0, 200, 1]) + bytes([9 << 3 | 1]) + bytes(8) + bytes([9 << 3 | 5]) + bytes(4)
     assert parse_example(unknown + data) == {"a": np.array([1.5], np.float32)}
     assert parse_example(data + later) == {"a": [b"x"]}
+    both = feature(np.array([1.5], np.float32)) + feature([b"x"]) + feature([b"y"])
+    assert parse_example(delimited(1, delimited(1, delimited(1, b"a") + delimited(2, both)))) == {"a": [b"x", b"y"]}
     assert parse_example(b"") == {}
 
 

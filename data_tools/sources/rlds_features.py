@@ -210,10 +210,8 @@ def _numbers(values: Values, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         kind = values.dtype if isinstance(values, np.ndarray) else "byte strings"
         raise ValueError(f"{kind} where {np.dtype(stored)} is promised")
     shape = _fitted(len(values), shape)
-    if wanted == np.uint64:
-        return values.view(np.uint64).reshape(shape)
     with np.errstate(over="ignore"):
-        array = values.astype(wanted)
+        array = values.astype(wanted)  # uint64 is stored as the int64 of the same bits
     if wanted.kind in "biu" and not np.array_equal(array.astype(np.int64), values):
         raise ValueError(f"values from {values.min()} to {values.max()} do not fit into {dtype}")
     return array.reshape(shape)
