@@ -181,8 +181,8 @@ def gripper_polarity(data: Dataset) -> Iterator[Finding]:
                 f"a larger command is followed {lag} steps later by a {'larger' if overall > 0 else 'smaller'} "
                 f"{state.names[0]} (correlation {overall:.2f})",
                 f"the opposite: {action.channel.convention} against {state.channel.convention}",
-                f"declare the other sense (gripper_open_positive or gripper_closed_positive) for {name} in a dataset card and convert "
-                "again, or in meta/embodiment.json if only the description is wrong",
+                f"declare the other sense (gripper_open_positive or gripper_closed_positive) for {name} in a dataset card and "
+                "convert again, or in meta/embodiment.json if only the description is wrong",
                 dimension=name,
             )
         each = {e: _corr(*_shift(a, s, lag)) for e, (a, s) in senses.items()}

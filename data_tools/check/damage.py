@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "statistics": ("statistics missing, of another width, or of other data", r"stats\.json|episodes_stats"),
     "format-version": (
         "a format or version that cannot be read",
-        r"codebase_version|of LeRobot v|of RLDS|a LeRobot v3.0 dataset",
+        r"codebase_version|of LeRobot v|of RLDS|of HDF5|a LeRobot v3.0 dataset",
     ),
     "video": ("videos cut short, missing, undecodable, or with other pixels than recorded", r"video|picture|frames|pixels"),
     "tables": ("Parquet files without footer, missing, or of the wrong type", r"[Pp]arquet|rows|numbers|per row|column"),

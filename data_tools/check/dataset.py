@@ -170,7 +170,7 @@ def open_dataset(
     try:
         layout, problems = read_layout(root, embodiment, need_stats=True)
     except (DataError, RecursionError) as error:
-        data.complaints.append(_complaint(root, error))
+        data.complaints.append(_other_format(root) or _complaint(root, error))
         return data
     fits = True
     try:
@@ -180,7 +180,7 @@ def open_dataset(
             fits = (rows.state.shape[1], rows.action.shape[1]) == (layout.spec.state_dim, layout.spec.action_dim)
         if rows is not None and fits:
             data.rows = rows
-            ok = np.isfinite(rows.state).all(1) & np.isfinite(rows.action).all(1)
+            ok = np.asarray(np.isfinite(rows.state).all(1) & np.isfinite(rows.action).all(1))
             data.healthy = [
                 e for e in range(len(rows.episodes)) if ok[data.span(e)].all() and data.span(e).stop > data.span(e).start
             ]
@@ -207,10 +207,25 @@ def _misfit_columns(layout: Layout, problems: Problems) -> bool:
             while pa.types.is_nested(kind) and kind.num_fields == 1:
                 kind = kind.field(0).type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                problems.add(path, found=f"column {key!r} of type {schema.field(key).type}", expected="a Parquet column of numbers",
-                             fix=RESTORE)  # fmt: skip
+                problems.add(
+                    path,
+                    found=f"column {key!r} of type {schema.field(key).type}",
+                    expected="a Parquet column of numbers",
+                    fix=RESTORE,
+                )
                 wrong = True
     return wrong
+
+
+def _other_format(root: Path) -> tuple[str, str, str, str] | None:
+    """The complaint about a dataset that is not LeRobot's but can be converted."""
+    kinds = {".hdf5": "HDF5", ".h5": "HDF5", ".tfrecord": "RLDS"}
+    if (root / "meta").is_dir() or not root.exists():
+        return None
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())[:2000]
+    name = next((kinds[s] for path in files for s in kinds if s in path.name), None)
+    said = (str(root), f"of {name}", "a LeRobot dataset", f"vla data convert {root} {root.with_suffix('')}-lerobot")
+    return said if name else None
 
 
 def _complaint(root: Path, error: Exception) -> tuple[str, str, str, str]:

@@ -83,7 +83,7 @@ def duplicate_episode(data: Dataset) -> Iterator[Finding]:
 
 @register("duplicate-pictures", "different episodes with the same pictures", "pictures")
 def duplicate_pictures(data: Dataset) -> Iterator[Finding]:
-    """Offsets into a shared video went wrong (lerobot #2627), or a file was copied: numbers and pictures do not belong together."""
+    """Offsets into a shared video went wrong (lerobot #2627), or a file was copied."""
     numbers = fingerprints(data)
     for camera, films in data.films.items():
         seen: dict[str, int] = {}

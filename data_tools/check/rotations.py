@@ -94,8 +94,8 @@ def rotation_shape(data: Dataset) -> Iterator[Finding]:
                 yield Finding(
                     "error" if size.max() > 2 * np.pi * 1.001 else "warning",
                     KEYS[part],
-                    f"rotation vectors up to {size.max():.3g} rad long ({(size > np.pi * 1.001).mean():.1%} above pi): Euler angles, "
-                    "or made from quaternions without turning w < 0",
+                    f"rotation vectors up to {size.max():.3g} rad long ({(size > np.pi * 1.001).mean():.1%} above pi): Euler "
+                    "angles, or made from quaternions without turning w < 0",
                     "lengths of at most pi",
                     CARD,
                     e,

@@ -172,18 +172,12 @@ def motion_scale(data: Dataset, part: str) -> np.ndarray:
     return data.scales[part]
 
 
-@register("silent-actions", "long stretches of one and the same action while the robot moves")
+@register("silent-actions", "actions that are all zero while the robot moves")
 def silent_actions(data: Dataset) -> Iterator[Finding]:
-    """Actions that were not recorded (all zero) although the state goes on."""
-    names = data.names("action")
+    """Actions that were not recorded. One and the same action is no sign: a saturated controller gives it too."""
     for e in data.healthy:
         a = data.values("action")[data.span(e)]
-        if len(a) >= 10 and names and np.ptp(a, axis=0).max() == 0 and still_rows(data, e) < len(a) // 2:
+        if len(a) >= 10 and a.size and not a.any() and still_rows(data, e) < len(a) // 2:
             yield Finding(
-                "warning",
-                ACTION,
-                f"the same action in all {len(a)} rows while the state changes",
-                "commands as sent",
-                "drop this episode",
-                e,
+                "warning", ACTION, f"0 in all {len(a)} rows while the state changes", "commands as sent", "drop this episode", e
             )

@@ -19,7 +19,7 @@ def undeclared(data: Dataset) -> Iterator[Finding]:
             "meta/embodiment.json",
             "no such file: units, frames, signs and limits are unknown, and the checks on them were left out",
             "an embodiment",
-            "vla data check DIR --embodiment configs/embodiments/ROBOT.yaml, or convert with a "
+            f"vla data check {data.root} --embodiment configs/embodiments/ROBOT.yaml, or convert with a "
             "dataset card (`vla data convert --help`)",
         )
 

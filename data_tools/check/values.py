@@ -84,15 +84,15 @@ def outside_limits(data: Dataset) -> Iterator[Finding]:
             share = float(outside[:, d].mean())
             severity = "error" if share > FAIL_OUTSIDE else "warning" if share > WARN_OUTSIDE else "note"
             episode, frame = first_row(
-                data, part, lambda rows, d=d: (rows[:, d] < low[d] - slack[d]) | (rows[:, d] > high[d] + slack[d])
+                data, part, lambda rows, d=d, lo=low - slack, hi=high + slack: (rows[:, d] < lo[d]) | (rows[:, d] > hi[d])
             )
             yield Finding(
                 severity,
                 KEYS[part],
                 f"{share:.2%} of the rows outside ({values[:, d].min():g} to {values[:, d].max():g})",
                 f"within {low[d]:g} to {high[d]:g}, at most {WARN_OUTSIDE:.0%} outside",
-                "if the limits are wrong, correct them in meta/embodiment.json; if the data is, drop these episodes or convert the "
-                "unit with a dataset card (`vla data convert --help`)",
+                "if the limits are wrong, correct them in meta/embodiment.json; if the data is, drop these episodes or "
+                "convert the unit with a dataset card (`vla data convert --help`)",
                 episode,
                 frame,
                 names[d],
@@ -205,7 +205,7 @@ def foreign_statistics(data: Dataset) -> Iterator[Finding]:
             "error",
             "meta/stats.json",
             f"{key}: {what} ({len(bad)} of {values.shape[1]} dimensions differ)",
-            f"mean {values[:, d].mean():g}, std {values[:, d].std():g}, {values[:, d].min():g} to {values[:, d].max():g}, as the rows have",
+            f"mean {values[:, d].mean():g}, std {values[:, d].std():g}, {values[:, d].min():g} to {values[:, d].max():g}, the rows'",
             RECOMPUTE.format(data.root),
             dimension=data.names(part)[d],
         )

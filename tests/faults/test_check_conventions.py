@@ -214,7 +214,7 @@ def outside(limit: float) -> Callable[[Path], Path]:
 
 
 def constant(folder: Path) -> Path:
-    return bare(folder, each(lambda e: with_action(e, slice(4, 5), np.float32(0.25))))
+    return bare(folder, each(lambda e: with_action(e, slice(4, 5), np.full((len(e), 1), 0.25, np.float32))))
 
 
 def hardly_ever(folder: Path) -> Path:
