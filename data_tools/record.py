@@ -37,10 +37,11 @@ from vla.sims import expand_tasks, find_suite, make_sim
 
 NOISE = {"episodes": 2 / 3, "sigma": 0.3, "burst_probability": 0.06, "burst_steps": 3}
 _MOTION = {
-    "eef_delta_position": 1.0, "eef_delta_euler_xyz": 1.0, "eef_delta_axis_angle": 1.0, "joint_delta": 1.0,
+    "eef_delta_position": 1.0, "eef_delta_euler_xyz": 1.0, "eef_delta_axis_angle": 0.25, "joint_delta": 1.0,
     "joint_velocity": 1.0, "joint_position": 0.06,
 }  # fmt: skip
-"""What a noise of 1 is in a channel's own unit: all of a command that is a step, but 0.06 rad of a joint's place."""
+"""What a noise of 1 is in a channel's own unit: all of a command that is a step (a quarter where it
+turns the hand by half a radian), 0.06 rad of a joint's place."""
 _GIVE_UP = 50
 """Failed attempts of one task in a row after which the recorder says so instead of going on for ever."""
 

@@ -14,25 +14,39 @@ from vla.sims.suites import SUITES, Suite, expand_tasks, find_suite
 if TYPE_CHECKING:
     from vla.sims.base import Simulator
 
-__all__ = ["SUITES", "Suite", "expand_tasks", "find_suite", "make_sim"]
+__all__ = ["SUITES", "Suite", "expand_tasks", "find_suite", "local_sim", "make_sim"]
 
 _ADAPTERS = {
     "tabletop": ("vla.sims.tabletop", "Tabletop"),
     "metaworld": ("vla.sims.metaworld", "MetaWorld"),
     "fetch": ("vla.sims.fetch", "Fetch"),
     "aloha": ("vla.sims.aloha", "Aloha"),
+    "robosuite-panda": ("vla.sims.robosuite", "PandaLift"),
+    "robosuite-ur5e": ("vla.sims.robosuite", "UR5eLift"),
 }
+_ELSEWHERE = {"robosuite-panda": "ROBOSUITE", "robosuite-ur5e": "ROBOSUITE"}
+"""Suites of another interpreter, and its name in `vla/sims/remote.py`."""
 
 
 def make_sim(suite: str, task: str, **kw: Any) -> Simulator:
     """One simulator of `task`; `kw` are `Simulator`'s keyword arguments (`image_size`, `randomise`, ...).
 
+    Suites whose packages live in another environment come as a stand-in with the same interface (`vla/sims/remote.py`).
     Raises `UsageError` for an unknown suite, task or argument, `MachineError` when a package or a renderer is missing.
     """
     tasks = expand_tasks(suite, [task])
     if tasks != [task]:
         raise UsageError(f"task {task!r} of suite {suite!r}", found=f"a group of {len(tasks)} tasks",
                          expected="one task", fix=f"make one simulator per task, e.g. {tasks[0]}")  # fmt: skip
+    if suite in _ELSEWHERE:
+        from vla.sims import remote
+
+        return remote.RemoteSimulator(getattr(remote, _ELSEWHERE[suite]), suite, task, **kw)
+    return local_sim(suite, task, **kw)
+
+
+def local_sim(suite: str, task: str, **kw: Any) -> Simulator:
+    """As `make_sim`, in this very interpreter whatever the suite needs."""
     module, name = _ADAPTERS[suite]
     try:
         from vla.sims.render import check_renderer
@@ -42,6 +56,7 @@ def make_sim(suite: str, task: str, **kw: Any) -> Simulator:
     except ModuleNotFoundError as error:
         raise MachineError(
             f"suite {suite!r}", found=f"Python package {error.name!r} is not installed",
-            expected="the simulator packages", fix="pip install 'tendon-vla[sim]'",
+            expected="the simulator packages",
+            fix="make setup-robosuite" if suite in _ELSEWHERE else "pip install 'tendon-vla[sim]'",
         ) from error  # fmt: skip
     return adapter(task, **kw)

@@ -167,11 +167,16 @@ class Eye:
         self._context.free()
 
 
-def eye_for(kind: Hashable, model: Any, size: int) -> Eye:
-    """The process's renderer of `kind` (models that differ only in numbers share one) at `size` pixels."""
+def eye_for(kind: Hashable, model: Any, size: int, hide: int | None = None) -> Eye:
+    """The process's renderer of `kind` (models that differ only in numbers share one) at `size` pixels.
+
+    `hide` is a group of geoms that is not drawn, such as the shapes behind the meshes.
+    """
     key = (os.getpid(), kind, size)
     if key not in _eyes:
         _eyes[key] = Eye(model, size)
+        if hide is not None:
+            _eyes[key]._option.geomgroup[hide] = 0
     return _eyes[key]
 
 

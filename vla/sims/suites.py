@@ -128,6 +128,14 @@ SUITES: dict[str, Suite] = {
         name="aloha", embodiment="aloha", tasks=("lift",), known=tuple(ALOHA_SENTENCES),
         group=lambda task: task, instruction=ALOHA_SENTENCES.__getitem__,
     ),
+    "robosuite-panda": Suite(
+        name="robosuite-panda", embodiment="robosuite_panda", tasks=("lift",), known=("lift",),
+        group=lambda task: task, instruction={"lift": "lift the wooden cube"}.__getitem__,
+    ),
+    "robosuite-ur5e": Suite(
+        name="robosuite-ur5e", embodiment="robosuite_ur5e", tasks=("lift",), known=("lift",),
+        group=lambda task: task, instruction={"lift": "lift the wooden cube"}.__getitem__,
+    ),
 }  # fmt: skip
 
 
