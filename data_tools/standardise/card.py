@@ -309,6 +309,12 @@ def load_card(name: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> 
     return card
 
 
+def match_of(name: str) -> Match:
+    """Which datasets the shipped card `name` is for, without reading the rest of it."""
+    values = yaml.safe_load((CONFIGS / "datasets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return Match.model_validate(values.get("match", {}))
+
+
 def shipped_cards() -> list[str]:
     """Names of the cards in `configs/datasets/`, sorted."""
     return sorted(p.stem for p in (CONFIGS / "datasets").glob("*.yaml"))

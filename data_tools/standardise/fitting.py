@@ -15,9 +15,11 @@ from data_tools.standardise.card import (
     Card,
     ChannelCard,
     Columns,
+    Match,
     Meaning,
     load_card,
     lookup,
+    match_of,
     positions,
     shipped_cards,
 )
@@ -65,10 +67,11 @@ def card_for(source: Source) -> Card:
     """The card of `source`, fitted: a shipped one by the dataset's name, then by layout; else one derived from its fields,
     convention `scalar`. What was not taken is said in `about`."""
     passed = []
-    cards = [load_card(name) for name in shipped_cards()]
+    rules = {name: match_of(name) for name in shipped_cards()}
     for by_name in (True, False):
-        for card in cards:
-            if bool(card.match.names) == by_name and _matches(card, source):
+        for shipped, match in rules.items():
+            if bool(match.names) == by_name and _matches(match, source):
+                card = load_card(shipped)
                 try:
                     return fit(card, source.info)
                 except UsageError as error:
@@ -86,8 +89,7 @@ def names_of(source: Source) -> set[str]:
     return {source.root.name, source.root.stem, source.root.parent.name, str(source.info.attributes.get("name", ""))} - {""}
 
 
-def _matches(card: Card, source: Source) -> bool:
-    match = card.match
+def _matches(match: Match, source: Source) -> bool:
     if not match.kinds and not match.names:
         return False
     if match.kinds and source.kind not in match.kinds or match.names and not set(match.names) & names_of(source):
