@@ -257,7 +257,8 @@ def _sliced(channels: tuple[Channel, ...], field: str) -> tuple[ChannelCard, ...
 
 def _numeric(info: SourceInfo) -> tuple[list[str], list[str], list[str]]:
     """(state, action, too wide) paths."""
-    small = [p for p, (dtype, shape) in info.fields.items() if np.dtype(dtype).kind in "fiub" and len(shape) <= 1]
+    small = [p for p, (dtype, shape) in info.fields.items()
+             if np.dtype(dtype).kind in "fiub" and len(shape) <= 1 and min(shape, default=1) > 0]  # fmt: skip
     action = [p for p in small if p in ("action", "actions")] or [p for p in small if p.startswith("action/")]
     if "observation.state" in small:
         return ["observation.state"], action, []
