@@ -170,6 +170,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     served = HubStandIn()
     monkeypatch.setenv("HF_ENDPOINT", served.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # for spawned processes; this one has read it already
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -95,7 +95,7 @@ def snapshot(name: HubName, cache: str | Path | None, patterns: tuple[str, ...],
     with explained(name):
         found = snapshot_download(
             name.repo, repo_type="dataset", revision=name.revision, allow_patterns=list(patterns),
-            cache_dir=Path(cache) / "hub" if cache else None, endpoint=endpoint(), tqdm_class=None if progress else _quiet(),
+            cache_dir=Path(cache) / "hub" if cache else None, endpoint=endpoint(), tqdm_class=None if progress else quiet(),
         )  # fmt: skip
     assert isinstance(found, str)
     return Path(found)
@@ -162,7 +162,8 @@ def _revisions(name: HubName) -> str:
         return "its branches, tags and commits"
 
 
-def _quiet() -> type:
+def quiet() -> type:
+    """A progress bar for `huggingface_hub` that shows nothing."""
     from tqdm.auto import tqdm
 
     class Quiet(tqdm):

@@ -76,6 +76,15 @@ class Layout:
     def is_video(self, camera: str) -> bool:
         return self.info["features"][self.cameras[camera]]["dtype"] == "video"
 
+    @property
+    def seeds(self) -> dict[str, list[int]]:
+        """Task -> reset seeds of the episodes that count; {} when they did not come from a simulator here."""
+        seeds: dict[str, list[int]] = {}
+        for episode in self.recording.get("episodes", [])[: self.num_episodes]:
+            if episode.get("seed") is not None:
+                seeds.setdefault(episode["task"], []).append(int(episode["seed"]))
+        return seeds
+
     def pixel_hash(self, camera: str, episode: int) -> str | None:
         """sha256 of an episode's frames as they were recorded; None unless it was recorded here, without loss."""
         recorded = self.recording.get("episodes", [])

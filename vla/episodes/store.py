@@ -81,10 +81,7 @@ class EpisodeStore:
         if progress and self.notes:
             print("\n".join(self.notes), file=sys.stderr)
         self.suite = str(layout.recording.get("suite", ""))
-        self.recorded_seeds = {}
-        for episode in layout.recording.get("episodes", [])[: layout.num_episodes]:
-            if episode.get("seed") is not None:
-                self.recorded_seeds.setdefault(episode["task"], []).append(int(episode["seed"]))
+        self.recorded_seeds = layout.seeds
         self._map()
         return self
 

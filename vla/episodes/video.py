@@ -233,6 +233,13 @@ class _Mine(threading.local):
         return self._opened[path].fileno()
 
 
+def forget(path: str) -> None:
+    """Close this thread's descriptor of `path`, so that a file which is about to be removed gives its space back."""
+    opened = _mine()._opened.pop(path, None)
+    if opened is not None:
+        opened.close()
+
+
 _KEPT = [_Mine()]
 
 

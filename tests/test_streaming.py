@@ -1,0 +1,288 @@
+"""Reading a dataset on the Hub while it is fetched. The server is a stand-in that counts bytes (tests/hub_stand_in.py)."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hub_stand_in import HubStandIn, hub  # noqa: F401  the fixture
+from small_datasets import make_episode, small_spec
+
+import vla.episodes.fetched as fetched
+import vla.episodes.streaming as streaming
+from data_tools.lerobot import LeRobotWriter
+from data_tools.lerobot_v21 import write_v21
+from vla.episodes import EpisodeStore
+from vla.episodes.hub import resolve
+from vla.episodes.streaming import StreamingStore
+from vla.errors import DataError, MachineError, UsageError
+
+REPO = "someone/toy"
+CAMERAS = ("front", "wrist")
+GOLDEN = Path(__file__).parent / "golden" / "lerobot_v21"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 episodes, 2 cameras, several videos per camera: a video file is closed at 1 MB."""
+    root = tmp_path_factory.mktemp("hub") / "ds"
+    with LeRobotWriter(root, small_spec(CAMERAS), video_mb=0) as writer:
+        for n in range(12):
+            writer.add(make_episode(n, length=8 + n % 3, cameras=CAMERAS))
+    assert len(list(root.rglob("*.mp4"))) > 8
+    return root
+
+
+@pytest.fixture()
+def pushed(hub: HubStandIn, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> str:  # noqa: F811
+    monkeypatch.setattr(streaming, "SHARD_BYTES", 1)
+    monkeypatch.setattr(fetched.time, "sleep", lambda seconds: None)
+    return f"hub:{REPO}@{hub.push(REPO, dataset)}"
+
+
+def stream(path: str, tmp_path: Path, **kw) -> StreamingStore:
+    return StreamingStore.open(path, tmp_path / "cache", progress=False, **kw)
+
+
+def whole(dataset: Path) -> EpisodeStore:
+    return EpisodeStore.open(dataset, dataset.parent / "cache", progress=False)
+
+
+def test_it_is_the_same_dataset(pushed: str, dataset: Path, tmp_path: Path):
+    there, here = stream(pushed, tmp_path), whole(dataset)
+    assert there.fingerprint == here.fingerprint, "a run may change from streaming to a download and go on"
+    for name in ("spec", "cameras", "instructions", "suite", "recorded_seeds", "num_frames", "num_episodes", "stats"):
+        assert getattr(there, name) == getattr(here, name), name
+    for name in ("state", "action", "episode_starts", "task_of_frame", "task_of_episode"):
+        assert np.array_equal(getattr(there, name), getattr(here, name)), name
+    assert there.camera_key("wrist") == "observation.images.wrist"
+    for camera in CAMERAS:
+        for index in range(0, here.num_frames, 7):
+            assert np.array_equal(there.frame(camera, index), here.frame(camera, index))
+    picked = np.array([5, 90, 5, 0, 63])
+    assert np.array_equal(there.frames("front", picked), np.stack([here.frame("front", i) for i in picked]))
+    with pytest.raises(IndexError):
+        there.frame("front", there.num_frames)
+
+
+def test_opening_fetches_no_video_and_a_frame_only_its_own(
+    hub: HubStandIn, pushed: str, dataset: Path, tmp_path: Path  # noqa: F811
+):
+    store = stream(pushed, tmp_path)
+    assert hub.videos_sent() == 0 and any(path.startswith("data/") for path in hub.sent)
+    first = dataset / "videos/observation.images.front/chunk-000/file-000.mp4"
+    store.frame("front", 0)
+    store.frame("front", 3)
+    assert hub.videos_sent() == first.stat().st_size, "one file of one camera, once"
+    total = sum(p.stat().st_size for p in dataset.rglob("*.mp4"))
+    for camera in CAMERAS:
+        store.frames(camera, range(*store.shards[0:2]))
+    assert 0 < hub.videos_sent() < total / 4, "the frames of one shard, not the dataset"
+    again = stream(pushed, tmp_path)
+    sent, requests = sum(hub.sent.values()), hub.requests
+    again.frame("front", 3)
+    assert (sum(hub.sent.values()), hub.requests) == (sent, requests), "what is here is not asked for again"
+
+
+def test_shards_cover_the_frames_and_each_lies_in_the_same_files(pushed: str, tmp_path: Path):
+    store = stream(pushed, tmp_path)
+    assert store.shards.dtype == np.int64 and store.shards[0] == 0 and store.shards[-1] == store.num_frames
+    assert (np.diff(store.shards) > 0).all() and len(store.shards) > 4
+    assert set(store.shards.tolist()) <= set(store.episode_starts.tolist()), "a shard begins with an episode"
+    episodes = np.searchsorted(store.episode_starts, store.shards)
+    for first, last in zip(episodes[:-1], episodes[1:], strict=True):
+        assert (store._file[:, first:last] == store._file[:, first : first + 1]).all()
+
+
+def test_episodes_with_files_of_their_own_share_shards_up_to_a_size():
+    starts, sizes = np.arange(7) * 10, np.array([10, 20, 30, 40, 50, 60]) * 2**20
+    file = np.arange(6)[None]
+    assert streaming._shards(starts, file, sizes).tolist() == [0, 30, 40, 50, 60]
+    shared = np.array([[0, 0, 1, 1, 2, 2], [3, 3, 3, 4, 4, 4]])
+    assert streaming._shards(starts, shared, np.full(5, 2**27)).tolist() == [0, 20, 30, 40, 60]
+    assert streaming._shards(starts, np.zeros((0, 6), int), sizes).tolist() == [0, 60]
+
+
+def test_the_folder_stays_below_its_bound(
+    hub: HubStandIn, pushed: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+):
+    sizes = [p.stat().st_size for p in dataset.rglob("*.mp4")]
+    monkeypatch.setattr(streaming, "_HELD", 1)  # with two cameras: at most 12 at hand
+    bound = 14 * max(sizes)
+    store, here = stream(pushed, tmp_path, max_gb=bound / 2**30), whole(dataset)
+    assert sum(sizes) > bound, "or the test shows nothing"
+    for _ in range(2):
+        for index in range(0, store.num_frames, 3):
+            for camera in CAMERAS:
+                assert np.array_equal(store.frame(camera, index), here.frame(camera, index))
+                assert store.files.local_bytes() <= bound
+    assert hub.videos_sent() > sum(sizes), "removed, and fetched again in the second round"
+    oldest = store.root / store._paths[store._file[0, 0]]
+    assert not oldest.exists(), "the longest unused goes first"
+
+
+def test_held_files_are_given_back_and_those_of_the_dead_cleared(pushed: str, tmp_path: Path):
+    store = stream(pushed, tmp_path)
+    store.frame("front", 0)
+    held = list((store.root / "held").iterdir())
+    assert len(held) == 1
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead = held[0].with_name(held[0].name.replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    dead.hardlink_to(held[0])
+    store.frame("front", store.num_frames - 1)
+    assert not dead.exists() and held[0].exists()
+    root = store.root
+    del store
+    assert not list((root / "held").iterdir())
+
+
+def _child(store: StreamingStore, seed: int, queue) -> None:
+    rng = np.random.default_rng(seed)
+    wanted = rng.permutation(store.num_frames)[:40]
+    queue.put((wanted, [int(store.frame(c, int(i)).astype(np.int64).sum()) for i in wanted for c in CAMERAS]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_share_what_they_fetch(
+    method: str, hub: HubStandIn, pushed: str, dataset: Path, tmp_path: Path  # noqa: F811
+):
+    store, here = stream(pushed, tmp_path), whole(dataset)
+    store.frame("front", 0)  # a reader that the fork inherits
+    context: Any = multiprocessing.get_context(method)
+    queue = context.Queue()
+    workers = [context.Process(target=_child, args=(store, seed, queue)) for seed in range(3 if method == "fork" else 1)]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        wanted, sums = queue.get(timeout=60)
+        assert sums == [int(here.frame(c, int(i)).astype(np.int64).sum()) for i in wanted for c in CAMERAS]
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert all(hub.sent[path] == (dataset / path).stat().st_size for path in hub.sent if path.endswith(".mp4")), "each once"
+    assert np.array_equal(store.frame("front", 1), here.frame("front", 1)), "and the parent's is untouched"
+
+
+def test_workers_that_want_more_than_there_is_room_for_still_get_their_frames(pushed: str, dataset: Path, tmp_path: Path):
+    store = stream(pushed, tmp_path, max_gb=1e-9)
+    context: Any = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=_child, args=(store, seed, queue)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    here = whole(dataset)
+    for _ in workers:
+        wanted, sums = queue.get(timeout=60)
+        assert sums == [int(here.frame(c, int(i)).astype(np.int64).sum()) for i in wanted for c in CAMERAS]
+    for worker in workers:
+        worker.join(60)
+
+
+def test_pickle_carries_names_only(pushed: str, tmp_path: Path):
+    store = stream(pushed, tmp_path)
+    data = pickle.dumps(store)
+    assert len(data) < 20_000
+    back = pickle.loads(data)
+    assert np.array_equal(back.frame("wrist", 9), store.frame("wrist", 9)) and np.array_equal(back.action, store.action)
+
+
+def test_prefetch_brings_a_shard(hub: HubStandIn, pushed: str, tmp_path: Path):  # noqa: F811
+    store = stream(pushed, tmp_path)
+    store.prefetch(2).join(30)
+    sent = hub.videos_sent()
+    assert sent > 0
+    for camera in CAMERAS:
+        store.frames(camera, range(*store.shards[2:4]))
+    assert hub.videos_sent() == sent
+
+
+def test_version_2_streams_too(hub: HubStandIn, dataset: Path, tmp_path: Path):  # noqa: F811
+    write_v21(dataset, tmp_path / "v21", progress=False)
+    store, here = stream(f"hub:{REPO}@{hub.push(REPO, tmp_path / 'v21')}", tmp_path), whole(dataset)
+    for index in (0, 40, here.num_frames - 1):
+        assert np.array_equal(store.frame("wrist", index), here.frame("wrist", index))
+    assert hub.videos_sent() == sum(p.stat().st_size for e in (0, 4, 11)
+                                    for p in (tmp_path / "v21").rglob(f"*.wrist/episode_{e:06d}.mp4"))  # fmt: skip
+
+
+def test_real_files_of_lerobot_stream(hub: HubStandIn, tmp_path: Path):  # noqa: F811
+    store = stream(f"hub:{REPO}@{hub.push(REPO, GOLDEN)}", tmp_path)
+    written = dict(np.load(GOLDEN.with_suffix(".npz")))
+    assert np.array_equal(store.action, written["action"]) and any("q01" in note for note in store.notes)
+    assert len(store.stats["action"]["q99"]) == 2
+    for index in range(store.num_frames):
+        assert np.abs(store.frame("front", index).astype(int) - written["frames/front"][index]).mean() < 2
+
+
+def test_a_download_that_breaks_off_is_begun_again(hub: HubStandIn, pushed: str, dataset: Path, tmp_path: Path):  # noqa: F811
+    store = stream(pushed, tmp_path)
+    hub.broken["videos/observation.images.front/chunk-000/file-000.mp4"] = 1
+    assert np.array_equal(store.frame("front", 0), whole(dataset).frame("front", 0))
+
+
+def test_other_bytes_than_listed_never_reach_training(hub: HubStandIn, pushed: str, tmp_path: Path):  # noqa: F811
+    store = stream(pushed, tmp_path)
+    files = hub.commits[REPO][pushed.partition("@")[2]]
+    path = "videos/observation.images.front/chunk-000/file-000.mp4"
+    data = bytearray(files[path])
+    data[len(data) // 2] ^= 1
+    files[path] = bytes(data)
+    with pytest.raises(DataError) as caught:
+        store.frame("front", 0)
+    assert path in caught.value.where and "sha256" in caught.value.expected
+    assert not list(store.root.rglob("file-000.mp4"))
+
+
+def test_without_a_connection(hub: HubStandIn, pushed: str, tmp_path: Path):  # noqa: F811
+    store = stream(pushed, tmp_path)
+    store.frame("front", 0)
+    hub.close()
+    again = stream(pushed, tmp_path)
+    assert np.array_equal(again.frame("front", 1), store.frame("front", 1)), "what is here needs no connection"
+    with pytest.raises(MachineError, match="no connection"):
+        again.frame("wrist", 0)
+
+
+def test_what_cannot_be_streamed_says_so(hub: HubStandIn, pushed: str, dataset: Path, tmp_path: Path):  # noqa: F811
+    with pytest.raises(UsageError, match="stream: true"):
+        stream(str(dataset), tmp_path)
+    folder = Path(shutil.copytree(dataset, tmp_path / "ds"))
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["features"]["observation.images.front"]["dtype"] = "image"
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="inside the Parquet files"):
+        stream(f"hub:{REPO}@{hub.push(REPO, folder)}", tmp_path)
+    assert not hub.videos_sent()
+
+
+def test_a_video_the_hub_lacks_is_named_at_opening(hub: HubStandIn, dataset: Path, tmp_path: Path):  # noqa: F811
+    folder = Path(shutil.copytree(dataset, tmp_path / "ds"))
+    for path in (folder / "videos").rglob("file-001.mp4"):
+        path.unlink()
+    with pytest.raises(DataError) as caught:
+        stream(f"hub:{REPO}@{hub.push(REPO, folder)}", tmp_path)
+    assert "2 problems" in str(caught.value) and "wrist/chunk-000/file-001.mp4" in str(caught.value)
+
+
+def test_a_video_that_does_not_fit_its_rows_is_an_error_when_it_is_read(hub: HubStandIn, dataset: Path, tmp_path: Path):  # noqa: F811
+    folder = Path(shutil.copytree(dataset, tmp_path / "ds"))
+    shutil.copy(GOLDEN / "videos/chunk-000/observation.images.front/episode_000000.mp4",
+                folder / "videos/observation.images.front/chunk-000/file-000.mp4")  # fmt: skip
+    store = stream(f"hub:{REPO}@{hub.push(REPO, folder)}", tmp_path)
+    with pytest.raises(DataError, match="file-000.mp4"):
+        store.frame("front", 0)
+
+
+def test_a_stream_and_a_download_agree_on_what_they_are(hub: HubStandIn, pushed: str, tmp_path: Path):  # noqa: F811
+    folder = resolve(pushed, tmp_path / "cache", progress=False)
+    down = EpisodeStore.open(folder, tmp_path / "cache", progress=False)
+    assert down.fingerprint == stream(pushed, tmp_path).fingerprint
