@@ -146,5 +146,5 @@ def _thumbnail(picture: Image.Image) -> bytes:
     small = picture.copy()
     small.thumbnail((THUMB, THUMB))
     sink = io.BytesIO()
-    small.save(sink, "JPEG", quality=72)
+    small.save(sink, "JPEG", quality=85)
     return sink.getvalue()

@@ -205,7 +205,7 @@ def foreign_statistics(data: Dataset) -> Iterator[Finding]:
             "error",
             "meta/stats.json",
             f"{key}: {what} ({len(bad)} of {values.shape[1]} dimensions differ)",
-            f"mean {values[:, d].mean():g}, std {values[:, d].std():g}, {values[:, d].min():g} to {values[:, d].max():g}, the rows'",
+            f"mean {values[:, d].mean():g}, std {values[:, d].std():g}, {values[:, d].min():g} to {values[:, d].max():g}",
             RECOMPUTE.format(data.root),
             dimension=data.names(part)[d],
         )
