@@ -48,6 +48,12 @@ class _Schema:
     left_out: dict[str, str] = field(default_factory=dict)
     problems: list[DataError] = field(default_factory=list)
 
+    @property
+    def form(self) -> frozenset[str]:
+        """What episodes of one dataset have in common."""
+        fields = {f"{path} {dtype}{list(shape)}" for path, (dtype, shape) in self.fields.items()}
+        return frozenset(fields | {f"{path} {h}x{w}" for path, (h, w) in self.images.items()})
+
 
 class Hdf5Source:
     """A `Source` (see `data_tools.sources`) over one HDF5 file or a folder of them, all of one layout.
@@ -94,7 +100,7 @@ class Hdf5Source:
             try:
                 with opened(file_path) as file:
                     found = read_facts(file, str(file_path), Path(name).stem)
-                    schemas[name] = _describe_first(file, found, str(file_path))
+                    schemas[name] = _describe_file(file, found, str(file_path))
             except DataError as error:
                 damage.append(error)
                 continue
@@ -102,8 +108,7 @@ class Hdf5Source:
             damage += found.problems
         if not facts:
             raise together(str(path), damage)
-        _one_dataset(path, facts, schemas)
-        info = _info(facts, next(iter(schemas.values())))
+        info = _info(facts, _common_form(path, facts, schemas))
         return cls(path, next(iter(facts.values())).kind, info, facts, damage)
 
     def keys(self) -> list[str]:
@@ -179,7 +184,7 @@ class Hdf5Source:
                 problems.append(_problem(f"{where} {path}", words, "one picture per step"))
         known = {*self.info.fields, *self.info.images}
         for path in [p for p in (*schema.fields, *schema.images) if p not in known]:
-            schema.left_out[path] = "not in the dataset's first episode"
+            schema.left_out[path] = "not in the dataset's other episodes"
         return problems
 
     def _wrong_pairing(self, fields: dict[str, np.ndarray], name: str, where: str) -> list[DataError]:
@@ -215,26 +220,29 @@ def _files(folder: Path) -> list[str]:
     return sorted({p.relative_to(folder).as_posix() for pattern in patterns for p in folder.glob(pattern)}, key=natural)
 
 
-def _describe_first(file: Any, facts: FileFacts, where: str) -> _Schema:
-    """The form of the file's episodes: of the first one without problems, else of the first."""
-    first = None
-    for demo in facts.demos:
-        schema = _describe(file[f"data/{demo}"] if demo else file, facts.kind, f"{where} {demo}".rstrip())
-        if not schema.problems:
-            return schema
-        first = first or schema
-    assert first is not None
-    return first
+def _describe_file(file: Any, facts: FileFacts, where: str) -> _Schema:
+    """The form of the file's episodes, by at most five of them: the most frequent one, the fuller one of equals.
+
+    Not the first one's: one demonstration that lost a camera must not put all the others in the wrong.
+    """
+    n = len(facts.demos)
+    chosen = [facts.demos[i] for i in sorted({i * (n - 1) // 4 for i in range(5)})]
+    found = [_describe(file[f"data/{d}"] if d else file, facts.kind, f"{where} {d}".rstrip()) for d in chosen]
+    whole = [schema for schema in found if not schema.problems] or found
+    forms = [schema.form for schema in whole]
+    return max(whole, key=lambda s: (forms.count(s.form), len(s.fields) + len(s.images)))
 
 
 def _describe(group: Any, kind: str, where: str) -> _Schema:
-    datasets = dict(members(group, where))
+    problems: list[DataError] = []
+    datasets = dict(members(group, where, problems))
     action = datasets.get(_ACTION[kind])
     counts = [len(d) for d in datasets.values() if d.ndim]
-    schema = _Schema(len(action) if action is not None and action.ndim else max(counts, key=counts.count, default=0))
-    if action is None:
+    steps = len(action) if action is not None and action.ndim else max(counts, key=counts.count, default=0)
+    schema = _Schema(steps, problems=problems)
+    if action is None and not any(p.where.endswith(f" {_ACTION[kind]}") for p in problems):
         schema.problems.append(_problem(f"{where} {_ACTION[kind]}", "no actions", "one row per step"))
-    elif schema.steps == 0:
+    elif action is not None and schema.steps == 0:
         schema.problems.append(_problem(f"{where} {_ACTION[kind]}", "an episode of 0 steps", "at least 1 step"))
     for path, dataset in datasets.items():
         try:
@@ -278,32 +286,40 @@ def _miscounted(attributes: dict[str, Any], schema: _Schema, where: str) -> list
     return [_problem(f"{where} @num_samples", f"{schema.steps} actions", f"{told}, as the file says")]
 
 
-def _one_dataset(root: Path, facts: dict[str, FileFacts], schemas: dict[str, _Schema]) -> None:
-    """Raise `DataError` unless all files are of one layout, form, rate and robot."""
+def _common_form(root: Path, facts: dict[str, FileFacts], schemas: dict[str, _Schema]) -> _Schema:
+    """The form of the dataset's episodes. Raises `DataError` when the files are not one dataset.
+
+    Layout, pairing, orientation, rate and robot have to be equal. Of several forms the one that more than half of the
+    files have is the dataset's; `read` refuses the others' episodes one by one.
+    """
+    whole = {name: schema for name, schema in schemas.items() if not schema.problems} or schemas
     groups: dict[str, list[str]] = {}
-    for name, found in facts.items():
-        schema = schemas[name]
-        if not schema.problems:
-            form = {"layout": found.kind, "pairing": found.attributes["pairing"],
-                    "pictures": found.attributes["image_orientation"], **found.agree,
-                    "fields": sorted(f"{p} {d}{list(s)}" for p, (d, s) in schema.fields.items()),
-                    "cameras": sorted(f"{p} {h}x{w}" for p, (h, w) in schema.images.items())}  # fmt: skip
-            groups.setdefault(repr(form), []).append(name)
-    if len(groups) < 2:
-        return
+    for name in whole:
+        groups.setdefault(repr(_identity(facts[name])), []).append(name)
+    if len(groups) == 1:
+        forms: dict[frozenset[str], list[str]] = {}
+        for name, schema in whole.items():
+            forms.setdefault(schema.form, []).append(name)
+        largest = max(forms.values(), key=len)
+        if 2 * len(largest) > len(whole):
+            return whole[largest[0]]
+        groups = {str(sorted(form)): names for form, names in forms.items()}
     first, *others = groups.values()
-    words = []
-    for other in others:
-        a, b = facts[first[0]], facts[other[0]]
-        keys = [k for k in ("kind",) if a.kind != b.kind]
-        keys += [k for k in ("pairing", "image_orientation") if a.attributes[k] != b.attributes[k]]
-        keys += [k for k in {*a.agree, *b.agree} if a.agree.get(k) != b.agree.get(k)]
-        mine, theirs = ({*schemas[n].fields.items(), *schemas[n].images.items()} for n in (first[0], other[0]))
-        keys += sorted({str(path) for path, _ in mine ^ theirs})[:4]
-        words.append(f"{other[0]}{f' and {len(other) - 1} more' if other[1:] else ''} (other {', '.join(keys)})")
-    raise DataError(root, found=f"{len(first)} files like {first[0]}, unlike them {'; '.join(words)}",
+    unlike = "; ".join(_unlike(facts, schemas, first[0], names) for names in others)
+    raise DataError(root, found=f"{len(first)} like {first[0]}, unlike them {unlike}",
                     expected="files of one dataset: one layout, form, control rate and robot",
                     fix=f"read them apart, e.g. vla data convert {root / first[0]} OUT")  # fmt: skip
+
+
+def _identity(facts: FileFacts) -> dict[str, Any]:
+    return {"layout": facts.kind, **{k: facts.attributes[k] for k in ("pairing", "image_orientation")}, **facts.agree}
+
+
+def _unlike(facts: dict[str, FileFacts], schemas: dict[str, _Schema], one: str, others: list[str]) -> str:
+    mine, theirs = _identity(facts[one]), _identity(facts[others[0]])
+    words = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    words += sorted(schemas[one].form ^ schemas[others[0]].form)[:4]
+    return f"{others[0]}{f' and {len(others) - 1} more' if others[1:] else ''} (other {', '.join(words)})"
 
 
 def _info(facts: dict[str, FileFacts], schema: _Schema) -> SourceInfo:

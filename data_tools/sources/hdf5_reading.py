@@ -65,22 +65,30 @@ def opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def members(group: Any, where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def members(group: Any, where: str, problems: list[DataError], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path below `group`, dataset) of every dataset in it and in its sub-groups, in name order.
 
-    Raises `DataError` on a link that leads nowhere or out of the file.
+    A link that leads nowhere or out of the file goes to `problems`.
     """
     h5py = load_h5py()
-    with named(where):
-        names = sorted(group)
+    try:
+        with named(where):
+            names = sorted(group)
+    except DataError as error:
+        problems.append(error)
+        return
     for name in names:
         path = f"{prefix}{name}"
-        with named(f"{where} {path}"):
-            if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
-                raise _outside(f"{where} {path}", "a link to another file")
-            item = group[name]
+        try:
+            with named(f"{where} {path}"):
+                if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
+                    raise _outside(f"{where} {path}", "a link to another file")
+                item = group[name]
+        except DataError as error:
+            problems.append(error)
+            continue
         if isinstance(item, h5py.Group):
-            yield from members(item, where, f"{path}/")
+            yield from members(item, where, problems, f"{path}/")
         elif isinstance(item, h5py.Dataset):
             yield path, item
 
