@@ -70,7 +70,7 @@ def _rows(mixture: Mixture, number: int) -> np.ndarray:
     """Row numbers of the chosen episodes, at most about 200,000, evenly spread."""
     starts = mixture.stores[number].episode_starts
     step = max(1, mixture.sizes[number] // 200_000)
-    return np.concatenate([np.arange(starts[e], starts[e + 1], step) for e in mixture.episodes[number]])
+    return np.concatenate([np.arange(int(starts[e]), int(starts[e + 1]), step) for e in mixture.episodes[number]])
 
 
 def _clipped(normalizer: Normalizer, values: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def text(result: dict[str, Any], config: TrainConfig) -> str:
         return "  ".join(cells).rstrip()
 
     waste = f"{result['waste']:.0%} of the action positions are padding"
-    said = [*map(line_of, rows), "", f"{config.run.steps:,} steps of {config.optim.batch} samples; {waste}. clipped: action/state"]
+    said = [*map(line_of, rows), "", f"{config.run.steps:,} steps of {config.optim.batch}; {waste}. Clipped: action/state"]
     return "\n".join([*said, *(f"note: {note}" for note in result["notes"])])
 
 

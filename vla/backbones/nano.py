@@ -230,6 +230,8 @@ class NanoVLM(PreTrainedModel):
             tokens = self.projector(patches.transpose(1, 2)) + self.patch_positions + camera[:, None]
             if self.keypoints is not None:
                 is_text = (input_ids < config.text_vocab_size) | at_soft
+                # An answer must not be read before it is said, and this mean is read by every position.
+                is_text &= (input_ids == config.special_id("say")).cumsum(-1) == 0
                 count = is_text.sum(-1, keepdim=True).clamp(min=1)
                 sentence = (embeddings * is_text[..., None]).sum(1) / count
                 # Row of each image, from where its first token stands (repeat_interleave has no deterministic backward).
