@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke demo demo-full test test-wheel check fix bench clean
+.PHONY: help setup setup-robosuite smoke demo demo-full test test-wheel check fix bench clean
 # One stage after another: the stages share the machine's cores, and the clock below means something.
 .NOTPARALLEL:
 
@@ -22,6 +22,9 @@ help:  ## this list
 
 setup:  ## the environment in .venv, and Debian packages for rendering; quick when nothing changed
 	@bash .ci/setup
+
+setup-robosuite: setup  ## robosuite (Panda and UR5e lifting) in .venv-robosuite: it needs another numpy
+	@bash .ci/setup-robosuite
 
 demo: setup  ## the main job: record, train one policy on two robots, evaluate with controls, report
 	$(call stage,Recording 3600 tabletop demonstrations,30 s to 2 min)

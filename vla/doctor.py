@@ -27,7 +27,8 @@ REQUIRED = {"torch": "2.10", "torchvision": "0.25", "transformers": "5.3", "acce
             "datasets": "4.0", "timm": "1.0", "numpy": "2.0", "pyarrow": "19", "av": "14"}
 """Packages of the core and the oldest version that works; the floors of torch and transformers are security floors."""
 
-OPTIONAL = {"mujoco": "sim", "metaworld": "sim", "h5py": "hdf5", "onnxruntime": "edge", "starlette": "serve"}
+OPTIONAL = {"mujoco": "sim", "metaworld": "sim", "gymnasium-robotics": "sim", "gym-aloha": "sim", "h5py": "hdf5",
+            "onnxruntime": "edge", "starlette": "serve"}
 """Packages of the extras, by the extra that brings them."""
 
 GIB = 2**30
@@ -106,7 +107,26 @@ def _packages() -> list[Check]:
     for package, extra in OPTIONAL.items():
         version = _version(package)
         checks.append(Check("software", package, OK, version or f"not installed (extra {extra!r})"))
-    return checks
+    return [*checks, _robosuite()]
+
+
+def _robosuite() -> Check:
+    """The one package that lives in another environment, read off there."""
+    from vla.sims.remote import ROBOSUITE
+
+    python = ROBOSUITE.python()
+    if python is None:
+        return Check("software", "robosuite", OK, f"not installed ({ROBOSUITE.fix})")
+    code = "from importlib.metadata import version as v; print(v('robosuite'), v('numpy'), v('tendon-vla'))"
+    try:
+        done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("software", "robosuite", WARN, f"{python} does not start: {error}", ROBOSUITE.fix)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no word"]
+        return Check("software", "robosuite", WARN, f"{python}: {said[-1]}", ROBOSUITE.fix)
+    version, numpy, tendon = done.stdout.split()
+    return Check("software", "robosuite", OK, f"{version}, numpy {numpy}, tendon-vla {tendon} in {python.parents[1].name}")
 
 
 def _machine() -> list[Check]:

@@ -52,11 +52,10 @@ def local_sim(suite: str, task: str, **kw: Any) -> Simulator:
         from vla.sims.render import check_renderer
 
         check_renderer()
-        adapter = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)(task, **kw)
     except ModuleNotFoundError as error:
         raise MachineError(
             f"suite {suite!r}", found=f"Python package {error.name!r} is not installed",
             expected="the simulator packages",
             fix="make setup-robosuite" if suite in _ELSEWHERE else "pip install 'tendon-vla[sim]'",
         ) from error  # fmt: skip
-    return adapter(task, **kw)

@@ -1,19 +1,17 @@
 """`robosuite-panda` and `robosuite-ur5e`: robosuite 1.5's Lift with two arms under operational-space control.
 
-robosuite needs numpy below 2 (its inverse kinematics pin it), so this module is imported only by the interpreter of
-`.venv-robosuite`; everybody else talks to it through `vla/sims/remote.py`.
+robosuite needs numpy below 2 (its inverse kinematics pin it), so simulators are made only by the interpreter of
+`.venv-robosuite`; everybody else talks to them through `vla/sims/remote.py`.
 
 Three things differ from the package as it comes: the cube lies anywhere in 16 x 24 cm, turned by up to 0.4 rad, where the
 package's own 6 x 6 cm could be lifted blindly; its observations, which nobody here reads, are not computed; and the
-simulators of a process take turns in one world per arm, because making one takes seconds. Between two commands the state
-of a world is MuJoCo's and the ramp of the gripper, nothing else: the controller counts from where the hand is.
+simulators of a process take turns in one world per arm, because making one takes seconds and half a gigabyte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
+import importlib
 import logging
 import math
 from typing import Any
@@ -24,12 +22,6 @@ import numpy as np
 from vla.sims.base import OneTask
 from vla.sims.render import View, choose_gl, eye_for
 
-choose_gl()  # robosuite looks at MUJOCO_GL when the lines below import it
-import robosuite  # noqa: E402
-from robosuite.controllers import load_composite_controller_config  # noqa: E402
-from robosuite.utils.placement_samplers import UniformRandomSampler  # noqa: E402
-
-logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # notices about robots and solvers that are not used
 mujoco: Any = _mujoco  # its compiled parts carry no types
 
 _AREA = ((-0.08, 0.08), (-0.12, 0.12))
@@ -52,26 +44,29 @@ class _World:
     """One arm, one table, one cube: made once per process, lent to one simulator after the other."""
 
     def __init__(self, robot: str) -> None:
-        self.rng = np.random.default_rng(0)
-        sampler = UniformRandomSampler(
+        choose_gl()  # robosuite looks at MUJOCO_GL when it is imported
+        package: Any = importlib.import_module("robosuite")
+        controllers: Any = importlib.import_module("robosuite.controllers")
+        samplers: Any = importlib.import_module("robosuite.utils.placement_samplers")
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # notices about what is not used
+        sampler = samplers.UniformRandomSampler(
             name="cube", x_range=_AREA[0], y_range=_AREA[1], rotation=_TURNED, reference_pos=np.array(_TABLE),
-            ensure_object_boundary_in_range=False, z_offset=0.01, rng=self.rng,
+            ensure_object_boundary_in_range=False, z_offset=0.01, rng=np.random.default_rng(0),
         )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):  # the pipe to the other interpreter must stay clean
-            self.env: Any = robosuite.make(
-                "Lift", robots=robot, controller_configs=load_composite_controller_config(robot=robot), seed=0,
-                placement_initializer=sampler, control_freq=10, hard_reset=False, ignore_done=True, renderer="mujoco",
-                has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=False,
-            )  # fmt: skip
+        self.env: Any = package.make(
+            "Lift", robots=robot, controller_configs=controllers.load_composite_controller_config(robot=robot), seed=0,
+            placement_initializer=sampler, control_freq=10, hard_reset=False, ignore_done=True, renderer="mujoco",
+            has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=False,
+        )  # fmt: skip
         self.env._update_observables = lambda force=False: None
         self.sampler = sampler
         self.owner: Any = None
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
-        arm = self.env.robots[0]
-        self.gripper = arm.gripper["right"]
+        self.arm = self.env.robots[0]
+        self.gripper = self.arm.gripper["right"]
         self.site = self.model.site(self.gripper.important_sites["grip_site"]).id
-        self.finger = arm._ref_gripper_joint_pos_indexes["right"][0]
-        controller = arm.part_controllers["right"]
+        self.finger = self.arm._ref_gripper_joint_pos_indexes["right"][0]
+        controller = self.arm.part_controllers["right"]
         self.origin, self.axes = np.array(controller.origin_pos), np.array(controller.origin_ori)
 
     def reset(self, seed: int) -> None:
@@ -80,15 +75,19 @@ class _World:
         self.env.reset()
         mujoco.mj_forward(self.model, self.data)
 
-    def save(self) -> tuple[np.ndarray, np.ndarray]:
+    def save(self) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+        """MuJoCo's state, the controllers (each reset makes new ones) and the ramp of the gripper."""
         state = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, state, _STATE)
-        return state, np.array(self.gripper.current_action)
+        return state, dict(self.arm.part_controllers), np.array(self.gripper.current_action)
 
-    def restore(self, saved: tuple[np.ndarray, np.ndarray]) -> None:
+    def restore(self, saved: tuple[np.ndarray, dict[str, Any], np.ndarray]) -> None:
+        """The world as it was at `save`."""
         mujoco.mj_setState(self.model, self.data, saved[0], _STATE)
         mujoco.mj_forward(self.model, self.data)
-        self.gripper.current_action = saved[1].copy()
+        mujoco.mj_setState(self.model, self.data, saved[0], _STATE)  # the solver's starting point moved with `forward`
+        self.arm.part_controllers.update(saved[1])
+        self.gripper.current_action = saved[2].copy()
 
 
 @functools.cache
