@@ -120,7 +120,7 @@ def test_one_robots_soft_tokens_are_nobody_elses(opened):
     before = [policy.act(seen(mixture, d), "wave", key).symbols for d, key in enumerate(policy.embodiments)]
     logits = policy.action_logits(policy.collate([policy.encode(mixture.window_at(d, 0, 0)) for d in (0, 1)]))
     with torch.no_grad():
-        policy.model.robots.weight[1] += 1.0
+        policy.get_parameter("model.robots.weight")[1] += 1.0
     after = policy.action_logits(policy.collate([policy.encode(mixture.window_at(d, 0, 0)) for d in (0, 1)]))
     assert torch.equal(logits[0], after[0]) and not torch.allclose(logits[1], after[1], atol=1e-3)
     assert np.array_equal(policy.act(seen(mixture, 0), "wave", "two_arms/joint").symbols, before[0])
