@@ -11,7 +11,7 @@ of feature, several shards and splits), `fractal` and `bridge` (the feature tree
 each lies `<name>.npz`: what TensorFlow itself reads back, JPEG with `dct_method="INTEGER_ACCURATE"`.
 
 What must agree: everything, bit for bit. `check` also prints how far TensorFlow's default JPEG decoding is away. `time` reads
-the same files with TensorFlow held to one thread and with us, in turns, and prints the ratio.
+the same files with TensorFlow held to one thread and with us, in turns, and prints the ratio of processor time.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def leaves(tree: Any, path: str = "") -> Any:
 
 
 def time_tensorflow(folder: Path) -> float:
-    """Seconds in which TensorFlow, on one thread, reads and decodes every episode."""
+    """Processor seconds in which TensorFlow, on one thread, reads and decodes every episode."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -285,10 +285,10 @@ def time_tensorflow(folder: Path) -> float:
     data = data.map(whole).with_options(options)
     for _ in data:
         pass
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads; other processes do not count
     for _ in data:
         pass
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 # --- in our environment ----------------------------------------------------------------------------------------------
@@ -336,15 +336,15 @@ def compare(folder: Path, reference: Path) -> dict[str, Any]:
 
 
 def time_ours(folder: Path) -> tuple[float, int, int]:
-    """Seconds, episodes and bytes of reading every training episode."""
+    """Processor seconds, episodes and bytes of reading every training episode."""
     from data_tools.sources import open_source
 
     source = open_source(folder)
     keys = [key for key in source.keys() if key.startswith("train/")]
-    start = time.perf_counter()
+    start = time.process_time()
     for key in keys:
         source.read(key)
-    spent = time.perf_counter() - start
+    spent = time.process_time() - start
     return spent, len(keys), sum(path.stat().st_size for path in folder.glob("*-train.tfrecord-*"))
 
 
@@ -391,8 +391,8 @@ def main() -> None:
                 theirs.append(float(inside(args.python, "_time", "--out", folder)))
                 seconds, episodes, size = time_ours(folder)
                 ours.append(seconds)
-            print(f"{name}: {episodes / min(ours):.1f} episodes/s, {size / min(ours) / 1e6:.1f} MB/s of files; TensorFlow takes "
-                  f"{min(theirs) / min(ours):.2f} times as long (best of 3 in turns)")  # fmt: skip
+            print(f"{name}: {episodes / min(ours):.1f} episodes, {size / min(ours) / 1e6:.1f} MB of files per processor second; "
+                  f"TensorFlow needs {min(theirs) / min(ours):.2f} times as many seconds (best of 3 in turns)")  # fmt: skip
 
 
 if __name__ == "__main__":

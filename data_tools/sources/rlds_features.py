@@ -267,13 +267,18 @@ def _strings(values: Values, count: int) -> list[memoryview]:
 
 def _pictures(values: Values, leaf: Leaf, shape: tuple[int, ...]) -> np.ndarray:
     outer = shape[:-3]
-    rows = []
-    for number, string in enumerate(_strings(values, math.prod(outer))):
+    strings = _strings(values, math.prod(outer))
+    frames = np.empty((0, 0, 0, leaf.shape[-1]), leaf.dtype)
+    for number, string in enumerate(strings):
         try:
-            rows.append(_picture(string, leaf))
+            frame = _picture(string, leaf)
+            if not number:  # one array for all of them, rather than a copy of a list of arrays
+                frames = np.empty((len(strings), *frame.shape), leaf.dtype)
+            if frame.shape != frames.shape[1:]:
+                raise ValueError(f"{frame.shape} after steps of {frames.shape[1:]}; only one size can be read")
         except ValueError as error:
             raise ValueError(f"picture {number}: {error}") from error
-    frames = _stacked(rows)
+        frames[number] = frame
     return frames.reshape(*outer, *frames.shape[1:])
 
 
@@ -286,19 +291,20 @@ def _picture(string: memoryview, leaf: Leaf) -> np.ndarray:
     mode = _SAMPLES[leaf.dtype, leaf.shape[-1]]
     try:
         with Image.open(io.BytesIO(string), formats=("JPEG", "PNG", "BMP")) as picture:
+            width, height = picture.size
+            wanted = leaf.shape[-3:-1]
+            if wanted[0] not in (-1, height) or wanted[1] not in (-1, width):
+                raise ValueError(f"{height} x {width} pixels where {wanted[0]} x {wanted[1]} are promised")
             wide = picture.mode.startswith("I")  # 16 bits per point
             if wide != (mode == "I;16"):
                 raise ValueError(f"{picture.mode} samples where {leaf.dtype} is promised")
-            array: np.ndarray = np.array(picture if wide or picture.mode == mode else picture.convert(mode))
+            # `tobytes` and not `np.array(picture)`, which copies once more
+            raw = (picture if wide or picture.mode == mode else picture.convert(mode)).tobytes()
+            stored = "<i4" if picture.mode == "I" else f"<u{np.dtype(leaf.dtype).itemsize}"
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{len(string)} bytes that cannot be decoded ({error})") from error
-    if leaf.dtype == "float32":
-        array = array.view("<f4")[..., 0]
-    height, width = array.shape[:2]
-    wanted = leaf.shape[-3:-1]
-    if wanted[0] not in (-1, height) or wanted[1] not in (-1, width):
-        raise ValueError(f"{height} x {width} pixels where {wanted[0]} x {wanted[1]} are promised")
-    return array.astype(leaf.dtype, copy=False).reshape(height, width, -1)
+    array = np.frombuffer(raw, "<f4" if leaf.dtype == "float32" else stored)
+    return array.astype(leaf.dtype, copy=False).reshape(height, width, leaf.shape[-1])
 
 
 def _stacked(rows: list[np.ndarray]) -> np.ndarray:

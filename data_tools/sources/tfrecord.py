@@ -156,7 +156,7 @@ class Shard:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def read(self, number: int) -> bytes:
+    def read(self, number: int) -> memoryview:
         """The payload of record `number`, its checksum verified. Reads that record only.
 
         Raises `DataError` naming the file, the record and its byte offset.
@@ -175,7 +175,7 @@ class Shard:
         if masked(crc32c(payload)) != stored:
             raise DataError(where, found=f"{length} bytes whose crc32c differs from the stored one",
                             expected="an undamaged record", fix=RESTORE)  # fmt: skip
-        return data[:length]
+        return payload
 
 
 def index_shard(path: Path) -> Shard:
@@ -231,7 +231,7 @@ def _read_at(fd: int, offset: int, count: int) -> bytes:
 # --- tf.train.Example ------------------------------------------------------------------------------------------------
 
 
-def parse_example(data: bytes) -> dict[str, Values]:
+def parse_example(data: bytes | memoryview) -> dict[str, Values]:
     """The features of a serialised `tf.train.Example`: name -> byte strings, (n,) float32 or (n,) int64.
 
     Lists may be packed or not, features in any order, unknown fields are passed over as protobuf has it. A feature without
