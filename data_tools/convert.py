@@ -136,7 +136,8 @@ def _fitted(card: Any, source: Source, fps: float | None, instruction: str | Non
         except UsageError:
             if fps is None:
                 raise
-            card = Card(name=source.root.name)  # all that was missing may be the rate
+            name = str(source.info.attributes.get("name") or source.root.name)
+            card = Card(name=name)  # all that was missing may be the rate
     elif isinstance(card, str | Path):
         card = load_card(card)
     if fps is not None:
@@ -204,10 +205,10 @@ def _encode(job: Job, key: str, sizes: dict[str, tuple[int, int]]) -> _Outcome:
     except DataError as damage:
         return _Outcome(key, damage=damage)
     size = sum(array.nbytes for array in (*raw.fields.values(), *raw.images.values()))
-    several = len(raw.attributes.get("instructions", ())) > 1
+    several, raw_split = len(raw.attributes.get("instructions", ())) > 1, raw.attributes.get("split", "")
     del raw  # its pictures need not live while the standardised ones are encoded
     encoded = encode_episode(episode, job.fps, job.video)
-    encoded.source = key
+    encoded.source, encoded.split = key, str(raw_split)
     return _Outcome(key, encoded, raw_bytes=size, several=several)
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
+
 from data_tools.sources import RawEpisode, Source
 from data_tools.standardise import Card, standardise
 from vla.errors import DataError, MachineError
@@ -44,8 +46,8 @@ class Job:
         try:
             raw = self._raw(key, self.card)
             episode = standardise(raw, self.card, self.source.info)
-            if "next.success" in raw.fields and "success" not in raw.attributes:  # LeRobot says it per row
-                episode = replace(episode, success=bool(raw.fields["next.success"].any()))
+            success = _success(raw)
+            episode = episode if success is None else replace(episode, success=success)
             episode.validate(where)
         except (OSError, ValueError, LookupError, RuntimeError, EOFError) as error:
             raise DataError(where, found=f"{type(error).__name__}: {error}", expected="an episode that can be read",
@@ -56,6 +58,17 @@ class Job:
         if "only" in inspect.signature(self.source.read).parameters:  # robomimic's next_obs is half a file
             return self.source.read(key, only=fields_used(card))  # pyright: ignore[reportCallIssue]
         return self.source.read(key)
+
+
+def _success(raw: RawEpisode) -> bool | None:
+    """Whether the source calls the episode a success, in the place its format has for that; None when it does not say."""
+    if "success" in raw.attributes:
+        return bool(raw.attributes["success"])
+    if "next.success" in raw.fields:
+        return bool(raw.fields["next.success"].any())
+    said = raw.attributes.get("episode")  # RLDS
+    said = said.get("episode_metadata/success") if isinstance(said, dict) else None
+    return bool(said) if isinstance(said, bool | np.bool_) else None
 
 
 def fields_used(card: Card) -> set[str]:

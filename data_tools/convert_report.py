@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert_pool import fields_used
-from data_tools.lerobot import LeRobotWriter
+from data_tools.lerobot import LeRobotWriter, splits
 from data_tools.sources import Source
 from vla.durable import replace_file
 from vla.errors import DataError
@@ -86,6 +86,11 @@ def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) ->
     if abs(rate - writer.fps) > 1e-6:
         notes.append(f"{rate:g} Hz is stored as {writer.fps} fps (LeRobot's fps is an integer); meta/embodiment.json "
                      f"keeps {rate:g}")  # fmt: skip
+    ranges = splits(writer.recorded)
+    if len(ranges) > 1:
+        notes.append(f"splits of the source, as episodes of this dataset: {ranges}; pass --episodes to convert one of them")
+    if masks := source.info.attributes.get("masks"):
+        notes.append(f"filter lists of the source are not carried over: {sorted(masks)}")
     if tally.several:
         notes.append(f"{tally.several} episodes change their instruction midway; the first was kept for all of each")
     there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
@@ -93,7 +98,7 @@ def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) ->
         **writer.header, "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,
         "damaged_files": [_placeless(finding, source.root) for finding in _findings(source.damage)],
         "quarantined": [_placeless({"key": key, **_findings([d])[0]}, source.root) for key, d in tally.quarantined],
-        "not_carried": sorted(there - fields_used(card) - RECOMPUTED), "notes": notes, "verified": None,
+        "splits": ranges, "not_carried": sorted(there - fields_used(card) - RECOMPUTED), "notes": notes, "verified": None,
     }  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class EncodedEpisode:
     stats: dict[str, dict] = field(default_factory=dict)  # feature -> statistics
     digests: dict[str, str] = field(default_factory=dict)  # camera -> sha256 of the frames; none unless they are kept exactly
     source: str = ""  # key in the dataset it was converted from
+    split: str = ""  # `val`, ..., where that dataset has any
 
     def __len__(self) -> int:
         return len(self.action)
@@ -119,7 +120,7 @@ class LeRobotWriter:
         self.orphans: list[str] = []
         """Files an interrupted writer had left, removed on opening."""
         self.recorded: list[dict[str, Any]] = []
-        """`{"episode_index", "task", "seed", "pixels", "source"}` of every episode, committed or pending; `pixels` maps
+        """`{"episode_index", "task", "seed", "pixels", "source", "split"}` of every episode, committed or pending; `pixels` maps
         cameras to the sha256 of their frames, which a reader checks what it decoded against (`lossless` only); `source`
         is the key in the dataset it was converted from."""
         self.tried: dict[str, int] = {}
@@ -185,7 +186,8 @@ class LeRobotWriter:
                             expected=f"{expected}, as {self.spec.name!r} has", fix="record with that robot")  # fmt: skip
         entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
         entry |= {"pixels": encoded.digests} if encoded.digests else {}
-        self.recorded.append(entry | ({"source": encoded.source} if encoded.source else {}))
+        entry |= {name: value for name in ("source", "split") if (value := getattr(encoded, name))}
+        self.recorded.append(entry)
         self._pending.append(encoded)
         self._pending_bytes += sum(map(len, encoded.clips.values()))
         waited = time.monotonic() - self._last_commit
@@ -352,7 +354,7 @@ class LeRobotWriter:
             "data_files_size_in_mb": max(1, self.limits["data"] // 2**20),
             "video_files_size_in_mb": max(1, self.limits["videos"] // 2**20),
             "data_path": DATA_PATH, "video_path": VIDEO_PATH if self.spec.cameras else None,
-            "robot_type": self.spec.name, "splits": {"train": f"0:{episodes}"},
+            "robot_type": self.spec.name, "splits": splits(self.recorded[:episodes]),
         }  # fmt: skip
 
     def _recording(self) -> dict[str, Any]:
@@ -366,6 +368,18 @@ class LeRobotWriter:
         if found is not None:
             self._done, self.recorded, self.committed = found, found.recorded, len(found.recorded)
         self.orphans = sweep(self.root, [image_key(camera) for camera in self.spec.cameras], self.committed)
+
+
+def splits(recorded: list[dict[str, Any]]) -> dict[str, str]:
+    """`{"train": "0:90", "val": "90:100"}`, half open; a split that lies in several places has several ranges."""
+    found: dict[str, list[list[int]]] = {}
+    for n, entry in enumerate(recorded):
+        ranges = found.setdefault(entry.get("split", "train"), [])
+        if ranges and ranges[-1][1] == n:
+            ranges[-1][1] = n + 1
+        else:
+            ranges.append([n, n + 1])
+    return {name: ",".join(f"{a}:{b}" for a, b in ranges) for name, ranges in found.items()} or {"train": "0:0"}
 
 
 def _lost(where: object, error: BaseException) -> DataError:

@@ -238,7 +238,7 @@ import data_tools.convert as conversion
 import data_tools.lerobot as lerobot
 from toy_source import ToySource
 lerobot._COMMIT_SECONDS, lerobot._COMMIT_SHARE = 0.05, 0.5
-conversion.open_source = lambda path, kind=None: ToySource(path, delay=0.03)
+conversion.open_source = lambda path, kind=None: ToySource(path, delay=0.15)
 if __name__ == "__main__":
     conversion.convert(sys.argv[1], sys.argv[2], workers={workers}, progress=False)
 """
@@ -254,7 +254,7 @@ def test_killed_in_the_middle_and_run_again_equals_never_killed(tmp_path: Path, 
     script, out, info = tmp_path / "run.py", tmp_path / "ds", tmp_path / "ds/meta/info.json"
     script.write_text(_CONVERT.format(paths=[str(Path(__file__).parent), *sys.path], workers=workers))
     process = subprocess.Popen([sys.executable, script, src, out], stderr=subprocess.DEVNULL)
-    while process.poll() is None and (json.loads(info.read_text())["total_episodes"] if info.exists() else 0) < 5:
+    while process.poll() is None and (json.loads(info.read_text())["total_episodes"] if info.exists() else 0) < 1:
         time.sleep(0.005)
     process.kill()
     process.wait()
@@ -349,7 +349,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_committed(src: Path, tmp_path: 
 
 def test_what_the_writer_holds_does_not_grow_with_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Files that are full are neither held nor written again."""
-    src = write_toy(tmp_path / "src", 40)
+    src = write_toy(tmp_path / "src", 16)
     monkeypatch.setattr(lerobot, "_COMMIT_BYTES", 0)
     written: list[str] = []
     replace = lerobot.replace_file
@@ -359,7 +359,7 @@ def test_what_the_writer_holds_does_not_grow_with_the_dataset(tmp_path: Path, mo
     class Small(lerobot.LeRobotWriter):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
-            self.limits = {"data": 4000, "videos": 20_000}
+            self.limits = {"data": 2000, "videos": 10_000}
 
         def commit(self):
             written.clear()
@@ -370,4 +370,4 @@ def test_what_the_writer_holds_does_not_grow_with_the_dataset(tmp_path: Path, mo
     run(src, tmp_path / "ds")
     assert len(list((tmp_path / "ds/data").rglob("*.parquet"))) > 3
     assert len(list((tmp_path / "ds/videos").rglob("*.mp4"))) > 6
-    assert len(held) >= 40 and max(size for size, _ in held) <= 4000 and max(files for _, files in held) <= 9
+    assert len(held) >= 16 and max(size for size, _ in held) <= 2000 and max(files for _, files in held) <= 9

@@ -1,0 +1,111 @@
+"""Files that the real tools wrote (tests/golden) through the whole of `vla data convert`, held against what those tools say."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools.sources import open_source
+from data_tools.sources.lerobot import LeRobotSource
+from vla.cli import main
+from vla.episodes import EpisodeStore
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def converted(src: Path, out: Path, capsys: pytest.CaptureFixture, *flags: str) -> dict[str, Any]:
+    assert main(["data", "convert", str(src), str(out), "--workers", "0", "--json", *flags]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["verified"]["pictures_identical"] and not summary["quarantined"] and not summary["damaged_files"]
+    return summary
+
+
+def pictures(store: EpisodeStore, camera: str) -> np.ndarray:
+    return np.stack([store.frame(camera, index) for index in range(store.num_frames)])
+
+
+def test_lerobot_v21_becomes_v30_with_the_values_lerobot_reads(tmp_path: Path, capsys: pytest.CaptureFixture):
+    summary = converted(GOLDEN / "lerobot_v21", tmp_path / "ds", capsys)
+    assert summary["not_carried"] == ["next.reward"] and summary["source_kind"] == "lerobot-v2.1"
+    store = EpisodeStore.open(tmp_path / "ds", tmp_path / "cache", progress=False)
+    with np.load(GOLDEN / "lerobot_v21.npz") as wanted:
+        assert np.array_equal(store.state, wanted["state"]) and np.array_equal(store.action, wanted["action"])
+        assert [store.instructions[t] for t in store.task_of_frame] == wanted["task"].tolist()
+        assert np.array_equal(np.repeat(np.arange(store.num_episodes), np.diff(store.episode_starts)), wanted["episode"])
+
+
+@pytest.mark.parametrize("way", ["straight", "through v3.0"])
+def test_v21_is_written_back_with_the_same_numbers_and_pictures(way: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    flags = [] if way == "straight" else ["--episodes", "0:3"]
+    summary = converted(GOLDEN / "lerobot_v21", tmp_path / "ds", capsys, "--to", "lerobot-v2.1", *flags)
+    source, copy = LeRobotSource(GOLDEN / "lerobot_v21"), LeRobotSource(tmp_path / "ds")
+    assert copy.kind == summary["format"] == "lerobot-v2.1" and copy.keys() == source.keys() and len(copy.keys()) == 3
+    for key in source.keys():
+        one, two = source.read(key), copy.read(key)
+        assert one.instruction == two.instruction
+        for name in ("action", "observation.state", "timestamp"):
+            assert one.fields[name].dtype == two.fields[name].dtype and np.array_equal(one.fields[name], two.fields[name])
+        assert one.images.keys() == two.images.keys()
+        assert all(np.array_equal(one.images[name], two.images[name]) for name in one.images)
+    assert ("next.reward" in copy.info.fields) == (way == "straight")
+    assert [p.name for p in tmp_path.iterdir()] == ["ds"], "the v3.0 dataset on the way is gone"
+
+
+def test_rlds_becomes_v30_with_the_values_tensorflow_datasets_reads(tmp_path: Path, capsys: pytest.CaptureFixture):
+    src = GOLDEN / "rlds" / "wide"
+    assert main(["data", "convert", str(src), str(tmp_path / "ds"), "--workers", "0"]) == 2
+    assert "--fps" in capsys.readouterr().err, "the format has no control rate, and nobody guesses one"
+    summary = converted(src, tmp_path / "ds", capsys, "--fps", "5")
+    assert "observation/depth" in summary["not_carried"] and any("midway" in note for note in summary["notes"])
+    assert summary["splits"] == {"train": "0:3", "val": "3:5"} and any("val" in note for note in summary["notes"])
+    assert json.loads((tmp_path / "ds/meta/info.json").read_text())["splits"] == summary["splits"]
+    store = EpisodeStore.open(tmp_path / "ds", tmp_path / "cache", progress=False)
+    with np.load(GOLDEN / "rlds" / "wide.npz") as wanted:
+        solved = [*wanted["train//episode_metadata/success"], *wanted["val//episode_metadata/success"]]
+        flags = pq.read_table(tmp_path / "ds/data/chunk-000/file-000.parquet")["next.success"].to_numpy()
+        assert [bool(flags[stop - 1]) for stop in store.episode_starts[1:]] == solved and flags.sum() == sum(solved)
+        both = {key: np.concatenate([wanted[f"train/{key}"], wanted[f"val/{key}"]]) for key in (
+            "action", "observation/state", "observation/image", "observation/wrist_image")}  # fmt: skip
+        assert np.diff(store.episode_starts).tolist() == [*wanted["train/lengths"], *wanted["val/lengths"]]
+    assert np.array_equal(store.action, both["action"])
+    at = store.spec.state_names.index("state.d0")
+    assert np.array_equal(store.state[:, at : at + 8], both["observation/state"])
+    assert np.array_equal(pictures(store, "wrist_image"), both["observation/wrist_image"])
+
+
+@pytest.mark.parametrize("name", ["libero", "libero_replayed", "robomimic", "aloha", "aloha_compressed"])
+def test_hdf5_becomes_v30(name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("h5py", reason="h5py is not installed (pip install 'tendon-vla[hdf5]')")
+    src = tmp_path / "src" / f"{name}.hdf5"
+    src.parent.mkdir()
+    src.write_bytes(gzip.decompress((GOLDEN / "hdf5" / f"{name}.hdf5.gz").read_bytes()))
+    words = [] if name.startswith("libero") else ["--instruction", "lift the cube"]
+    if words:
+        assert main(["data", "convert", str(src), str(tmp_path / "silent"), "--workers", "0"]) == 3
+        assert "--instruction" in capsys.readouterr().err
+    summary = converted(src, tmp_path / "ds", capsys, *words)
+    source, store = open_source(src), EpisodeStore.open(tmp_path / "ds", tmp_path / "cache", progress=False)
+    assert store.num_episodes == len(source.keys()) == summary["episodes"]
+    for e, key in enumerate(source.keys()):
+        raw, rows = source.read(key), slice(*store.episode_starts[e : e + 2])
+        # Seen after the action: the first action and the last picture have no partner.
+        after = raw.attributes.get("pairing", source.info.attributes["pairing"]) == "observation_after_action"
+        path = "action" if name.startswith("aloha") else "actions"
+        kept = raw.fields[path][1:] if after else raw.fields[path]
+        assert len(kept) == rows.stop - rows.start
+        if name.startswith("aloha"):
+            assert np.array_equal(store.action[rows], kept.astype(np.float32))
+        else:
+            assert np.array_equal(store.action[rows][:, :6], kept[:, :6].astype(np.float32))
+        if words:
+            assert store.instructions == ["lift the cube"]
+        camera = next(iter(store.cameras))
+        seen = [frames for frames in raw.images.values()]
+        first = store.frame(camera, rows.start)
+        assert any(np.array_equal(first, turned) for frames in seen for turned in (frames[0], frames[0][::-1]))
