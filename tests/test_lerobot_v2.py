@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -186,6 +187,47 @@ def test_rows_in_another_order_and_an_index_that_begins_anew(v21: Path, written)
     same_as(quietly(v21), written)
 
 
+def test_folders_hold_as_many_episodes_as_the_header_says(v21: Path, written):
+    edit(v21 / "meta/info.json", lambda info: info | {"chunks_size": 2})
+    for path in list(v21.rglob("episode_000002.*")):
+        there = Path(str(path).replace("chunk-000", "chunk-001"))
+        there.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(there)
+    same_as(quietly(v21), written)
+    edit(v21 / "meta/info.json", lambda info: info | {"chunks_size": 0})
+    refusals(v21, "chunks_size 0")
+
+
+@pytest.fixture()
+def pictures(tmp_path: Path) -> Path:
+    """Also by lerobot 0.3.3, with PNG pictures inside the Parquet files (`dtype: image`)."""
+    return Path(shutil.copytree(GOLDEN.with_name("lerobot_v21_images"), tmp_path / "pictures"))
+
+
+def test_pictures_inside_the_parquet_files(pictures: Path, tmp_path: Path):
+    written = dict(np.load(GOLDEN.with_name("lerobot_v21_images.npz")))
+    report = write_v21(pictures, tmp_path / "out", progress=False)
+    assert report["clips_copied"] == report["clips_encoded"] == 0
+    assert json.loads((tmp_path / "out/meta/info.json").read_text())["video_path"] is None
+    for root in (pictures, tmp_path / "out"):
+        store, source = quietly(root), open_source(root)
+        frames = np.stack([store.frame("wrist", i) for i in range(store.num_frames)])
+        assert np.array_equal(frames, written["frames/wrist"]) and np.array_equal(store.action, written["action"])
+        assert np.array_equal(source.read("episode_000001").images["observation.images.wrist"], frames[3:])
+
+
+def test_a_damaged_picture_is_named(pictures: Path):
+    path = pictures / DATA
+    table = pq.read_table(path)
+    values = table["observation.images.wrist"].to_pylist()
+    values[1]["bytes"] = b"no picture"
+    at = table.column_names.index("observation.images.wrist")
+    pq.write_table(table.set_column(at, "observation.images.wrist", pa.array(values)), path)
+    with pytest.raises(DataError) as caught:
+        open_source(pictures).read("episode_000001")
+    assert DATA in caught.value.where and "observation.images.wrist, row 1" in caught.value.where
+
+
 # As a source of conversion.
 
 
@@ -215,6 +257,35 @@ def test_the_source_reads_v30_and_what_its_recorder_knew(tmp_path: Path):
         assert np.array_equal(raw.images["observation.images.wrist"], episode.images["wrist"])
         assert np.array_equal(raw.fields["action"], episode.action) and raw.instruction == episode.instruction
         assert raw.attributes == {"task": episode.task, "seed": episode.seed}
+
+
+def test_a_large_file_is_read_episode_by_episode(v30: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = [open_source(v30).read(key) for key in open_source(v30).keys()]
+    monkeypatch.setattr("data_tools.sources.lerobot._HELD_BYTES", 0)
+    source = open_source(v30)
+    for key, raw in zip(source.keys(), whole, strict=True):
+        again = source.read(key)
+        assert all(np.array_equal(again.fields[name], values) for name, values in raw.fields.items())
+
+
+def test_a_source_travels_to_other_processes(v30: Path):
+    source = open_source(v30)
+    first = source.read("episode_000002")
+    data = pickle.dumps(source)
+    assert len(data) < 20_000, "names, not rows"
+    again = pickle.loads(data).read("episode_000002")
+    assert np.array_equal(again.images["observation.images.front"], first.images["observation.images.front"])
+
+
+def test_columns_that_are_no_numbers_are_named(v30: Path, tmp_path: Path):
+    path = v30 / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("note", pa.array(["hm"] * len(table))), path)
+    note = {"note": {"dtype": "string", "shape": [1], "names": None}}
+    edit(v30 / "meta/info.json", lambda info: info | {"features": info["features"] | note})
+    assert open_source(v30).info.attributes["left_out"] == ["note"]
+    assert write_v21(v30, tmp_path / "out", progress=False)["left_out"] == ["note"]
+    assert "note" not in json.loads((tmp_path / "out/meta/info.json").read_text())["features"]
 
 
 def test_a_damaged_episode_of_a_source_is_named_and_the_others_read(v21: Path):

@@ -24,6 +24,7 @@ from vla.episodes import EpisodeStore
 from vla.episodes.hub import resolve
 from vla.episodes.streaming import StreamingStore
 from vla.errors import DataError, MachineError, UsageError
+from vla.mixture import Mixture
 
 REPO = "someone/toy"
 CAMERAS = ("front", "wrist")
@@ -203,6 +204,24 @@ def test_prefetch_brings_a_shard(hub: HubStandIn, pushed: str, tmp_path: Path): 
     for camera in CAMERAS:
         store.frames(camera, range(*store.shards[2:4]))
     assert hub.videos_sent() == sent
+
+
+def test_a_mixture_draws_all_frames_of_a_stream_from_a_few_files_at_a_time(
+    hub: HubStandIn, pushed: str, dataset: Path, tmp_path: Path  # noqa: F811
+):
+    store, here = stream(pushed, tmp_path), whole(dataset)
+    mixture = Mixture([store], [1.0], 4, seed=1)  # pyright: ignore  the same reading surface
+    videos = sum(p.stat().st_size for p in dataset.rglob("*.mp4"))
+    seen, sent = set(), []
+    for n in range(len(mixture)):
+        window = mixture.window(n)
+        _, episode, t = mixture.locate(n)
+        at = int(store.episode_starts[episode]) + t
+        seen.add(at)
+        assert np.array_equal(window.images["wrist"], here.frame("wrist", at))
+        sent.append(hub.videos_sent())
+    assert len(seen) == store.num_frames, "every frame once in an epoch"
+    assert sent[len(sent) // 5] < 0.6 * videos and sent[-1] == videos, "fetched as it goes, each file once"
 
 
 def test_version_2_streams_too(hub: HubStandIn, dataset: Path, tmp_path: Path):  # noqa: F811

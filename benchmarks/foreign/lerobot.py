@@ -3,6 +3,8 @@
     python benchmarks/foreign/lerobot.py write --python ENV/bin/python --out foreign/lerobot-v2.1
     python benchmarks/foreign/lerobot.py check --dir foreign --v21 ENV033/bin/python --v30 ENV044/bin/python
     python benchmarks/foreign/lerobot.py golden --python ENV033/bin/python --out tests/golden/lerobot_v21
+    python benchmarks/foreign/lerobot.py golden --python ENV033/bin/python --out tests/golden/lerobot_v21_images \\
+        --images --episodes 2 --size 16 --longest 6
 
 `ENV033` is a virtual environment with `lerobot==0.3.3 numpy<2.3` (the last release that writes v2.1), `ENV044` one with
 `lerobot==0.4.4 numpy<2.3` (v3.0); neither is ever a dependency of ours. v2.0 has no release that still installs on Python 3.11
@@ -114,6 +116,7 @@ def write(python: Path, out: Path, episodes: int = 12, size: int = 128, video: b
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     print(inside(python, WRITER, out, episodes, size, int(video), longest).splitlines()[-1])
+    shutil.rmtree(out / "images", ignore_errors=True)  # lerobot leaves the pictures it has put elsewhere
 
 
 def as_v20(source: Path, out: Path) -> None:

@@ -30,7 +30,8 @@ from vla.normalize import QUANTILES
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 STATISTICS = ("min", "max", "mean", "std", *QUANTILES)
-_V1 = "convert it in two steps, with releases of `lerobot` that could: 0.1 (v1 to v2.0); what it writes is read here as it is"
+_V1 = ("with `lerobot==0.3.3` in an environment of its own: python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 "
+       "--repo-id USER/NAME --single-task 'what the robot does'; the v2.0 it makes is read here as it is")  # fmt: skip
 
 
 @dataclass
