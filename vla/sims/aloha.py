@@ -47,6 +47,8 @@ _TOOL = 0.069744 + 0.125
 """Metres from the wrist's hinge to between the finger tips."""
 _PITCH = 1.3
 """Rad below level at which a hand picks the cube up."""
+_MEETING, _LEVEL = np.array([0.0, 0.5, 0.25]), 0.3
+"""Where the cube changes hands, metres, and the pitch of both hands there."""
 _HELD = 0.68
 """A gripper less open than this that is around the cube holds it."""
 _FASTEST = 0.12
@@ -57,7 +59,7 @@ class Aloha(OneTask):
     """See the module. State and action: left joints (6, rad), left gripper (0 shut..1 open), then the right ones."""
 
     suite = "aloha"
-    max_steps = 60
+    max_steps = 80
     camera = "front"
 
     def __init__(self, task: str, **kw: Any) -> None:
@@ -98,11 +100,17 @@ class Aloha(OneTask):
     def expert(self) -> np.ndarray:
         """(14,) float32 from the places of both hands and the cube now."""
         state, cube = self._world.get_qpos(self._physics), self._data.xpos[self._cube].copy()
-        want = np.concatenate([_START[:6], [1.0], _START[8:14], [1.0]])
-        want[6] = 0.1
-        joints, gripper = _ARMS["right"]
-        place, pitch, want[gripper] = grasp(self._tip("right"), state[gripper], cube)
-        want[joints] = solve("right", place, pitch)
+        want = np.concatenate([_START[:6], [0.1], _START[8:14], [1.0]])
+        (left, left_gripper), (right, right_gripper) = _ARMS["left"], _ARMS["right"]
+        tip = self._tip("right")
+        place, want[right_gripper] = grasp(tip, state[right_gripper], cube)
+        if self.task == "transfer-cube" and np.linalg.norm(tip - cube) < 0.03 and cube[2] > 0.05 and place[2] > cube[2] + 0.05:
+            want[right] = solve("right", tip + np.clip(_MEETING - cube, -0.06, 0.06), _LEVEL)
+            near = np.linalg.norm(_MEETING - cube) < 0.03
+            want[left] = solve("left", cube + [0.0 if near else -0.1, 0, 0], _LEVEL, math.pi / 2)
+            want[left_gripper] = 0.0 if np.linalg.norm(self._tip("left") - cube) < 0.015 else 1.0
+        else:
+            want[right] = solve("right", place, _PITCH)
         change = want - state
         for arm, _ in _ARMS.values():
             want[arm] = state[arm] + change[arm] * min(1.0, _FASTEST / max(abs(change[arm]).max(), 1e-9))
@@ -113,15 +121,15 @@ class Aloha(OneTask):
         return eye_for("aloha", self._model, size).picture(self._model, self._data, _VIEW)
 
 
-def grasp(tip: np.ndarray, opening: float, cube: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Where the right hand goes next (3,), its pitch (rad, down) and its gripper: above it open, down, close, up."""
+def grasp(tip: np.ndarray, opening: float, cube: np.ndarray) -> tuple[np.ndarray, float]:
+    """Where the right hand goes next (3,), and its gripper: above the cube open, down, close, up."""
     off, height = float(np.linalg.norm(tip[:2] - cube[:2])), float(tip[2] - cube[2])
     low = cube + [0, 0, 0.012]  # lower, the fingers rub on the table and do not close
     if off < 0.02 and abs(height) < 0.025:
-        return low + [0, 0, 0.08 if opening < _HELD else 0.0], _PITCH, 0.0
+        return low + [0, 0, 0.08 if opening < _HELD else 0.0], 0.0
     if off < 0.01 and opening > 0.75:
-        return low, _PITCH, 1.0
-    return np.array([*cube[:2], cube[2] + 0.08]), _PITCH, 1.0
+        return low, 1.0
+    return np.array([*cube[:2], cube[2] + 0.08]), 1.0
 
 
 def solve(side: str, place: np.ndarray, pitch: float, roll: float = 0.0) -> np.ndarray:
