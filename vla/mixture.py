@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import yaml
@@ -28,6 +28,8 @@ from vla.answers import Answers, AnswersConfig, Question
 from vla.config import Config, find_config
 from vla.embodiment import EmbodimentSpec, explain, load_embodiment
 from vla.episodes import EpisodeStore
+from vla.episodes.hub import resolve
+from vla.episodes.streaming import StreamingStore
 from vla.errors import DataError, UsageError, VLAError
 from vla.randomness import Purpose, generator, mix, permute
 from vla.resample import native_steps, to_policy_steps
@@ -55,6 +57,8 @@ class DatasetConfig(Config):
     """The embodiment's camera -> this dataset's name for it; `null`: it was not recorded, and is masked."""
     stream: bool = False
     """Of a Hub dataset, fetch videos file by file while training instead of everything before it."""
+    stream_gb: float = Field(default=20.0, gt=0)
+    """Room for streamed videos on this machine; the least recently used go first."""
 
 
 class MixtureConfig(Config):
@@ -344,4 +348,9 @@ def _open(entry: DatasetConfig, config: MixtureConfig, progress: bool):
 def _reach(
     entry: DatasetConfig, config: MixtureConfig, cache: Path | None, spec: EmbodimentSpec | None, progress: bool
 ) -> EpisodeStore:  # fmt: skip
-    return EpisodeStore.open(entry.path, cache, config.frames, progress, embodiment=spec)  # pyright: ignore
+    """The dataset wherever it lies: here, or on the Hub, fetched whole or as it is needed."""
+    if entry.stream:
+        stream = StreamingStore.open(entry.path, cache, entry.stream_gb, progress, embodiment=spec)
+        return cast(EpisodeStore, stream)  # reads alike; its `shards` say which frames lie together
+    folder = resolve(entry.path, cache, progress=progress)
+    return EpisodeStore.open(folder, cache, config.frames, progress, embodiment=spec)
