@@ -3,6 +3,7 @@ benchmarks/foreign/lerobot.py), what we write in that format, and what is wrong 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import pickle
@@ -22,6 +23,7 @@ from data_tools.lerobot import LeRobotWriter
 from data_tools.lerobot_v21 import modality, write_v21
 from data_tools.sources import open_source
 from data_tools.sources.lerobot import LeRobotSource
+from data_tools.stats import add_stats_parser
 from vla.embodiment import load_embodiment
 from vla.episodes import EpisodeStore
 from vla.episodes.layout import read_layout
@@ -123,7 +125,22 @@ def test_statistics_of_another_dataset_are_refused(v21: Path):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(DataError, match="another dataset's statistics") as caught:
         quietly(v21)
-    assert "action[0] of the data spans" in caught.value.found
+    assert "action[0] of the data spans" in caught.value.found and "episodes_stats.jsonl" in caught.value.where
+
+
+def test_the_statistics_command_mends_version_2_too(v21: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    test_statistics_of_another_dataset_are_refused(v21)
+    monkeypatch.setenv("VLA_CACHE", str(v21.parent / "cache"))
+    parser = argparse.ArgumentParser()
+    add_stats_parser(parser.add_subparsers())
+    args = parser.parse_args(["stats", str(v21), "--json", "--write"])
+    assert args.run(args) == 0
+    store = quietly(v21)
+    assert store.notes == [] and np.allclose(store.stats["action"]["max"], store.action.max(0))
+
+
+def test_frames_straight_from_the_videos(v21: Path, written):
+    same_as(quietly(v21, frames="video"), written)
 
 
 def refusals(root: Path, *words: str) -> None:

@@ -25,6 +25,7 @@ from vla.episodes.hub import resolve
 from vla.episodes.streaming import StreamingStore
 from vla.errors import DataError, MachineError, UsageError
 from vla.mixture import Mixture
+from vla.schema import Window
 
 REPO = "someone/toy"
 CAMERAS = ("front", "wrist")
@@ -215,6 +216,7 @@ def test_a_mixture_draws_all_frames_of_a_stream_from_a_few_files_at_a_time(
     seen, sent = set(), []
     for n in range(len(mixture)):
         window = mixture.window(n)
+        assert isinstance(window, Window)
         _, episode, t = mixture.locate(n)
         at = int(store.episode_starts[episode]) + t
         seen.add(at)

@@ -115,8 +115,7 @@ def read_layout(root: Path, embodiment: EmbodimentSpec | None, need_stats: bool)
             cameras[key.removeprefix(IMAGES).removeprefix("observation.")] = key
     version = str(info["codebase_version"])
     v2 = _major(version) == "2"
-    per_episode = v2 and version != "v2.0" and (root / "meta" / "episodes_stats.jsonl").is_file()
-    source = root / "meta" / ("episodes_stats.jsonl" if per_episode else "stats.json")
+    source = _statistics_file(root, version)
     stats = layout_v2.read_stats(root, version, problems) if v2 else _read_json(source, problems) or {}
     recording = _read_recording(root / "meta" / "recording.json", problems)
     to_compute, notes = [], []
@@ -145,10 +144,15 @@ def check_statistics(layout: Layout, key: str, lowest: np.ndarray, highest: np.n
     outside = (lowest < low - slack) | (highest > high + slack)
     if outside.any():
         d = int(np.argmax(outside))
-        problems.add(layout.root / "meta" / "stats.json",
+        problems.add(_statistics_file(layout.root, layout.version),
                      found=f"{key}[{d}] of the data spans {lowest[d]:g} to {highest[d]:g}",
                      expected=f"within its statistics, {low[d]:g} to {high[d]:g}",
                      fix=f"these are another dataset's statistics: {RECOMPUTE.format(layout.root)}")  # fmt: skip
+
+
+def _statistics_file(root: Path, version: str) -> Path:
+    per_episode = root / "meta" / "episodes_stats.jsonl"
+    return per_episode if version == "v2.1" and per_episode.is_file() else root / "meta" / "stats.json"
 
 
 def _major(version: str) -> str:

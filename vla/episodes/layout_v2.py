@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla.episodes.problems import RESTORE, Problems, short
+from vla.normalize import QUANTILES
 
 if TYPE_CHECKING:
     from vla.episodes.layout import Layout
@@ -71,23 +72,28 @@ def read_tasks(root: Path, problems: Problems) -> list[str]:
 
 
 def read_stats(root: Path, version: str, problems: Problems) -> dict[str, dict[str, Any]]:
-    """Feature -> {min, max, mean, std, count} of the whole dataset; {} when there are none. v2.1 keeps them per episode:
-    minima and maxima merge exactly, means and deviations by count."""
-    path = root / "meta" / "episodes_stats.jsonl"
-    if version != "v2.0" and path.is_file():
-        rows = read_lines(path, problems)
-        try:
-            return _merge([row["stats"] for row in rows]) if rows else {}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.add(path, found=short(error), expected="min, max, mean, std and count per feature", fix=RESTORE)
-            return {}
+    """Feature -> {min, max, mean, std, count} of the whole dataset; {} when there are none.
+
+    v2.1 keeps them per episode: minima and maxima merge exactly, means and deviations by count. A `stats.json` beside them
+    counts for features of which it has quantiles, as `vla data stats --write` leaves it.
+    """
     path = root / "meta" / "stats.json"
     try:
         stats = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError) as error:
         problems.add(path, found=f"not JSON: {error}", expected="a JSON object", fix=RESTORE)
         return {}
-    return stats if isinstance(stats, dict) else {}
+    stats = stats if isinstance(stats, dict) else {}
+    path = root / "meta" / "episodes_stats.jsonl"
+    if version == "v2.0" or not path.is_file():
+        return stats
+    rows = read_lines(path, problems)
+    try:
+        merged = _merge([row["stats"] for row in rows]) if rows else {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problems.add(path, found=short(error), expected="min, max, mean, std and count per feature", fix=RESTORE)
+        return {}
+    return merged | {key: entry for key, entry in stats.items() if isinstance(entry, dict) and QUANTILES.keys() <= entry.keys()}
 
 
 def _merge(episodes: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
