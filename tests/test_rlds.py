@@ -269,7 +269,9 @@ def test_parents_of_the_version_folder_will_do_while_there_is_one(toy: Path):
 
 def test_other_folders_are_not_recognised(tmp_path: Path):
     assert not RldsSource.recognises(tmp_path) and not RldsSource.recognises(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no dataset_info\.json"):
+    (tmp_path / "dataset_info.json").write_text("{}")  # Hugging Face's `save_to_disk` writes such a file as well
+    assert not RldsSource.recognises(tmp_path)
+    with pytest.raises(DataError, match=r"no features\.json or TFRecords"):
         RldsSource.open(tmp_path)
 
 

@@ -195,11 +195,12 @@ class _Split:
 
 
 def _versions(path: Path) -> list[Path]:
-    """Folders with the JSON files of TFDS: `path` itself, else those one or two levels below."""
+    """Folders with the files of TFDS: `path` itself, else those one or two levels below."""
     if not path.is_dir():
         return []
     for folders in ([path], sorted(path.glob("*/")), sorted(path.glob("*/*/"))):
-        found = [f for f in folders if (f / INFO).is_file() or (f / FEATURES).is_file() or any(f.glob("*.tfrecord-*-of-*"))]
+        # not by dataset_info.json: Hugging Face's `save_to_disk` writes one of its own
+        found = [f for f in folders if (f / FEATURES).is_file() or any(f.glob("*.tfrecord-*-of-*"))]
         found = [f for f in found if not f.name.startswith(("incomplete.", "."))]
         if found:
             return found
@@ -213,7 +214,7 @@ def _one_version(path: Path) -> Path:
     if found:
         raise DataError(path, found=f"{len(found)} datasets or versions: {[str(f.relative_to(path)) for f in found[:8]]}",
                         expected="one", fix=f"name one of them, for example {found[-1]}")  # fmt: skip
-    raise DataError(path, found=f"no {INFO} in it or up to two folders below", expected="an RLDS dataset",
+    raise DataError(path, found=f"no {FEATURES} or TFRecords in it or up to two folders below", expected="an RLDS dataset",
                     fix="point at the version folder, for example <name>/1.0.0")  # fmt: skip
 
 
