@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-robosuite smoke demo demo-full test test-wheel check fix bench clean
+.PHONY: help setup setup-robosuite smoke demo demo-full robots test test-wheel check fix bench clean
 # One stage after another: the stages share the machine's cores, and the clock below means something.
 .NOTPARALLEL:
 
@@ -54,6 +54,20 @@ demo-full: setup  ## six Meta-World tasks in one policy, with the curve over tra
 	$(call stage,The report,10 s)
 	vla report runs/demo-full
 	$(call total,make demo-full)
+
+ROBOTS := metaworld fetch aloha robosuite-panda robosuite-ur5e
+robots: setup setup-robosuite  ## five robots in one policy, and each alone with as many samples (about 70 min)
+	$(call stage,Recording 150 demonstrations of each robot,8 min)
+	for r in $(ROBOTS); do vla data record --suite $$r --episodes 150 --seed 0 --out data/$$r; done
+	vla data mixture configs/train/robots.yaml
+	$(call stage,Training one policy on all of them,25 min)
+	vla train configs/train/robots.yaml --resume
+	$(call stage,Training each alone,25 min)
+	for r in $(ROBOTS); do vla train train/robots "mixture.datasets=[{path: data/$$r}]" run.steps=1500 run.out=runs/alone-$$r --resume; done
+	$(call stage,100 fresh scenes of each robot with both,10 min)
+	for r in $(ROBOTS); do for run in robots alone-$$r; do \
+	  vla eval runs/$$run --suite $$r --episodes 100 --seed 900000 --out runs/$$run/eval/$$r.json; done; done
+	$(call total,make robots)
 
 smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 minutes; learns nothing)
 	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke
