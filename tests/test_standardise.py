@@ -117,7 +117,8 @@ def test_the_layout_of_6d_is_what_the_card_says_not_what_fits():
 
 
 def test_signs_of_quaternions_and_long_rotation_vectors():
-    q = rotation.to_quat(np.cumsum(RNG.normal(0, 0.4, (T, 3)), 0), "axis_angle") * RNG.choice([-1.0, 1.0], (T, 1))
+    turns = np.linspace(0, 1.9 * np.pi, T)[:, None] * [0.6, 0.0, 0.8]  # past pi, where w changes its sign
+    q = rotation.to_quat(turns, "axis_angle") * RNG.choice([-1.0, 1.0], (T, 1))
     wanted = channel("x", "eef_quat_xyzw", "1", 4, "base")
     entry = {"from": {"convention": "eef_quat_xyzw", "unit": "1", "frame": "base"}}
     close(convert(entry, wanted, a=q), q)
@@ -248,6 +249,14 @@ def test_achieved_actions_are_the_step_to_the_next_observation_and_the_last_goes
     close(got.action[:, 9], np.arange(T - 1))
     close(got.state, pose[:-1])
     np.testing.assert_array_equal(got.images["front"], image[:-1])
+
+
+def test_an_achieved_turn_about_the_hands_own_axes():
+    q = rotation.canonical(RNG.normal(size=(T, 4)))
+    entry = {"achieved": "compose", "from": {"convention": "eef_quat_xyzw", "unit": "1", "frame": "base"}}
+    for frame, kind in (("eef", "body"), ("base", "base")):
+        got = convert(entry, channel("x", "eef_delta_axis_angle", "rad/step", 3, frame), a=q)
+        close(got, rotation.from_quat(rotation.relative(q[:-1], q[1:], kind), "axis_angle"), 2e-6)
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -455,6 +464,18 @@ action:
                  "mine.yaml:13: action.1.channel", "mine.yaml:9: action: nothing fills channel 'grip'"):  # fmt: skip
         assert part in found, found
     assert "'obs/ee_pos'" in expected and "'obs/image'" in expected and "'grip'" in expected and "20.0 Hz" in expected
+
+
+def test_a_channel_filled_twice_and_a_rate_that_is_not_the_robots_are_refused():
+    fields = {"a": np.zeros((T, 1))}
+    with pytest.raises(UsageError, match="'x' is filled twice"):
+        once = make_card([(SCALAR, {"field": "a"})])
+        run(once.model_copy(update={"action": 2 * once.action}), fields)
+    entry = {"field": "a", "from": {"convention": "gripper_open_positive", "unit": "1"}}
+    parts = {"action": [{"channel": "gripper"} | entry], "state": []}
+    with pytest.raises(UsageError, match=r"25.0 Hz.*") as error:
+        run(Card.model_validate({"name": "made-up", "embodiment": "tabletop", "fps": 25} | parts), fields)
+    assert "the 10.0 Hz of embodiment 'tabletop'" in error.value.expected
 
 
 def test_a_card_that_contradicts_the_reader_is_refused():
