@@ -332,6 +332,26 @@ def test_an_aloha_file_without_a_camera_is_refused_alone(golden, tmp_path: Path)
         open_source(path.parent, "hdf5")
 
 
+def test_tasks_with_other_simulators_behind_them_are_one_dataset(golden, tmp_path: Path):
+    for name in ("a_demo", "b_demo"):
+        path = golden("libero", f"set/{name}.hdf5")
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            states = demo["states"][()]
+            del demo["states"]
+            demo["states"] = np.pad(states, ((0, 0), (0, 13)))  # a scene with more joints
+    source = open_source(path.parent, "hdf5")
+    assert len(source.keys()) == 4 and "states" not in source.info.fields
+    assert source.info.attributes["left_out"]["states"].startswith("the simulator's whole state")
+    for key in source.keys():
+        raw = source.read(key)
+        assert set(raw.fields) == set(source.info.fields) and raw.attributes["left_out"] == source.info.attributes["left_out"]
+    with h5py.File(path, "a") as file:  # still held against the states
+        file["data/demo_0/obs/joint_states"][...] = file["data/demo_0/states"][:, 1:8]
+    with pytest.raises(DataError, match="fit the states of the other pairing"):
+        source.read("b_demo.hdf5:demo_0")
+
+
 def test_all_problems_of_a_demonstration_come_at_once(golden):
     path = golden("libero")
     for how in ("short field", "no camera", "count", "never written"):

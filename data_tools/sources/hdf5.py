@@ -35,6 +35,8 @@ _ACTION = {"aloha": "action", "libero": "actions", "robomimic": "actions"}
 _PER_STEP = ("action", "base_action", "actions", "states", "robot_states", "rewards", "dones", "obs/", "next_obs/",
              "action_dict/", "observations/")  # fmt: skip
 """Paths that hold one row per step by the layout's definition: another length there is damage, elsewhere not."""
+_SIMULATOR = "states"
+"""The whole simulator's state: as wide as the scene has joints, so it differs between the tasks of one dataset."""
 _REPAIR = "fetch or record this file again, or leave this episode out"
 
 
@@ -51,7 +53,7 @@ class _Schema:
     @property
     def form(self) -> frozenset[str]:
         """What episodes of one dataset have in common."""
-        fields = {f"{path} {dtype}{list(shape)}" for path, (dtype, shape) in self.fields.items()}
+        fields = {f"{path} {dtype}{list(shape)}" for path, (dtype, shape) in self.fields.items() if path != _SIMULATOR}
         return frozenset(fields | {f"{path} {h}x{w}" for path, (h, w) in self.images.items()})
 
 
@@ -135,8 +137,8 @@ class Hdf5Source:
             schema = _describe(group, self.kind, where)
             problems = [*schema.problems, *self._differences(schema, where), *_miscounted(attributes, schema, where)]
             fields, images = self._arrays(file, group, schema, where, only, problems)
-        if not problems and self.kind == "libero":
-            problems += self._wrong_pairing(fields, name, where)
+            if not problems and self.kind == "libero":
+                problems += self._wrong_pairing(group, name, where)
         if problems:
             raise together(where, problems)
         attributes |= {"masks": self._masks.get(key, []), "left_out": schema.left_out}
@@ -183,14 +185,17 @@ class Hdf5Source:
                 words = schema.left_out.get(path, "no such camera")
                 problems.append(_problem(f"{where} {path}", words, "one picture per step"))
         known = {*self.info.fields, *self.info.images}
+        known_reasons = self.info.attributes["left_out"]
         for path in [p for p in (*schema.fields, *schema.images) if p not in known]:
-            schema.left_out[path] = "not in the dataset's other episodes"
+            schema.left_out[path] = known_reasons.get(path, "not in the dataset's other episodes")
         return problems
 
-    def _wrong_pairing(self, fields: dict[str, np.ndarray], name: str, where: str) -> list[DataError]:
-        if "obs/joint_states" not in fields or "states" not in fields:
+    def _wrong_pairing(self, group: Any, name: str, where: str) -> list[DataError]:
+        paths = ("obs/joint_states", _SIMULATOR)
+        if not all(path in group for path in paths):
             return []
-        evidence = contradicts_pairing(fields["obs/joint_states"], fields["states"], self._pairing[name])
+        joints, states = (read_array(group[path], f"{where} {path}") for path in paths)
+        evidence = contradicts_pairing(joints, states, self._pairing[name])
         if evidence is None:
             return []
         return [DataError(f"{where} obs", found=evidence, expected=self._pairing[name].replace("_", " "),
@@ -302,7 +307,11 @@ def _common_form(root: Path, facts: dict[str, FileFacts], schemas: dict[str, _Sc
             forms.setdefault(schema.form, []).append(name)
         largest = max(forms.values(), key=len)
         if 2 * len(largest) > len(whole):
-            return whole[largest[0]]
+            common = whole[largest[0]]
+            if len({schema.fields.get(_SIMULATOR) for schema in whole.values()}) > 1:
+                common.fields.pop(_SIMULATOR, None)
+                common.left_out[_SIMULATOR] = "the simulator's whole state, of another width in other files"
+            return common
         groups = {str(sorted(form)): names for form, names in forms.items()}
     first, *others = groups.values()
     unlike = "; ".join(_unlike(facts, schemas, first[0], names) for names in others)
