@@ -196,9 +196,8 @@ def compare(path: Path) -> None:
                 total += ours.size
             states, joints = raw.fields["states"][:, 1:8], raw.fields["obs/joint_states"]
             same, late = np.abs(states[1:] - joints[1:]).max(), np.abs(states[1:] - joints[:-1]).max()
-            print(
-                f"{key} {raw.instruction!r} {len(raw)} steps; joint_states off the states by {same:.1e} rad, a step late {late:.1e}"
-            )
+            apart = f"joint_states off the states by {same:.1e} rad, a step late by {late:.1e}"
+            print(f"{key} {raw.instruction!r} {len(raw)} steps; {apart}")
     print(f"{total} values: all equal")
 
 
