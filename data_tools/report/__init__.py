@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -25,10 +26,17 @@ from vla.errors import DataError
 from vla.report import HERE as LOOK
 
 HERE = Path(__file__).parent
+_LINK = re.compile(r'<a href="#(ep-\d+)">(.*?)</a>')
 PICTURES = 10
 """Pictures of an episode's film."""
-PARTS = {"findings": "Findings", "episodes": "Episodes", "unusual": "Unusual", "values": "State and action", "coverage": "Coverage",
-         "words": "Instructions"}  # fmt: skip
+PARTS = {
+    "findings": "Findings",
+    "episodes": "Episodes",
+    "unusual": "Unusual",
+    "values": "State and action",
+    "coverage": "Coverage",
+    "words": "Instructions",
+}
 
 
 def write_report(
@@ -54,6 +62,8 @@ def _write(root: Path, out: Path | None, embodiment: EmbodimentSpec | None, prog
     facts = facts_of(data)
     parts = [said(findings), films(data, findings, facts), strange(facts), distributions(data, facts), coverage(data, facts),
              words(data, facts)]  # fmt: skip
+    cards = set(re.findall(r'id="(ep-\d+)"', parts[1]))  # films are bounded: nothing may link to an episode that is not shown
+    parts = [_LINK.sub(lambda m: m[0] if m[1] in cards else m[2], part) for part in parts]
     links = "".join(f'<a href="#{key}">{name}</a>' for key, name in PARTS.items() if any(f'id="{key}"' in part for part in parts))
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = (
@@ -63,7 +73,8 @@ def _write(root: Path, out: Path | None, embodiment: EmbodimentSpec | None, prog
         f"<style>{(LOOK / 'report.css').read_text()}{(HERE / 'page.css').read_text()}</style></head>\n<body><main>\n"
         f'{header(data, findings, facts)}<nav aria-label="Parts">{links}</nav>\n'
         + "\n".join(filter(None, parts))
-        + f"\n<footer>Written by tendon-vla, {made}.</footer></main>\n<script>{(HERE / 'page.js').read_text()}</script></body></html>\n"
+        + f"\n<footer>Written by tendon-vla, {made}.</footer></main>\n<script>{(HERE / 'page.js').read_text()}"
+        "</script></body></html>\n"
     )
     path = out or root / "report.html"
     replace_file(path, page)

@@ -41,15 +41,19 @@ def histogram(spread: Spread) -> str:
         if low - 1e-9 <= limit <= high + 1e-9:
             marks += f'<line class="limit" x1="{px(limit):.1f}" x2="{px(limit):.1f}" y1="2" y2="{height - 14}"/>'
     q = spread.quantiles
-    marks += f'<rect class="middle" x="{px(q["q01"]):.1f}" width="{max(1.5, px(q["q99"]) - px(q["q01"])):.1f}" y="{height - 15}" height="3"/>'
+    marks += (
+        f'<rect class="middle" x="{px(q["q01"]):.1f}" width="{max(1.5, px(q["q99"]) - px(q["q01"])):.1f}" '
+        f'y="{height - 15}" height="3"/>'
+    )
     marks += f'<text class="tick" x="0" y="{height - 1}">{short(low)}</text>'
     marks += f'<text class="tick" x="{width}" y="{height - 1}" text-anchor="end">{short(high)}</text>'
-    unit = "" if spread.unit in ("-", "1") else f" {spread.unit}"
+    unit = "" if spread.unit in ("-", "1") else f" ({spread.unit})" if spread.unit[:1].isdigit() else f" {spread.unit}"
     said = f"98 % within {short(q['q01'])} to {short(q['q99'])}{unit}"
     outside = f' <b class="bad">{spread.outside:.2%} outside</b>' if spread.outside else ""
     return (
         f'<figure class="card dim-card"><figcaption>{escape(spread.name)}<small>{escape(said)}{outside}</small></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{spread.name}: {said}")}">{"".join(bars)}{marks}</svg>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(f"{spread.name}: {said}")}">{"".join(bars)}{marks}</svg>'
         f"</figure>"
     )
 
@@ -61,7 +65,8 @@ def lengths(values: np.ndarray, fps: float) -> str:
     bins = int(min(40, max(5, high - low + 1)))
     counts = np.histogram(values, bins, (low, high + 1e-9))[0]
     bars = "".join(
-        f'<rect class="bin" x="{n * width / bins + 1:.1f}" width="{width / bins - 2:.1f}" y="{height - 24 - c / counts.max() * 90:.1f}" '
+        f'<rect class="bin" x="{n * width / bins + 1:.1f}" width="{width / bins - 2:.1f}" '
+        f'y="{height - 24 - c / counts.max() * 90:.1f}" '
         f'height="{c / counts.max() * 90:.1f}"><title>{c} episodes</title></rect>'
         for n, c in enumerate(counts)
         if c
@@ -78,7 +83,7 @@ def lengths(values: np.ndarray, fps: float) -> str:
     )
 
 
-def plane(view: Plane, names: list[str]) -> str:
+def plane(view: Plane) -> str:
     """A heat map of where the robot was, and where it started, coloured by instruction."""
     side, left, bottom = 320, 44, 26
     level = np.log1p(view.heat) / max(float(np.log1p(view.heat).max()), 1e-9)
@@ -88,7 +93,8 @@ def plane(view: Plane, names: list[str]) -> str:
     image = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
     x0, x1, y0, y1 = view.extent
     dots = "".join(
-        f'<circle class="start t{int(tone) % 6 + 1}" cx="{left + (x - x0) / (x1 - x0) * side:.1f}" cy="{(y1 - y) / (y1 - y0) * side:.1f}" '
+        f'<circle class="start t{int(tone) % 6 + 1}" cx="{left + (x - x0) / (x1 - x0) * side:.1f}" '
+        f'cy="{(y1 - y) / (y1 - y0) * side:.1f}" '
         'r="3"/>'
         for (x, y), tone in zip(view.starts, view.tones, strict=True)
     )
@@ -99,14 +105,18 @@ def plane(view: Plane, names: list[str]) -> str:
                       f"{short(tick)}</text>")  # fmt: skip
     for tick in nice_ticks(y0, y1, 4):
         if y0 <= tick <= y1:
-            ticks += f'<text class="tick" x="{left - 6}" y="{(y1 - tick) / (y1 - y0) * side + 4:.1f}" text-anchor="end">{short(tick)}</text>'
+            ticks += (
+                f'<text class="tick" x="{left - 6}" y="{(y1 - tick) / (y1 - y0) * side + 4:.1f}" '
+                f'text-anchor="end">{short(tick)}</text>'
+            )
     covered = float((view.heat > 0).mean())
     said = f"{view.x} across, {view.y} up; {covered:.0%} of the cells visited"
     return (
         f'<figure class="card chart"><figcaption>{escape(view.title)}<small>{escape(said)}</small></figcaption>'
         f'<svg viewBox="0 0 {side + left + 8} {side + bottom}" role="img" aria-label="{escape(said)}">'
         f'<rect class="track" x="{left}" width="{side}" height="{side}" rx="4"/>'
-        f'<image href="{image}" x="{left}" width="{side}" height="{side}" preserveAspectRatio="none" style="image-rendering:pixelated"/>'
+        f'<image href="{image}" x="{left}" width="{side}" height="{side}" preserveAspectRatio="none" '
+        'style="image-rendering:pixelated"/>'
         f"{dots}{ticks}</svg></figure>"
     )
 

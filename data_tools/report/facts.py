@@ -89,7 +89,9 @@ def spreads(data: Dataset, part: str) -> list[Spread]:
     for run in data.runs(part):
         for d, name in zip(range(run.columns.start, run.columns.stop), run.names, strict=True):
             column = values[:, d]
-            q = dict(zip(("min", "q01", "q50", "q99", "max"), np.quantile(column, [0, 0.01, 0.5, 0.99, 1]).tolist(), strict=True))
+            q: dict[str, float] = dict(
+                zip(("min", "q01", "q50", "q99", "max"), np.quantile(column, [0, 0.01, 0.5, 0.99, 1]).tolist(), strict=True)
+            )
             edges = (q["min"], q["max"])
             limits = (float(low[d]), float(high[d])) if data.declared else None
             if limits and limits[1] - limits[0] < 10 * max(edges[1] - edges[0], 1e-9):
@@ -130,7 +132,8 @@ def planes(data: Dataset, task: np.ndarray) -> list[Plane]:
         starts_in = np.clip(starts[keep], (x0, y0), (x1, y1))
         pad = 0.04 * np.maximum([x1 - x0, y1 - y0], 1e-6)
         extent = (x0 - pad[0], x1 + pad[0], y0 - pad[1], y1 + pad[1])
-        heat = np.histogram2d(points[:, 1], points[:, 0], (48, 48), (extent[2:], extent[:2]))[0][::-1]
+        cells = int(np.clip(np.sqrt(len(points)), 12, 48))
+        heat = np.histogram2d(points[:, 1], points[:, 0], (cells, cells), (extent[2:], extent[:2]))[0][::-1]
         out.append(Plane(title, x, y, heat, extent, starts_in, task[np.array(firsts)[keep]]))
     return out
 

@@ -27,6 +27,8 @@ for (const card of cards) {
 }
 const find = document.querySelector("#find"), order = document.querySelector("#order"), shown = document.querySelector("#shown");
 if (find) {
+  const all = document.querySelector("#all"), few = 28;
+  let whole = cards.length <= few + 7;
   const apply = () => {
     const wanted = find.value.trim().toLowerCase();
     let left = 0;
@@ -38,9 +40,22 @@ if (find) {
     const key = order.value.replace("-", ""), sign = order.value === "n" || order.value[0] === "-" ? 1 : -1;
     const value = (card) => +card.dataset[key === "n" ? "e" : key];
     const grid = document.querySelector(".eps");
-    for (const card of [...cards].sort((a, b) => sign * (value(a) - value(b)))) grid.append(card);
+    let room = whole || wanted ? Infinity : few;
+    for (const card of [...cards].sort((a, b) => sign * (value(a) - value(b)))) {
+      grid.append(card);
+      if (!card.hidden && room-- <= 0) card.hidden = true;
+    }
+    all.hidden = whole || wanted !== "";
   };
+  const unfold = () => { whole = true; apply(); };
+  const jump = () => {
+    const target = location.hash.startsWith("#ep-") && document.querySelector(location.hash);
+    if (target) { find.value = ""; if (target.hidden) unfold(); target.scrollIntoView(); target.focus({ preventScroll: true }); }
+  };
+  all.addEventListener("click", unfold);
+  addEventListener("hashchange", jump);
   find.addEventListener("input", apply);
   order.addEventListener("change", apply);
   apply();
+  jump();
 }

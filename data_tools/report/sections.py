@@ -122,13 +122,16 @@ def films(data: Dataset, findings: Sequence[Finding], facts: Facts) -> str:
     )
     wide = min(3, len(data.films))
     return (
-        f'<section id="episodes"><h2>Episodes</h2><p>{note}They play under the pointer or the keyboard’s focus; a click or Enter stops '
+        f'<section id="episodes"><h2>Episodes</h2><p>{note}They play under the pointer or the keyboard’s focus; a '
+        "click or Enter stops "
         "and starts, the arrow keys step. </p>"
-        '<form class="tools" onsubmit="return false"><label>Find <input type="search" id="find" placeholder="instruction or number"></label>'
+        '<form class="tools" onsubmit="return false"><label>Find <input type="search" id="find" '
+        'placeholder="instruction or number"></label>'
         '<label>Order <select id="order"><option value="n">number</option><option value="score">most unusual</option>'
         '<option value="length">longest</option><option value="-length">shortest</option></select></label>'
         '<output id="shown"></output></form>'
-        f'<div class="eps" style="--wide:{wide}">{"".join(cards[e] for e in sorted(cards))}</div></section>'
+        f'<div class="eps" style="--wide:{wide}">{"".join(cards[e] for e in sorted(cards))}</div>'
+        f'<button type="button" class="more" id="all" hidden>Show all {len(cards)} episodes</button></section>'
     )
 
 
@@ -145,9 +148,11 @@ def _card(data: Dataset, e: int, strips: list[tuple[str, bytes, int, float]], se
     )
     badge = f'<span class="badge {TONES[severity]}">{severity}</span>' if severity else ""
     return (
-        f'<article class="card ep" id="ep-{e}" tabindex="0" role="img" aria-label="Episode {e}: {escape(text)}, {rows} rows" data-e="{e}" '
+        f'<article class="card ep" id="ep-{e}" tabindex="0" role="img" aria-label="Episode {e}: {escape(text)}, '
+        f'{rows} rows" data-e="{e}" '
         f'data-length="{rows}" data-score="{facts.scores.get(e, 0.0):.2f}"><div class="reel">{pictures}</div><i class="at"></i>'
-        f'<p class="caption">{escape(text)}</p><p class="muted"><b>{e}</b> · {rows} rows · {rows / data.fps:.1f} s {badge}</p></article>'
+        f'<p class="caption">{escape(text)}</p><p class="muted"><b>{e}</b> · {rows} rows · {rows / data.fps:.1f} s '
+        f"{badge}</p></article>"
     )
 
 
@@ -157,14 +162,17 @@ def strange(facts: Facts) -> str:
         return '<section id="unusual"><h2>Unusual episodes</h2><p>No episode stands far apart from the others.</p></section>' \
             if len(facts.lengths) >= 5 else ""  # fmt: skip
     rows = "".join(
-        f'<tr><td><a href="#ep-{u.episode}">episode {u.episode}</a></td><td class="number">{u.score:.1f}</td><td>{escape(u.reason)}</td></tr>'
+        f'<tr><td><a href="#ep-{u.episode}">episode {u.episode}</a></td><td class="number">{u.score:.1f}</td>'
+        f"<td>{escape(u.reason)}</td></tr>"
         for u in facts.unusual[:MOST_UNUSUAL]
     )
     more = f'<p class="muted">{len(facts.unusual) - MOST_UNUSUAL} more.</p>' if len(facts.unusual) > MOST_UNUSUAL else ""
     return (
-        '<section id="unusual"><h2>Unusual episodes</h2><p>Ranked by how many robust standard deviations an episode is away from the '
+        '<section id="unusual"><h2>Unusual episodes</h2><p>Ranked by how many robust standard deviations an episode '
+        "is away from the "
         "middle of all, in what it is most unusual in. Unusual is not wrong: a rare good demonstration looks the same.</p>"
-        f'<div class="scroll"><table><thead><tr><th>Episode</th><th class="number">Distance</th><th>In what</th></tr></thead>{rows}</table>'
+        '<div class="scroll"><table><thead><tr><th>Episode</th><th class="number">Distance</th><th>In what</th></tr>'
+        f"</thead>{rows}</table>"
         f"</div>{more}</section>"
     )
 
@@ -183,14 +191,16 @@ def distributions(data: Dataset, facts: Facts) -> str:
         else "Nobody has declared limits for this robot, so none are drawn."
     )
     return (
-        f'<section id="values"><h2>State and action</h2><p>{how} The bar below each histogram spans 98 % of the rows (q01 to q99), which '
-        f"is what normalising stretches over [-1, 1]. Heights are square roots, so that rare values can be seen.</p>{''.join(out)}</section>"
+        f'<section id="values"><h2>State and action</h2><p>{how} The bar below each histogram spans 98 % of the rows '
+        "(q01 to q99), which "
+        "is what normalising stretches over [-1, 1]. Heights are square roots, so that rare values can be seen."
+        f"</p>{''.join(out)}</section>"
     )
 
 
 def coverage(data: Dataset, facts: Facts) -> str:
     """Where the robot was and began; instructions; lengths."""
-    views = "".join(plane(view, []) for view in facts.planes)
+    views = "".join(plane(view) for view in facts.planes)
     if not views:
         return ""
     return (
@@ -206,12 +216,15 @@ def words(data: Dataset, facts: Facts) -> str:
     most = max(episodes for _, episodes, _ in facts.instructions)
     rows = "".join(
         f"<li><span>{escape(text)}</span>"
-        f'<svg class="bar own" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true"><rect class="track" width="100" height="12"/>'
-        f'<rect class="fill" width="{100 * episodes / most:.1f}" height="12"/></svg><span class="muted">{episodes} × {n / episodes:.0f}</span></li>'
+        '<svg class="bar own" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true"><rect class="track" '
+        'width="100" height="12"/>'
+        f'<rect class="fill" width="{100 * episodes / most:.1f}" height="12"/></svg><span class="muted">{episodes} × '
+        f"{n / episodes:.0f}</span></li>"
         for text, episodes, n in facts.instructions[:60]
     )
     more = f'<p class="muted">{len(facts.instructions) - 60} more instructions.</p>' if len(facts.instructions) > 60 else ""
     return (
-        f'<section id="words"><h2>Instructions and lengths</h2><p>Episodes × mean rows.</p><ul class="tasks said">{rows}</ul>{more}'
+        '<section id="words"><h2>Instructions and lengths</h2><p>Episodes × mean rows.</p><ul class="tasks '
+        f'said">{rows}</ul>{more}'
         f'<div class="charts">{lengths(facts.lengths, data.fps)}</div></section>'
     )
