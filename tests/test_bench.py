@@ -74,7 +74,8 @@ def test_an_error_in_a_worker_comes_out_in_words(root: Path):
 
 
 def test_numbers_that_make_no_sense_are_refused(root: Path):
-    for wrong in ({"batch": 0}, {"seconds": 0.0}, {"step_ms": -1.0}):
+    wrongs: list[dict] = [{"batch": 0}, {"seconds": 0.0}, {"step_ms": -1.0}]
+    for wrong in wrongs:
         with pytest.raises(UsageError):
             bench(root, ["raw"], [0], progress=False, **wrong)
     with pytest.raises(UsageError, match="workers"):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -37,7 +38,7 @@ def picture(t: int, size: int = 64) -> np.ndarray:
 
 def write_video(path: Path, codec: str, options: dict[str, str], count: int = 40) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options)
+        stream: Any = container.add_stream(codec, rate=10, options=options)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for t in range(count):
@@ -124,7 +125,8 @@ def _digest_into(store: EpisodeStore, results) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_decoder_that_was_open_before_survives_new_processes(root: Path, method: str):
-    store, context = open_video(root), multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
+    store = open_video(root)
     expected, results = digest(store), context.SimpleQueue()
     children = [context.Process(target=_digest_into, args=(store, results)) for _ in range(2)]
     for child in children:
@@ -187,7 +189,7 @@ def test_jpeg_keeps_the_colour_a_video_has(tmp_path: Path):
         store = EpisodeStore.open(tmp_path / kind, tmp_path / "cache", "jpeg", progress=False)
         data, offsets = store._batches["front"][1][0]
         with Image.open(io.BytesIO(data[offsets[0] : offsets[1]])) as image:
-            layers[kind] = [(h, v) for _, h, v, _ in image.layer]
+            layers[kind] = [(h, v) for _, h, v, _ in image.layer]  # pyright: ignore[reportAttributeAccessIssue]
     assert layers == {"lossless": [(1, 1)] * 3, "yuv420p": [(2, 2), (1, 1), (1, 1)]}
 
 

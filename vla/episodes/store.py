@@ -19,7 +19,7 @@ from vla.episodes.video import VideoFrames
 from vla.errors import DataError
 
 try:  # twice as fast as Pillow on pictures of this size, and the same pixels: both are libjpeg-turbo
-    import simplejpeg
+    import simplejpeg  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError:
     simplejpeg = None
 
@@ -179,7 +179,7 @@ class EpisodeStore:
                 f"cameras {self.cameras}, {len(self.instructions)} instructions)")  # fmt: skip
 
 
-def _from_jpeg(data: np.ndarray) -> np.ndarray:
+def _from_jpeg(data: Any) -> np.ndarray:
     if simplejpeg is not None:
         return simplejpeg.decode_jpeg(data)
     with Image.open(io.BytesIO(data)) as image:
