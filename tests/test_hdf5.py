@@ -279,6 +279,8 @@ def spoil_libero(path: Path, how: str) -> None:
         elif how == "dangling":
             del demo["rewards"]
             demo["rewards"] = h5py.SoftLink("/data/demo_9/rewards")
+        elif how == "endless":
+            demo["obs/again"] = demo["obs"]
         elif how == "empty":
             for name in ("actions", "rewards", "dones", "states", "robot_states"):
                 values = demo[name][:0]
@@ -301,6 +303,7 @@ def spoil_libero(path: Path, how: str) -> None:
         ("elsewhere", "actions", "a link to another file"),
         ("raw bytes elsewhere", "actions", "values kept in other files"),
         ("dangling", "rewards", "."),
+        ("endless", "obs/again/again", "groups more than 8 deep"),
         ("empty", "actions", "an episode of 0 steps"),
     ],
 )

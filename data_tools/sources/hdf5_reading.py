@@ -21,6 +21,7 @@ from vla.errors import DataError, MachineError, VLAError
 
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, OverflowError)
 """What h5py raises on damaged files, depending on which part of the file is hit."""
+_DEEPEST = 8
 _FETCH = "fetch or record this file again, or leave it out"
 
 
@@ -71,6 +72,10 @@ def members(group: Any, where: str, problems: list[DataError], prefix: str = "")
     A link that leads nowhere or out of the file goes to `problems`.
     """
     h5py = load_h5py()
+    if prefix.count("/") > _DEEPEST:  # a hard link to a group above never ends
+        problems.append(DataError(f"{where} {prefix}", found=f"groups more than {_DEEPEST} deep", expected="a tree of groups",
+                                  fix=_FETCH))  # fmt: skip
+        return
     try:
         with named(where):
             names = sorted(group)
