@@ -350,6 +350,9 @@ def test_where_the_words_come_from():
     assert said({"field": ["first", "second"]}, attributes={"texts": {"first": "", "second": ["", "take it"]}}) == "take it"
     assert said({"attribute": "env.words"}, info={"env": {"words": b"from file"}}) == "from file"
     assert said({"field": "nothing", "text": "always this"}) == "always this"
+    fields["code"] = points - 900
+    with pytest.raises(DataError, match="file.h5 demo_0, instruction(.|\n)*no Unicode code points"):
+        said({"field": "code"})
     with pytest.raises(DataError, match="no words in field 'nothing'") as error:
         said({"field": "nothing"}, instruction="")
     assert "instruction: {text: ...}" in error.value.fix
@@ -466,6 +469,12 @@ action:
     assert "'obs/ee_pos'" in expected and "'obs/image'" in expected and "'grip'" in expected and "20.0 Hz" in expected
 
 
+def test_a_state_is_not_achieved():
+    entry = {"field": "three", "from": META, "achieved": "compose"}
+    with pytest.raises(UsageError, match="on a state channel"):
+        run(make_card([(SCALAR, {"field": "a"})], [(STEP, entry)]), {"a": np.zeros((T, 1)), "three": np.ones((T, 3))})
+
+
 def test_a_channel_filled_twice_and_a_rate_that_is_not_the_robots_are_refused():
     fields = {"a": np.zeros((T, 1))}
     with pytest.raises(UsageError, match="'x' is filled twice"):
@@ -563,6 +572,22 @@ def test_lerobot_names_and_our_own_robots_are_kept():
     np.testing.assert_array_equal(got.state, values["observation.state"])
     np.testing.assert_array_equal(got.action, values["action"])
     assert (got.embodiment, got.task, got.seed, got.success) == ("ours/eef", "t", 4, False)
+
+
+def test_what_a_derived_card_says_itself_stays():
+    fields = {"actions": ("float64", (2,)), "obs/s": ("float64", (2,))}
+    info = SourceInfo(10.0, fields, {"obs/image": (4, 4), "obs/depth": (4, 4)}, {})
+    said = {"name": "mine", "cameras": {"top": {"field": "obs/image", "flip": "rotate180"}}, "instruction": {"text": "go"},
+            "pairing": "observation_after_action", "skip_steps": {"first": 1}}  # fmt: skip
+    card = fit(Card.model_validate(said), info)
+    assert card.pairing == "observation_after_action" and list(card.spec.cameras) == ["top"]
+    rows = np.arange(T, dtype=float)[:, None].repeat(2, 1)
+    image = RNG.integers(0, 256, (T, 4, 4, 3), dtype=np.uint8)
+    raw = RawEpisode({"actions": rows, "obs/s": rows}, {"obs/image": image, "obs/depth": image}, "", "f", "k")
+    got = standardise(raw, card, info)
+    assert got.action[:, 0].tolist() == list(range(2, T)) and got.state[:, 0].tolist() == list(range(1, T - 1))
+    np.testing.assert_array_equal(got.images["top"], image[1:-1, ::-1, ::-1])
+    assert got.instruction == "go"
 
 
 def test_a_shipped_card_that_does_not_fit_is_passed_over_and_said():

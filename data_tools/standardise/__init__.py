@@ -19,7 +19,7 @@ from data_tools.sources import RawEpisode, SourceInfo
 from data_tools.standardise.card import CameraCard, Card, ChannelCard, load_card, lookup, shipped_cards
 from data_tools.standardise.channels import fill
 from data_tools.standardise.fitting import card_for, fit, nearest
-from vla.errors import DataError, UsageError
+from vla.errors import DataError
 from vla.schema import Episode
 
 __all__ = ["Card", "card_for", "fit", "load_card", "shipped_cards", "standardise"]
@@ -135,6 +135,14 @@ def _pictures(frames: np.ndarray, entry: CameraCard) -> np.ndarray:
 
 
 def _words(raw: RawEpisode, card: Card, info: SourceInfo) -> str:
+    try:
+        return _spoken(raw, card, info)
+    except ValueError as error:
+        raise DataError(f"{raw.where}, instruction", found=error, expected="text",
+                        fix="name another field in the card, or drop the episode") from error  # fmt: skip
+
+
+def _spoken(raw: RawEpisode, card: Card, info: SourceInfo) -> str:
     tried, rule = [], card.instruction
     for path in rule.field:
         tried.append(f"field {path!r}")
@@ -157,7 +165,9 @@ def _words(raw: RawEpisode, card: Card, info: SourceInfo) -> str:
 
 
 def _text(value: Any) -> str:
-    """Text of a string, bytes, an array of either (the first that is not empty), or (T, n) rows of Unicode code points."""
+    """Text of a string, bytes, an array of either (the first that is not empty), or (T, n) rows of Unicode code points.
+
+    Raises `ValueError` for numbers that are none."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").strip()
     if isinstance(value, str):
@@ -165,8 +175,7 @@ def _text(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
         points = value.reshape(len(value), -1)[0] if value.ndim > 1 else value
         if not ((points >= 0) & (points <= 0x10FFFF)).all():
-            raise UsageError("instruction", found="numbers that are no Unicode code points", expected="text",
-                             fix="name another field in the card")  # fmt: skip
+            raise ValueError("numbers that are no Unicode code points")
         return "".join(chr(int(p)) for p in points).split("\0", 1)[0].strip()
     if isinstance(value, (list, tuple, np.ndarray)):
         return next((text for item in value if (text := _text(item.item() if isinstance(item, np.generic) else item))), "")

@@ -152,6 +152,8 @@ def _match_channels(card: Card, robot: EmbodimentSpec, part: str, info: SourceIn
             problems.add((*at, "channel"), f"{entry.channel!r} is filled twice", "one entry per channel")
         seen.add(entry.channel)
         channel = channels[entry.channel]
+        if part == "state" and entry.achieved is not None:
+            problems.add((*at, "achieved"), "on a state channel", "an action: what came of it is seen a step later")
         for key, found, expected in problems_of(entry, channel, fps):
             problems.add((*at, key), found, expected)
         _widths(entry, channel, at, info, problems)
@@ -213,12 +215,12 @@ def _cameras(card: Card, robot: EmbodimentSpec, info: SourceInfo, problems: _Pro
 
 
 def _derived(card: Card, info: SourceInfo) -> Card:
-    """`card` with an entry for every number and picture, as it is."""
+    """`card` with an entry for every number and picture, as it is. Cameras and pairing the card names itself stay."""
     if "embodiment" in info.attributes:  # one of our own datasets: its robot travels with it
         spec = EmbodimentSpec.model_validate(info.attributes["embodiment"])
         parts = {part: _sliced(getattr(spec, part), key) for part, key in (("state", "observation.state"), ("action", "action"))}
         cameras = {name: CameraCard(field=f"observation.images.{name}") for name in spec.cameras}
-        return _with(card, spec, cameras=cameras, **parts)
+        return _with(card, spec, cameras=card.cameras or cameras, **parts)
     state, action, wide = _numeric(info)
     problems = _Problems(card)
     if not action:
@@ -232,11 +234,12 @@ def _derived(card: Card, info: SourceInfo) -> Card:
     for part, paths in (("state", state), ("action", action)):
         channels[part] = tuple(_channel(path, info) for path in paths)
         entries[part] = tuple(ChannelCard(channel=_short(path), field=path) for path in paths)
-    cameras = {name: CameraCard(field=path, flip="as_source") for name, path in _camera_names(info.images).items()}
+    found = {name: CameraCard(field=path, flip="as_source") for name, path in _camera_names(info.images).items()}
+    pairing = card.pairing if "pairing" in card.model_fields_set else "as_source"
     name = str(info.attributes.get("robot_type") or card.name)
     spec = EmbodimentSpec(name=name, cameras={}, control_hz=float(fps or 0), **channels)
     left = f"; left out as too wide for a state: {wide}" if wide else ""
-    return _with(card, spec, about=card.about + left, cameras=cameras, pairing="as_source", **entries)
+    return _with(card, spec, about=card.about + left, cameras=card.cameras or found, pairing=pairing, **entries)
 
 
 def _with(card: Card, spec: EmbodimentSpec, **fields: Any) -> Card:
