@@ -377,3 +377,21 @@ def test_the_shipped_config_of_five_robots_is_valid():
     config = load_config("train/robots", [], TrainConfig)
     assert len(config.mixture.datasets) == 5 and config.policy.chunk_seconds and config.policy.soft_tokens
     assert SimpleNamespace(**config.policy.model_dump()).prompt == "robot-1"
+
+
+def test_training_is_refused_before_the_first_step_when_a_dataset_is_at_fault(tmp_path, capsys):
+    from vla.cli import main
+
+    spec = two_arms("delta")
+    with LeRobotWriter(tmp_path / "same", spec) as writer:
+        rng = np.random.default_rng(0)
+        for _ in range(4):  # recorded with the wrong source: the "action" is the state (GR00T#137)
+            state = np.cumsum(rng.normal(0, 0.1, (20, 6)), 0).astype(np.float32)
+            frames = {c: rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8) for c in spec.cameras}
+            writer.add(Episode(frames, state, state.copy(), "wave", spec.name))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(tmp_path / "run", [{"path": str(tmp_path / "same")}],
+                                                                 tmp_path / "cache").model_dump(mode="json")))  # fmt: skip
+    assert main(["train", str(tmp_path / "run.yaml")]) == 3
+    said = capsys.readouterr().err
+    assert "before the first step" in said and "action-is-state" in said and "--no-check" in said
+    assert not (tmp_path / "run").exists()

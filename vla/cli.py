@@ -93,6 +93,7 @@ def _add_train_parser(subparsers: Any) -> None:
         "  vla train train/demo run.steps=2000 policy.decoding=autoregressive run.out=runs/ar --resume",
     )  # fmt: skip
     add_arguments(parser)
+    parser.add_argument("--no-check", action="store_true", help="do not look for faults in the datasets first")
     parser.set_defaults(run=_train)
 
 
@@ -102,7 +103,31 @@ def _train(args: argparse.Namespace) -> int:
     from vla.train import TrainConfig, processes
 
     config = load_config(args.config, args.overrides, TrainConfig)  # complain here, before anything is launched
+    if not args.no_check:
+        _preflight(config)
     return launch("vla.train", args, processes(config), config.run.threads)
+
+
+def _preflight(config: Any) -> None:
+    """`vla data check --no-frames` on every local dataset of a training config: errors refuse, warnings are counted."""
+    from data_tools.check import check
+    from vla.embodiment import load_embodiment
+    from vla.errors import DataError
+    from vla.mixture import all_datasets
+
+    errors: list[str] = []
+    for entry in all_datasets(config.mixture)[0]:
+        if not (Path(entry.path) / "meta" / "info.json").is_file():
+            continue  # on the Hub, or not there: opening it says so
+        spec = load_embodiment(entry.embodiment) if entry.embodiment and not entry.cameras else None
+        found = check(entry.path, frames=False, embodiment=spec, holdout=config.mixture.holdout)
+        errors += [f"{entry.path}: {f.place}: {f.found} ({f.code})" for f in found if f.severity == "error"]
+        if warnings := sum(f.severity == "warning" for f in found):
+            print(f"{entry.path}: {warnings} warning(s); vla data check {entry.path}", file=sys.stderr)
+    if errors:
+        more = f"\n    and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise DataError("the datasets, before the first step", found="\n    ".join(errors[:20]) + more, expected="no faults",
+                        fix="`vla data check DIR` says how to mend each; --no-check trains on them as they are")  # fmt: skip
 
 
 def _add_report_parser(subparsers: Any) -> None:
