@@ -6,6 +6,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,15 @@ def test_both_jpeg_decoders_give_the_same_pixels(tmp_path: Path, monkeypatch: py
     fast = store.frames("front", range(5))
     monkeypatch.setattr(store_module, "simplejpeg", None)
     assert np.array_equal(fast, store.frames("front", range(5)))
+
+
+def test_more_datasets_open_than_the_usual_limit_on_files_allows(root: Path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, before[1]))
+        stores = [open_video(root) for _ in range(40)]
+        assert len(os.listdir("/proc/self/fd")) > used + 40
+        assert all(store.frame("front", 1).shape == (32, 32, 3) for store in stores)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
