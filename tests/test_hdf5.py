@@ -362,6 +362,7 @@ def test_all_problems_of_a_demonstration_come_at_once(golden):
     source = open_source(path, "hdf5")
     with pytest.raises(DataError) as caught:
         source.read("libero.hdf5:demo_0")
+    assert caught.value.found.startswith("4 problems")
     for words in ("obs/ee_pos: 7 rows", "obs/agentview_rgb: no such camera", "num_samples: 8 actions", "actions: 1 of 2 chunks"):
         assert words in caught.value.found
 

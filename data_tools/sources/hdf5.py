@@ -176,12 +176,13 @@ class Hdf5Source:
     def _differences(self, schema: _Schema, where: str) -> list[DataError]:
         """What this episode lacks of the dataset's fields, or holds in another form. More than them is named as left out."""
         problems = []
+        accused = {problem.where for problem in schema.problems}  # each of them is told once
         for path, expected in self.info.fields.items():
-            if (found := schema.fields.get(path)) != expected:
+            if f"{where} {path}" not in accused and (found := schema.fields.get(path)) != expected:
                 words = f"{found[0]} {found[1]} per step" if found else schema.left_out.get(path, "no such field")
                 problems.append(_problem(f"{where} {path}", words, f"{expected[0]} {expected[1]} per step"))
         for path in self.info.images:
-            if path not in schema.images:
+            if f"{where} {path}" not in accused and path not in schema.images:
                 words = schema.left_out.get(path, "no such camera")
                 problems.append(_problem(f"{where} {path}", words, "one picture per step"))
         known = {*self.info.fields, *self.info.images}
