@@ -131,6 +131,15 @@ def test_the_folder_stays_below_its_bound(
     assert not oldest.exists(), "the longest unused goes first"
 
 
+def test_what_is_held_is_not_removed_however_small_the_bound(pushed: str, tmp_path: Path):
+    """Removing it would free nothing, and hide from the count what lies on the disk."""
+    store = stream(pushed, tmp_path, max_gb=1e-9)
+    for index in range(0, store.num_frames, 5):
+        store.frame("front", index)
+    held = {path.stat().st_ino for path in (store.root / "held").iterdir()}
+    assert len(held) > 4 and held == {path.stat().st_ino for path in store.root.glob("videos/**/*.mp4")}
+
+
 def test_held_files_are_given_back_and_those_of_the_dead_cleared(pushed: str, tmp_path: Path):
     store = stream(pushed, tmp_path)
     store.frame("front", 0)
