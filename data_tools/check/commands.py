@@ -12,6 +12,8 @@ from vla.episodes.layout import ACTION
 
 LEAST_ROWS = 60
 """Rows below which a correlation says nothing."""
+AHEAD = (1, 3)
+"""Steps after which the state is looked at: a controller needs a few to get anywhere."""
 CARD = "declare it in a dataset card and convert again (`vla data convert --help`), or correct meta/embodiment.json"
 
 
@@ -29,24 +31,23 @@ def delta_absolute(data: Dataset) -> Iterator[Finding]:
     paired = set()
     for action, state in data.pairs() if data.declared else ():
         paired.add(action.columns.start)
-        a, now, later = data.steps(action.columns, state.columns)
-        if len(a) < LEAST_ROWS:
-            continue
-        place, way = (np.diag(correlation(a, x)) for x in (later, later - now))
-        moving = (a.std(0) > 1e-9) & (now.std(0) > 1e-9)
-        if not moving.any():
-            continue
-        absolute = action.channel.convention in ABSOLUTE
-        like_place, like_way = (place > 0.95) & (way < 0.5), (way > 0.6) & (np.abs(place) < 0.5)
-        wrong = (like_way if absolute else like_place) & moving
-        if 2 * wrong.sum() > moving.sum():
-            d = int(np.argmax(np.where(wrong, np.abs(place) + np.abs(way), -1)))
-            yield _declared_wrong(
-                action,
-                d,
-                absolute,
-                f"{action.names[d]} correlates {place[d]:.2f} with where the state is next, {way[d]:.2f} with how it moves",
-            )
+        place = way = np.full(len(action.names), -1.0)
+        moving = np.ones(len(action.names), bool)
+        for ahead in AHEAD:
+            a, now, later = data.steps(action.columns, state.columns, ahead)
+            if len(a) < LEAST_ROWS:
+                break
+            place = np.maximum(place, np.diag(correlation(a, later)))
+            way = np.maximum(way, np.diag(correlation(a, later - now)))
+            moving &= (a.std(0) > 1e-9) & (now.std(0) > 1e-9)
+        else:
+            absolute = action.channel.convention in ABSOLUTE
+            like_place, like_way = (place > 0.95) & (place > way + 0.2), (way > 0.6) & (way > place + 0.05) & (place < 0.9)
+            wrong = (like_way if absolute else like_place) & moving
+            if 2 * wrong.sum() > moving.sum():
+                d = int(np.argmax(np.where(wrong, np.abs(place - way), -1)))
+                seen = f"{action.names[d]} correlates {place[d]:.2f} with where the state is next, {way[d]:.2f} with how it moves"
+                yield _declared_wrong(action, d, absolute, seen)
     for run in data.runs("action") if data.declared else ():
         if run.columns.start in paired or run.channel.convention not in ("eef_delta_position", "joint_delta"):
             continue

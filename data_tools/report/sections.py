@@ -151,7 +151,7 @@ def _card(data: Dataset, e: int, strips: list[tuple[str, bytes, int, float]], se
         f'<article class="card ep" id="ep-{e}" tabindex="0" role="img" aria-label="Episode {e}: {escape(text)}, '
         f'{rows} rows" data-e="{e}" '
         f'data-length="{rows}" data-score="{facts.scores.get(e, 0.0):.2f}"><div class="reel">{pictures}</div><i class="at"></i>'
-        f'<p class="caption">{escape(text)}</p><p class="muted"><b>{e}</b> · {rows} rows · {rows / data.fps:.1f} s '
+        f'<p class="caption">{escape(text)}</p><p class="muted"><b>{e}</b> · {rows} rows '
         f"{badge}</p></article>"
     )
 
