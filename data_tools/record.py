@@ -6,7 +6,7 @@ timing and interruptions change nothing.
 
 Noise: a demonstrator that never errs never shows how to recover. Two episodes in three are pushed off course, by N(0,
 0.3) on every motion dimension and by bursts of 3 steps (begun at 6% of the steps), while the label stays the expert's
-clean action at the state actually reached.
+clean action at the state actually reached. The unit of the 0.3 is a whole step, or 0.06 rad of a joint's place.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
 from data_tools.video import VIDEO
-from vla.embodiment import load_embodiment
+from vla.embodiment import EmbodimentSpec, load_embodiment
 from vla.errors import DataError, MachineError, UsageError
 from vla.schema import Episode
-from vla.sims import expand_tasks, find_suite, make_sim
+from vla.sims import SUITES, expand_tasks, find_suite, make_sim
 
 NOISE = {"episodes": 2 / 3, "sigma": 0.3, "burst_probability": 0.06, "burst_steps": 3}
 _MOTION = {
@@ -243,16 +243,32 @@ def _attempt(task: str, seed: int) -> EncodedEpisode | None:
     return encode_episode(episode, _WORKER["fps"], _WORKER["video"]) if episode else None
 
 
+class Disturbance:
+    """The noise of one recorded episode (see the module): call it with what the expert wants, execute what it returns."""
+
+    def __init__(self, spec: EmbodimentSpec, rng: np.random.Generator) -> None:
+        units = {d: unit for convention, unit in _MOTION.items() for d in spec.dims_with("action", convention)}
+        self._motion, self._unit = list(units), np.array(list(units.values()))
+        self._rng, self._burst, self._left = rng, np.zeros(len(units)), 0
+
+    def __call__(self, label: np.ndarray) -> np.ndarray:
+        """(A,) float32 `label` -> (A,) float32, not clipped."""
+        executed, rng, many = label.copy(), self._rng, len(self._motion)
+        if self._left == 0 and rng.random() < NOISE["burst_probability"]:
+            self._burst, self._left = rng.uniform(-1, 1, many), NOISE["burst_steps"]
+        executed[self._motion] += self._unit * (rng.normal(0, NOISE["sigma"], many) + (self._burst if self._left else 0))
+        self._left = max(self._left - 1, 0)
+        return executed
+
+
 def demonstrate(sim: Any, seed: int, noise: bool) -> Episode | None:
     """One episode of the expert in scene `seed`; None when it failed. The picture after the last action is not kept."""
     rng = np.random.default_rng([seed, 0x7AB1E])
     noisy = noise and rng.random() < NOISE["episodes"]
-    units = {d: unit for convention, unit in _MOTION.items() for d in sim.spec.dims_with("action", convention)}
-    motion, unit = list(units), np.array(list(units.values()))
+    disturb = Disturbance(sim.spec, rng) if noisy else None
     low, high = sim.spec.limits("action")
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in sim.spec.cameras}
     states, actions = [], []
-    burst, left = np.zeros(len(motion)), 0
     observation, info = sim.reset(seed=seed)
     ended = bool(info.get("success"))
     while not ended:
@@ -261,12 +277,7 @@ def demonstrate(sim: Any, seed: int, noise: bool) -> Episode | None:
         states.append(observation["state"])
         label = np.clip(sim.expert(), low, high).astype(np.float32)
         actions.append(label)
-        executed = label.copy()
-        if noisy:
-            if left == 0 and rng.random() < NOISE["burst_probability"]:
-                burst, left = rng.uniform(-1, 1, len(motion)), NOISE["burst_steps"]
-            executed[motion] += unit * (rng.normal(0, NOISE["sigma"], len(motion)) + (burst if left else 0))
-            left = max(left - 1, 0)
+        executed = disturb(label) if disturb else label
         observation, _, terminated, truncated, info = sim.step(np.clip(executed, low, high))
         ended = terminated or truncated
     if not info["success"] or not actions:
@@ -288,7 +299,7 @@ def add_record_parser(subparsers: Any) -> argparse.ArgumentParser:
         "Run the same line again to continue an interrupted recording, or with a larger --episodes to extend it.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--suite", required=True, help="tabletop or metaworld")
+    add("--suite", required=True, help=", ".join(SUITES))
     add("--task", nargs="+", action="extend", metavar="T", help="tasks or groups such as `push` (default: the suite's)")
     add("--episodes", type=int, required=True, metavar="N", help="successful episodes to keep, over all tasks, dealt evenly")
     add("--seed", type=int, default=0, metavar="K", help="first scene; scenes count up from it (default %(default)s)")

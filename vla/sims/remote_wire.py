@@ -26,7 +26,7 @@ class WireError(Exception):
 
 def send(sock: socket.socket, header: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
     """Write one message. `arrays`: name -> uint8, float32 or float64 of any shape. Raises `OSError` when nobody reads."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     listed = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
     if any(dtype not in _DTYPES for _, dtype, _ in listed):
         raise TypeError(f"arrays of {_DTYPES} only: {listed}")
