@@ -6,7 +6,12 @@ Sources are HDF5 in robomimic's layout, 2 cameras of 128 x 128 stored raw, 100 s
 with noise of +-2 and a moving square, so that lossless video has something to do. The command runs as a process of its
 own; every 20 ms the resident memory of it and its children is summed from /proc (shared pages count once per process, so
 the sum is an upper bound), and each process's own high-water mark is kept. Reading everything back is included and timed
-apart. Two sizes give a line; its value at 50 GB is the extrapolation.
+apart.
+
+50 GB is extrapolated in two parts. Time and bytes on disk follow the line through the sizes measured. Memory has a part
+that does not depend on the size once a video file is full (100 MB), measured above, and a part that grows with the number
+of frames until the columns' own limits: that one is measured at its full size, by a writer fed with as many episodes as
+50 GB hold, pictures of 16 x 16, which also gives the time of a commit from first to last.
 """
 
 from __future__ import annotations
@@ -128,16 +133,63 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def extrapolated(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """The line through two measurements, at 50 GB."""
+_WRITER = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
+from vla.embodiment import Camera, load_embodiment
+from vla.schema import Episode
+import data_tools.lerobot as lerobot
+sys.path.insert(0, sys.argv[1])
+from bench_convert import STEPS, resident
+lerobot._COMMIT_SECONDS = 1e9  # commits are made here, and timed
+rng, first, last = np.random.default_rng(0), int(sys.argv[3]), int(sys.argv[4])
+cameras = {name: Camera(height=16, width=16) for name in ("a", "b")}
+spec = load_embodiment("tabletop").model_copy(update={"cameras": cameras})
+channel = spec.state[0].model_copy(update={"dims": tuple("abcdefghi"), "low": (-9.0,) * 9, "high": (9.0,) * 9})
+spec = spec.model_copy(update={"state": (channel,)})
+frames = rng.integers(0, 256, (STEPS, 16, 16, 3), dtype=np.uint8)
+def episode():
+    state, action = (rng.normal(size=(STEPS, d)).astype(np.float32) for d in (9, spec.action_dim))
+    return Episode({c: frames for c in cameras}, state, action, "lift the cube", spec.name)
+one, held, seconds = encode_episode(episode(), 20), [], []
+with LeRobotWriter(Path(sys.argv[2]), spec, fps=20) as writer:
+    for n in range(last):
+        e = episode()
+        writer.add(EncodedEpisode(one.clips, e.state, e.action, e.instruction, True, "", None, one.pixels, one.stats,
+                                  one.digests, source=f"image.hdf5:demo_{n}"))
+        if n + 1 == first or (n + 1) % 250 == 0:
+            began = time.process_time()
+            writer.commit()
+            seconds.append(time.process_time() - began)
+        if n + 1 == first:
+            held.append(resident(%(self)s)[1])
+    held.append(resident(%(self)s)[1])
+print(json.dumps({"episodes": [first, last], "peak_mb": [round(mb) for mb in held],
+                  "commit_cpu_s": [round(seconds[0], 2), round(float(np.median(seconds[-5:])), 2)]}))
+"""
+
+
+def writer_alone(out: Path, first: int, last: int) -> dict[str, Any]:
+    """Peak memory of a writer, and CPU seconds of a commit, after `first` and after `last` episodes."""
+    code = _WRITER.replace("%(self)s", "__import__('os').getpid()")
+    line = [sys.executable, "-c", code, str(Path(__file__).parent), str(out), str(first), str(last)]
+    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def extrapolated(small: dict[str, Any], large: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
+    """At 50 GB: time and disk by the line through two measurements, memory as the larger one plus what the writer gained."""
     grown = large["source_mb"] - small["source_mb"]
 
     def at(key: str) -> float:
         slope = (large[key] - small[key]) / grown
         return large[key] + slope * (TARGET_MB - large["source_mb"])
 
-    return {"source_mb": TARGET_MB, "peak_sum_mb": round(at("peak_sum_mb")), "peak_parent_mb": round(at("peak_parent_mb")),
-            "written_mb": round(at("written_mb")), "hours": round((at("convert_s") + at("verify_s")) / 3600, 1),
+    gained = alone["peak_mb"][1] - alone["peak_mb"][0]
+    return {"source_mb": TARGET_MB, "episodes": alone["episodes"][1], "peak_sum_mb": round(large["peak_sum_mb"] + gained),
+            "peak_parent_mb": round(large["peak_parent_mb"] + gained), "written_mb": round(at("written_mb")),
+            "hours": round((at("convert_s") + at("verify_s")) / 3600, 1),
             "cpu_hours": round(at("cpu_s") / 3600, 1)}  # fmt: skip
 
 
@@ -162,11 +214,14 @@ def main() -> None:
                 if not args.json:
                     print(rows[-1], flush=True)
             source.unlink()
+        alone = writer_alone(work / "writer", rows[-1]["episodes"], round(TARGET_MB * 1e6 / EPISODE_BYTES))
+        if not args.json:
+            print("the writer alone:", alone, flush=True)
     finally:
         shutil.rmtree(work)
     ends = {video: [row for row in rows if row["video"] == video] for video in args.video}
-    lines = {video: extrapolated(found[0], found[-1]) for video, found in ends.items() if len(found) > 1}
-    print(json.dumps({"rows": rows, "at_50_gb": lines}) if args.json else f"at 50 GB: {lines}")
+    lines = {video: extrapolated(found[0], found[-1], alone) for video, found in ends.items() if len(found) > 1}
+    print(json.dumps({"rows": rows, "writer": alone, "at_50_gb": lines}) if args.json else f"at 50 GB: {lines}")
 
 
 if __name__ == "__main__":

@@ -134,9 +134,9 @@ class _Vector:
         return _Vector(count, low, high, mean, squares, stride, tuple(kept))
 
     def to_json(self) -> dict[str, list]:
-        rows = np.concatenate(self.kept)
-        quantiles = np.stack([np.quantile(rows[:, d].astype(np.float64), list(QUANTILES.values()))
-                              for d in range(rows.shape[1])], 1)  # fmt: skip
+        # One dimension at a time: all of them at once as float64 would be three times what is kept.
+        columns = (np.concatenate([rows[:, d] for rows in self.kept]).astype(np.float64) for d in range(len(self.mean)))
+        quantiles = np.stack([np.quantile(column, list(QUANTILES.values())) for column in columns], 1)
         std = np.sqrt(self.squares / self.count)
         moments = {"min": self.low, "max": self.high, "mean": self.mean, "std": std}
         return {**{k: v.tolist() for k, v in moments.items()}, "count": [self.count],

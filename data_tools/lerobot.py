@@ -109,7 +109,7 @@ class LeRobotWriter:
 
     def __init__(
         self, root: Path, spec: EmbodimentSpec, *, fps: int | None = None, video: str = "lossless",
-        header: dict[str, Any] | None = None, resume: bool = True, data_mb: int = 100, video_mb: int = 100,
+        header: dict[str, Any] | None = None, resume: bool = True, data_mb: int = 32, video_mb: int = 100,
     ) -> None:  # fmt: skip
         if video not in VIDEO:
             raise UsageError("video", found=video, expected=f"one of {sorted(VIDEO)}", fix="choose one of these")
