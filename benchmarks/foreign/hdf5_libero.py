@@ -17,7 +17,7 @@ LIBERO is a checkout of github.com/Lifelong-Robot-Learning/LIBERO (8f1084e), OPE
 (`--use-camera-obs`). The hand reaches for an object and lifts; it need not solve the task, and the writer does not ask.
 The picture size is fixed in the script's text (128), so that number is exchanged in it, and one line that adds a string
 to a list, and stops it at this commit, is mended (its result is used nowhere). Where the checkout lacks large
-meshes and textures, small stand-ins are put there: backgrounds look plain, formats do not change.
+meshes and textures, specks and plain textures are put there: backgrounds look bare, formats do not change.
 `replay` runs OpenVLA's `regenerate_libero_dataset.py` over such a file: no attributes, observation before the action. Its
 robot helpers (which import TensorFlow) are replaced by the few lines they amount to, and every replay counts as solved.
 """
@@ -38,13 +38,13 @@ from typing import Any
 import numpy as np
 
 SUITE = "libero_90"
+_SPECK = [(0, 0, 0), (0.002, 0, 0), (0, 0.002, 0), (0, 0, 0.002)]
+"""Stands in for a mesh: too small to hide anything from a camera."""
 
 
 def stand_ins(libero: Path) -> int:
     """Put something in the place of every asset the checkout lists and lacks; how many."""
     listed = subprocess.run(["git", "ls-files", "-d"], cwd=libero, capture_output=True, text=True, check=True).stdout.split("\n")
-    assets = libero / "libero" / "libero" / "assets"
-    smallest = {s: min(assets.rglob(f"*{s}"), key=lambda p: p.stat().st_size) for s in (".msh", ".obj")}
     count = 0
     for path in (libero / name for name in listed if "/assets/" in name):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,14 @@ def stand_ins(libero: Path) -> int:
             from PIL import Image
 
             Image.new("RGB", (64, 64), (150, 140, 130)).save(path)
-        elif path.suffix in smallest:
-            shutil.copy(smallest[path.suffix], path)
+        elif path.suffix == ".obj":
+            corners = [f"v {x} {y} {z}" for x, y, z in _SPECK]
+            path.write_text("\n".join([*corners, "f 1 3 2", "f 1 2 4", "f 1 4 3", "f 2 3 4"]))
+        elif path.suffix == ".msh":  # MuJoCo's own: four counts, positions, faces
+            faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]], np.int32)
+            path.write_bytes(
+                np.array([4, 0, 0, 4], np.int32).tobytes() + np.array(_SPECK, np.float32).tobytes() + faces.tobytes()
+            )
         count += 1
     return count
 
