@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,63 @@ def test_hdf5_becomes_v30(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         seen = [frames for frames in raw.images.values()]
         first = store.frame(camera, rows.start)
         assert any(np.array_equal(first, turned) for frames in seen for turned in (frames[0], frames[0][::-1]))
+
+
+def flipped(path: Path, at: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut(path: Path, keep: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def damage_rlds(root: Path, how: str) -> str:
+    shard = root / "1.0.0" / "wide-train.tfrecord-00001-of-00002"
+    assert shard.is_file()
+    shard.unlink() if how == "missing" else flipped(shard, 0.5) if how == "flipped" else cut(shard, 0.6)
+    return shard.name
+
+
+def damage_lerobot(root: Path, how: str) -> str:
+    video = root / "videos/chunk-000/observation.images.wrist/episode_000001.mp4"
+    rows = root / "data/chunk-000/episode_000001.parquet"
+    if how == "missing":
+        video.unlink()
+    else:
+        flipped(rows, 0.3) if how == "flipped" else cut(rows, 0.6)
+    return (video if how == "missing" else rows).name
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize(("name", "damage"), [("rlds/wide", damage_rlds), ("lerobot_v21", damage_lerobot)])
+def test_damaged_files_are_named_left_out_and_refused_when_strict(
+    name: str, damage: Any, how: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    src = Path(shutil.copytree(GOLDEN / name, tmp_path / "src"))
+    whole = len(open_source(src).keys())
+    word, flags = damage(src, how), ["--workers", "0", *(["--fps", "5"] if name.startswith("rlds") else [])]
+    assert main(["data", "convert", str(src), str(tmp_path / "strict"), "--strict", *flags]) == 3
+    assert word in capsys.readouterr().err
+    assert main(["data", "convert", str(src), str(tmp_path / "ds"), "--json", *flags]) == 0
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    findings = summary["damaged_files"] + summary["quarantined"]
+    assert findings and any(word in f"{f['where']} {f['found']}" for f in findings)
+    assert summary["episodes"] == whole - 1 == summary["verified"]["episodes"] and summary["verified"]["pictures_identical"]
+
+
+def test_a_truncated_hdf5_file_among_whole_ones_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("h5py", reason="h5py is not installed (pip install 'tendon-vla[hdf5]')")
+    src = tmp_path / "src"
+    src.mkdir()
+    data = gzip.decompress((GOLDEN / "hdf5" / "aloha.hdf5.gz").read_bytes())
+    for n in range(3):
+        (src / f"episode_{n}.hdf5").write_bytes(data if n != 1 else data[: len(data) // 2])
+    line = ["data", "convert", str(src), str(tmp_path / "ds"), "--workers", "0", "--instruction", "lift", "--json"]
+    assert main([*line, "--strict"]) == 3 and "episode_1.hdf5" in capsys.readouterr().err
+    assert not (tmp_path / "ds").exists()
+    assert main(line) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["episodes"] == 2 and "episode_1.hdf5" in json.dumps(summary["damaged_files"] + summary["quarantined"])
