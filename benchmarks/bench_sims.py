@@ -1,9 +1,10 @@
 """How fast and how sure the simulators are: frames and steps per CPU second, and the scripted experts' success.
 
-    python benchmarks/bench_sims.py [--episodes 300] [--json]
+    python benchmarks/bench_sims.py [--episodes 300] [--suite fetch aloha] [--json]
 
 CPU seconds are this process's own (`time.process_time`), one thread, so other work on the machine counts little.
 Success is given with Wilson's 95% interval. Disturbed means: the hand is put anywhere in its workspace, fingers anywhere.
+Simulators that live in another interpreter (robosuite) spend their CPU there, so theirs is wall time.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 
+from data_tools.record import Disturbance  # noqa: E402
 from vla.evaluate.results import wilson  # noqa: E402
-from vla.sims import expand_tasks, make_sim  # noqa: E402
+from vla.sims import SUITES, expand_tasks, make_sim  # noqa: E402
 
 FIRST_SEED = 700_000
 METAWORLD = ("button-press-topdown-v3", "drawer-open-v3", "door-open-v3")
@@ -89,16 +91,54 @@ def put_hand_anywhere(sim: Any, rng: np.random.Generator) -> None:
     mj.mj_forward(sim._model, sim._data)
 
 
+def row(results: list[tuple[bool, int]]) -> dict[str, Any]:
+    """Success of (success, steps) episodes with Wilson's interval, and the mean steps of all."""
+    done = sum(success for success, _ in results)
+    low, high = wilson(done, len(results))
+    steps = float(np.mean([steps for _, steps in results]))
+    return {"done": done, "tried": len(results), "low": low, "high": high, "steps": round(steps, 1)}
+
+
+def experts_of(suite: str, episodes: int) -> dict[str, Any]:
+    """Rows of every task of `suite`, clean and with exactly the noise of recording in every episode."""
+    rows: dict[str, Any] = {}
+    for task in SUITES[suite].known:
+        sim = make_sim(suite, task)
+        for condition in ("clean", "noise"):
+            results = []
+            for i in range(episodes):
+                sim.reset(seed=FIRST_SEED + i, options={"render": False})
+                disturb = Disturbance(sim.spec, np.random.default_rng([i, 7])) if condition == "noise" else None
+                over, info = False, {}
+                while not over:
+                    action = sim.expert()
+                    _, _, ended, late, info = sim.step(disturb(action) if disturb else action, render=False)
+                    over = ended or late
+                results.append((info["success"], info["step"]))
+            rows[f"{suite} {task}, {condition}"] = row(results)
+    return rows
+
+
+def speed_of(suite: str) -> dict[str, float]:
+    """Milliseconds of a picture, a step and an idle question: CPU here, wall time where the world is elsewhere."""
+    sim = make_sim(suite, SUITES[suite].tasks[0])
+    sim.reset(seed=FIRST_SEED)
+    clock = time.perf_counter if suite.startswith("robosuite") else time.process_time
+    out: dict[str, float] = {}
+    work = {"picture of 64 pixels": lambda: sim.frame(64), "step": lambda: sim.step(sim.expert(), render=False),
+            "expert": sim.expert}  # fmt: skip
+    for name, job in work.items():
+        job()
+        start = clock()
+        for _ in range(50):
+            job()
+        out[f"{suite} ms per {name}"] = (clock() - start) / 50 * 1000
+    return out
+
+
 def experts(episodes: int) -> dict[str, Any]:
     """Rows of success by verb and condition, and by Meta-World task."""
     rows: dict[str, Any] = {}
-
-    def row(name: str, results: list[tuple[bool, int]]) -> None:
-        done = sum(success for success, _ in results)
-        low, high = wilson(done, len(results))
-        steps = float(np.mean([steps for _, steps in results]))
-        rows[name] = {"done": done, "tried": len(results), "low": low, "high": high, "steps": round(steps, 1)}
-
     plain, wild = make_sim("tabletop", "touch-red"), make_sim("tabletop", "touch-red", randomise=True)
     for verb in ("touch", "push", "lift"):
         tasks = expand_tasks("tabletop", [verb])
@@ -111,13 +151,13 @@ def experts(episodes: int) -> dict[str, Any]:
                 if condition == "disturbed":
                     put_hand_anywhere(sim, rng)
                 results.append(act(sim, rng if condition == "noise" else None))
-            row(f"tabletop {verb}, {condition}", results)
+            rows[f"tabletop {verb}, {condition}"] = row(results)
     for task in METAWORLD:
         sim, results = make_sim("metaworld", task), []
         for i in range(max(1, episodes // 6)):
             sim.reset(seed=FIRST_SEED + i, options={"render": False})
             results.append(act(sim))
-        row(f"metaworld {task}", results)
+        rows[f"metaworld {task}"] = row(results)
     return rows
 
 
@@ -145,14 +185,22 @@ def main() -> None:
     """Print both tables, or one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=300, help="tabletop episodes per row; Meta-World a sixth")
+    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES.keys() - {"tabletop", "metaworld"}),
+                        help="these instead, every task clean and noisy (default: tabletop and metaworld)")  # fmt: skip
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    result = {"speed": speeds(), "expert": experts(args.episodes)}
+    result: dict[str, Any] = {"speed": {}, "expert": {}}
+    if args.suite:
+        for suite in args.suite:
+            result["speed"] |= speed_of(suite)
+            result["expert"] |= experts_of(suite, args.episodes)
+    else:
+        result = {"speed": speeds(), "expert": experts(args.episodes)}
     if args.json:
         print(json.dumps(result))
         return
     for name, value in result["speed"].items():
-        print(f"{name:<50} {value:9.1f}{'' if 'MiB' in name else ' /CPU-s'}")
+        print(f"{name:<50} {value:9.2f}{'' if 'MiB' in name or ' ms ' in name else ' /CPU-s'}")
     for name, r in result["expert"].items():
         interval = f"[{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
         print(f"{name:<50} {r['done']:>4}/{r['tried']:<4} {interval:>10} %, {r['steps']:.1f} steps")

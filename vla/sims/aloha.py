@@ -24,6 +24,7 @@ from vla.sims.render import View, choose_gl, eye_for
 _chosen = choose_gl()
 os.environ["MUJOCO_GL"] = "off"
 from dm_control import mujoco as dm  # noqa: E402
+from dm_control.mujoco import wrapper  # noqa: E402
 from gym_aloha import constants, utils  # noqa: E402
 from gym_aloha.tasks import sim as tasks  # noqa: E402
 
@@ -71,7 +72,8 @@ class Aloha(OneTask):
         self._links = {side: self._model.body(f"vx300s_{side}/gripper_link").id for side in _ARMS}
 
     def _scene(self, seed: int) -> None:
-        tasks.BOX_POSE[0] = utils.sample_box_pose(seed)  # the package hands the cube's place over in a global
+        places: Any = tasks.BOX_POSE  # the package hands the cube's place over in a global
+        places[0] = utils.sample_box_pose(seed)
         with self._physics.reset_context():
             self._world.initialize_episode(self._physics)
 
@@ -157,4 +159,4 @@ def solve(side: str, place: np.ndarray, pitch: float, roll: float = 0.0) -> np.n
 @functools.cache
 def _compiled() -> Any:
     """The package's model, compiled once per process; nothing in it changes afterwards."""
-    return dm.wrapper.MjModel.from_xml_path(str(constants.ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"))
+    return wrapper.MjModel.from_xml_path(str(constants.ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"))

@@ -9,10 +9,9 @@ ours, since the package's own take 100 ms. Success is the package's: hand or blo
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
-import gymnasium
+import farama_notifications
 import mujoco as _mujoco
 import numpy as np
 
@@ -20,13 +19,10 @@ from vla.sims.base import OneTask
 from vla.sims.render import View, choose_gl, eye_for
 
 choose_gl()  # gymnasium's MuJoCo module looks at MUJOCO_GL when the lines below import it
-_level, gymnasium.logger.min_level = gymnasium.logger.min_level, gymnasium.logger.ERROR  # a notice about robot hands
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv
-    from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv
-    from gymnasium_robotics.envs.fetch.reach import MujocoFetchReachEnv
-gymnasium.logger.min_level = _level
+farama_notifications.notifications.pop("gymnasium_robotics", None)  # about robot hands, on every start's stderr
+from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv  # noqa: E402
+from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv  # noqa: E402
+from gymnasium_robotics.envs.fetch.reach import MujocoFetchReachEnv  # noqa: E402
 
 mujoco: Any = _mujoco  # its compiled parts carry no types
 

@@ -113,7 +113,7 @@ class RemoteSimulator(Simulator):
             with contextlib.suppress(MachineError):  # it died before: nothing is left to free
                 self._ask("close")
 
-    def _elsewhere(self, *_: Any) -> Any:
+    def _elsewhere(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("this is done in the child")
 
     _scene = _act = _state = _start_judging = _judge = _watched = _change_task = _elsewhere

@@ -48,7 +48,7 @@ def serve(sock: socket.socket, make: Any) -> None:
 
 def _answer(sims: dict[int, Any], make: Any, request: dict[str, Any], arrays: dict[str, np.ndarray], out: dict[str, Any]) -> Any:
     """Carry out one request; the reply's header, its arrays put into `out`."""
-    op, number = request["op"], request.get("sim")
+    op, number = request["op"], int(request.get("sim", 0))
     if op == "hello":
         return {"version": vla.__version__, "protocol": PROTOCOL}
     if op == "make":
