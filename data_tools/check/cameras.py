@@ -29,6 +29,11 @@ def usual(films: list[Film | None]) -> np.ndarray | None:
     return np.median(means, axis=0) if len(means) >= _LEAST else None
 
 
+def is_blank(film: Film) -> bool:
+    """One colour all over; what `blank-camera` says, nobody else need say again."""
+    return bool(np.ptp(film.mean, axis=(0, 1)).max() < 3)
+
+
 def apart(a: np.ndarray, b: np.ndarray) -> float:
     """Mean distance in levels of two average pictures."""
     return float(np.abs(a - b).mean())
@@ -89,7 +94,7 @@ def frozen_camera(data: Dataset) -> Iterator[Finding]:
     for camera, films in data.films.items():
         for e in data.healthy:
             film, state = films[e] if e < len(films) else None, data.values("state")[data.span(e)].astype(float)
-            if film is None or len(film.still) != len(state):
+            if film is None or is_blank(film) or len(film.still) != len(state):
                 continue
             for start, stop in _runs(film.still, max(int(FROZEN_SECONDS * data.fps), 5)):
                 covered = float((np.ptp(state[start - 1 : stop], axis=0) / scale).max())
@@ -143,7 +148,7 @@ def repeated_frames(data: Dataset) -> Iterator[Finding]:
 def blank_camera(data: Dataset) -> Iterator[Finding]:
     """One colour all over."""
     for camera, films in data.films.items():
-        blank = [e for e, film in enumerate(films) if film is not None and np.ptp(film.mean, axis=(0, 1)).max() < 3]
+        blank = [e for e, film in enumerate(films) if film is not None and is_blank(film)]
         if blank:
             yield Finding(
                 "error",

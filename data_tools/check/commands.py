@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ LEAST_ROWS = 60
 """Rows below which a correlation says nothing."""
 AHEAD = (1, 3)
 """Steps after which the state is looked at: a controller needs a few to get anywhere."""
+_FINGERS = re.compile(r"finger|grip", re.IGNORECASE)
 CARD = "declare it in a dataset card and convert again (`vla data convert --help`), or correct meta/embodiment.json"
 
 
@@ -208,13 +210,15 @@ def _grippers(data: Dataset) -> Iterator[tuple[Run, Run, int]]:
     senses = {"gripper_open_positive": 1, "gripper_closed_positive": -1}
     states = list(data.runs("state"))
     if data.declared:
-        measured = [s for s in states if s.channel.convention in senses]
+        measured = [s for s in states if s.channel.convention in senses] or [s for s in states if _FINGERS.search(s.channel.name)]
         commands = [a for a in data.runs("action") if a.channel.convention in senses]
         for n, action in enumerate(commands):
             same = [s for s in measured if s.channel.name == action.channel.name]
             if same or len(measured) == len(commands):
                 state = same[0] if same else measured[n]
-                yield action, state, senses[action.channel.convention] * senses[state.channel.convention]
+                # Finger joints that nobody declared: two of them measure their distance, of one the sense is unknown.
+                fingers = 1 if len(state.names) == 2 else 0
+                yield action, state, senses[action.channel.convention] * senses.get(state.channel.convention, fingers)
         return
     found = []
     for part in ("action", "state"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_tools.check.cameras import is_blank
 from data_tools.check.dataset import Dataset
 from data_tools.check.finding import Finding, register
 from data_tools.check.timing import motion_scale
@@ -88,7 +89,7 @@ def duplicate_pictures(data: Dataset) -> Iterator[Finding]:
     for camera, films in data.films.items():
         seen: dict[str, int] = {}
         for e, film in enumerate(films):
-            if film is None:
+            if film is None or is_blank(film):
                 continue
             first = seen.setdefault(film.digest, e)
             if first != e and numbers.get(first) != numbers.get(e) and len(film.still) > 1:

@@ -11,13 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planted import DATA, EPISODES, VIDEO, Fault, edit_json, edit_table, judge
-from sound_dataset import write_sound
+from sound_dataset import sound_spec, write_sound
 
-from data_tools.check import check
+from data_tools.check import check, open_dataset
+from data_tools.check import judge as judge_dataset
+from data_tools.lerobot_v21 import write_v21
 from vla.config import load_config
-from vla.errors import UsageError
+from vla.errors import DataError, UsageError
 from vla.mixture import MixtureConfig
+from vla.prompt import clean_instruction
 
 
 def sound(folder: Path, **kw) -> Path:
@@ -191,6 +196,11 @@ def template_outside(folder: Path) -> Path:
     return root
 
 
+def written_as_v21(folder: Path) -> Path:
+    write_v21(sound(folder), folder / "old", workers=0, progress=False)
+    return folder / "old"
+
+
 def nobody_declared(folder: Path) -> Path:
     root = sound(folder)
     (root / "meta" / "embodiment.json").unlink()
@@ -222,6 +232,7 @@ FAULTS = [
     Fault("another format", "format-version", rlds, said="RLDS"),
     Fault("a link that leads out", "foreign-path", link_outside, said="secret.parquet"),
     Fault("a path that leads out", "foreign-path", template_outside, said="../file.parquet"),
+    Fault("an older format", "older-format", written_as_v21, "note", said="v2.1"),
     Fault("conventions nobody declared", "undeclared", nobody_declared, "note"),
 ]
 
@@ -229,6 +240,44 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_damaged_dataset_is_found_out(fault: Fault, tmp_path: Path):
     judge(fault, tmp_path)
+
+
+@settings(max_examples=15)
+@given(row=st.integers(0, 319), dim=st.integers(0, 14), value=st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+def test_any_number_that_is_none_is_named_with_its_place(
+    tmp_path_factory: pytest.TempPathFactory, row: int, dim: int, value: float
+):
+    root = tmp_path_factory.mktemp("nan") / "d"
+    shutil.copytree(_once(tmp_path_factory), root)
+    key, at = ("action", dim) if dim < 7 else ("observation.state", dim - 7)
+    edit_table(root / DATA, **{key: lambda rows: rows[row].__setitem__(at, value)})
+    (found,) = [f for f in check(root, frames=False) if f.code == "not-finite"]
+    spec = sound_spec()
+    names = spec.action_names if dim < 7 else spec.state_names
+    assert (found.episode, found.frame, found.dimension) == (row // 40, row % 40, names[at])
+
+
+_WRITTEN: list[Path] = []
+
+
+def _once(factory: pytest.TempPathFactory) -> Path:
+    if not _WRITTEN:
+        _WRITTEN.append(write_sound(factory.mktemp("once") / "d", None, sound_spec(cameras=()), cameras=()))
+    return _WRITTEN[0]
+
+
+@given(text=st.text(max_size=700))
+def test_no_instruction_can_crash_a_check(tmp_path_factory: pytest.TempPathFactory, text: str):
+    data = open_dataset(_once(tmp_path_factory), frames=False)
+    assert data.layout is not None
+    data.layout.instructions = [text, "open the drawer"]
+    said = {f.code for f in judge_dataset(data)}
+    try:
+        cleaned = clean_instruction(text)
+    except DataError:
+        assert "instruction" in said
+    else:
+        assert "instruction" not in said and cleaned
 
 
 def test_a_folder_of_the_hub_cache_may_link_to_its_own_blobs(tmp_path: Path):
