@@ -16,8 +16,7 @@ from typing import Any
 import mujoco as _mujoco
 import numpy as np
 
-from vla.errors import UsageError
-from vla.sims.base import Simulator
+from vla.sims.base import OneTask
 from vla.sims.render import choose_gl, eye_for
 
 choose_gl()  # gymnasium's MuJoCo module looks at MUJOCO_GL when the line below imports it
@@ -34,7 +33,7 @@ _PROPRIO = 4
 """The first numbers of an observation: hand x, y, z and gripper opening. Object positions follow and are not shown."""
 
 
-class MetaWorld(Simulator):
+class MetaWorld(OneTask):
     """See the module. State: hand x, y, z in metres and gripper opening 0..1; action: dx, dy, dz (1 = 1 cm), effort.
 
     `info["success"]` is Meta-World's own; nothing is ever a definite failure.
@@ -46,9 +45,6 @@ class MetaWorld(Simulator):
 
     def __init__(self, task: str, **kw: Any) -> None:
         super().__init__(task, **kw)
-        if self.randomise:
-            raise UsageError("metaworld", found="randomise=True", expected="Meta-World's scenes as they are",
-                             fix="randomise the tabletop suite instead")  # fmt: skip
         self._env = _env_class(task)()
         self._env._partially_observable = False  # the experts need the goal ...
         self._env.__dict__.pop("sawyer_observation_space", None)  # ... which the cached space would clip to zero
@@ -58,8 +54,6 @@ class MetaWorld(Simulator):
         self._env.max_path_length = 10**9  # the number of steps is ours to limit
         self._policy = metaworld.policies.ENV_POLICY_MAP[task]()
         self._camera_id = self._env.model.camera(self.camera).id
-        self._watching: tuple[str, ...] = ()
-        self._done = False
         self._full = np.zeros(39)
 
     def _scene(self, seed: int) -> None:
@@ -94,24 +88,6 @@ class MetaWorld(Simulator):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, hence the clip
             return np.clip(self._policy.get_action(self._full), -1, 1).astype(np.float32)
-
-    def _start_judging(self, watch: list[str]) -> tuple[bool, bool]:
-        if set(watch) - {self.task}:
-            raise UsageError(f"metaworld watch {watch}", found="another task", expected=f"only {self.task!r}",
-                             fix="every Meta-World task has its own scene; watch tasks on the tabletop")  # fmt: skip
-        self._watching, self._done, self._ever = tuple(watch), False, False
-        return False, False
-
-    def _judge(self) -> tuple[bool, bool]:
-        self._ever = self._ever or self._done
-        return self._done, False
-
-    def _watched(self) -> dict[str, bool]:
-        return dict.fromkeys(self._watching, self._ever)
-
-    def _change_task(self, task: str) -> None:
-        raise UsageError(f"metaworld task {task!r}", found=f"a scene of {self.task!r}",
-                         expected="the task the simulator was made for", fix="make another simulator")  # fmt: skip
 
     def frame(self, size: int = 240) -> np.ndarray:
         """(size, size, 3) uint8 through `corner2`, the right way up."""
