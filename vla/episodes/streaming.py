@@ -16,8 +16,10 @@ import os
 import shutil
 import sys
 import threading
+import weakref
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -130,11 +132,15 @@ class StreamingStore:
         self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
         self._timestamp, self._file, self._offset = column("timestamp"), column("file"), column("offset")
         self._paths: list[str] = json.loads((self.root / "rows" / "paths.json").read_text())
+        # As Python numbers: a search among few of those is quicker than a call of numpy.
+        self._starts = self.episode_starts.tolist()
+        self._rows = {camera: row for row, camera in enumerate(self.cameras)}
         self._forget_readers()
 
     def _forget_readers(self) -> None:
         self._process, self._lock = os.getpid(), threading.RLock()
         self._readers: OrderedDict[int, _Reader] = OrderedDict()
+        self._finally = weakref.finalize(self, _let_go, self._readers, self._process)
 
     @property
     def num_episodes(self) -> int:
@@ -155,8 +161,12 @@ class StreamingStore:
 
         Raises `DataError` when the video is damaged or does not fit the rows, `MachineError` when it cannot be fetched.
         """
-        out = self.frames(camera, [index])
-        return out[0]
+        if not 0 <= index < self.num_frames:
+            raise IndexError(f"frame {index} of {self.num_frames}")
+        episode = bisect_right(self._starts, index) - 1
+        row = self._rows[camera]
+        at = int(self._offset[row, episode]) + index - self._starts[episode]
+        return self._read(int(self._file[row, episode]), row, lambda frames: frames.frame(at))
 
     def frames(self, camera: str, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Frames `indices` as (n, h, w, 3) uint8, written to `out` when given. Raises as `frame` does."""
@@ -167,13 +177,13 @@ class StreamingStore:
         if len(wanted) and not (0 <= wanted.min() and wanted.max() < self.num_frames):
             raise IndexError(f"frame {wanted.min()} to {wanted.max()} of {self.num_frames}")
         episodes = np.searchsorted(self.episode_starts, wanted, "right") - 1
-        row = self.cameras.index(camera)
+        row = self._rows[camera]
         files = self._file[row, episodes]
         at = self._offset[row, episodes] + wanted - self.episode_starts[episodes]
         for file in np.unique(files):
             mine = np.flatnonzero(files == file)
             part = np.empty((len(mine), size.height, size.width, 3), np.uint8)
-            self._read(int(file), row, at[mine], part)
+            self._read(int(file), row, lambda frames, at=at[mine], part=part: frames.frames(at, part))
             out[mine] = part
         return out
 
@@ -193,11 +203,11 @@ class StreamingStore:
         thread.start()
         return thread
 
-    def _read(self, file: int, row: int, at: np.ndarray, out: np.ndarray) -> None:
+    def _read(self, file: int, row: int, ask: Callable[[VideoFrames], Any]) -> Any:
         while True:
             reader = self._reader(file, row)
             try:
-                return reader.frames.frames(at, out)
+                return ask(reader.frames)
             except DataError:
                 if reader.held.exists():
                     raise
@@ -267,17 +277,12 @@ class StreamingStore:
     def __getstate__(self) -> dict[str, Any]:
         # What `_map` makes is mapped again by whoever unpickles.
         mapped = {"state", "action", "episode_starts", "task_of_frame", "task_of_episode", "shards", "_timestamp", "_file",
-                  "_offset", "_paths", "_process", "_lock", "_readers"}  # fmt: skip
+                  "_offset", "_paths", "_starts", "_rows", "_process", "_lock", "_readers", "_finally"}  # fmt: skip
         return {key: value for key, value in self.__dict__.items() if key not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
-
-    def __del__(self) -> None:
-        if getattr(self, "_process", None) == os.getpid():
-            for reader in self.__dict__.get("_readers", {}).values():
-                reader.held.unlink(missing_ok=True)
 
     def __repr__(self) -> str:
         return (f"StreamingStore({str(self.name)!r}: {self.num_episodes} episodes, {self.num_frames} frames in "
@@ -288,6 +293,12 @@ class StreamingStore:
 class _Reader:
     held: Path
     frames: VideoFrames
+
+
+def _let_go(readers: OrderedDict[int, _Reader], process: int) -> None:
+    if process == os.getpid():
+        for reader in readers.values():
+            reader.held.unlink(missing_ok=True)
 
 
 def _prepare(root: Path, name: HubName, layout: Layout, problems: Problems) -> None:
