@@ -6,9 +6,10 @@ checks here only look at what it lets through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,8 +76,8 @@ class Dataset:
     holdout: float = MixtureConfig.model_fields["holdout"].default
     healthy: list[int] = field(default_factory=list)
     """Episodes whose numbers are all finite."""
-    scales: dict[str, np.ndarray] = field(default_factory=dict)
-    """Part -> range per dimension, see `timing.motion_scale`."""
+    known: dict[str, Any] = field(default_factory=dict)
+    """What several checks ask for, computed once: see `once`."""
 
     @property
     def layout_episodes(self) -> range:
@@ -103,10 +104,20 @@ class Dataset:
         assert self.rows is not None
         return getattr(self.rows, part)
 
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """`compute()`, or what it returned the first time under this name."""
+        if name not in self.known:
+            self.known[name] = compute()
+        return self.known[name]
+
     def finite(self, part: str) -> np.ndarray:
-        """(n, dims) float64 rows of all healthy episodes."""
-        parts = [self.values(part)[self.span(e)] for e in self.healthy]
-        return np.concatenate(parts).astype(np.float64) if parts else np.zeros((0, self.values(part).shape[1]))
+        """(n, dims) float64 rows of all healthy episodes; not to be written to."""
+
+        def gather() -> np.ndarray:
+            parts = [self.values(part)[self.span(e)] for e in self.healthy]
+            return np.concatenate(parts).astype(np.float64) if parts else np.zeros((0, self.values(part).shape[1]))
+
+        return self.once(f"finite {part}", gather)
 
     def names(self, part: str) -> list[str]:
         return self.spec.state_names if part == "state" else self.spec.action_names

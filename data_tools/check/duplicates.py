@@ -22,41 +22,52 @@ NEAR = 0.003
 
 def fingerprints(data: Dataset) -> dict[int, str]:
     """Episode -> sha256 of its actions and states."""
-    out = {}
-    for e in data.healthy:
-        digest = hashlib.sha256()
-        for part in ("action", "state"):
-            digest.update(np.ascontiguousarray(data.values(part)[data.span(e)], dtype=np.float32).tobytes())
-        out[e] = digest.hexdigest()
-    return out
+
+    def read() -> dict[int, str]:
+        out = {}
+        for e in data.healthy:
+            digest = hashlib.sha256()
+            for part in ("action", "state"):
+                digest.update(np.ascontiguousarray(data.values(part)[data.span(e)], dtype=np.float32).tobytes())
+            out[e] = digest.hexdigest()
+        return out
+
+    return data.once("fingerprints", read)
 
 
 def groups(data: Dataset) -> list[tuple[list[int], bool]]:
     """(episodes that are one and the same, whether to the byte), largest difference `NEAR` otherwise."""
-    same: dict[str, list[int]] = defaultdict(list)
-    for e, digest in fingerprints(data).items():
-        same[digest].append(e)
-    found = [(episodes, True) for episodes in same.values() if len(episodes) > 1]
-    firsts = [episodes[0] for episodes in same.values()]
-    found += [(pair, False) for pair in _near(data, firsts)]
-    return found
+
+    def find() -> list[tuple[list[int], bool]]:
+        same: dict[str, list[int]] = defaultdict(list)
+        for e, digest in fingerprints(data).items():
+            same[digest].append(e)
+        found = [(episodes, True) for episodes in same.values() if len(episodes) > 1]
+        return found + [(pair, False) for pair in _near(data, [episodes[0] for episodes in same.values()])]
+
+    return data.once("groups", find)
 
 
 def _near(data: Dataset, episodes: list[int]) -> Iterator[list[int]]:
-    """Pairs that differ by less than `NEAR` everywhere. Sorted along one direction, only neighbours need be compared."""
+    """Pairs that differ by less than `NEAR` everywhere. Means over parts of them differ by less, too: sorted by one, sifted by
+    the others, few are left to be compared whole."""
     long = [e for e in episodes if data.span(e).stop - data.span(e).start >= 8]
     if len(long) < 2:
         return
-    shapes = np.stack([np.concatenate([_resampled(data, part, e) for part in ("action", "state")]) for e in long])
+    shapes = np.stack(
+        [np.concatenate([_resampled(data, part, e) for part in ("action", "state")]) for e in long], dtype=np.float32
+    )
     lengths = np.array([data.span(e).stop - data.span(e).start for e in long])
-    along = shapes.mean(1)
-    order = np.argsort(along, kind="stable")
+    sieve = np.stack([part.mean(1) for part in np.array_split(shapes, min(8, shapes.shape[1]), axis=1)], 1)
+    order = np.argsort(sieve[:, 0], kind="stable")
+    stops = np.searchsorted(sieve[order, 0], sieve[order, 0] + NEAR, "right")
     for n, i in enumerate(order):
-        for j in order[n + 1 :]:
-            if along[j] - along[i] > NEAR:
-                break
-            if abs(lengths[i] - lengths[j]) <= max(1, 0.02 * lengths[i]) and np.abs(shapes[i] - shapes[j]).max() < NEAR:
-                yield sorted([long[i], long[j]])
+        rest = order[n + 1 : stops[n]]
+        rest = rest[
+            (np.abs(sieve[rest] - sieve[i]) < NEAR).all(1) & (np.abs(lengths[rest] - lengths[i]) <= max(1, 0.02 * lengths[i]))
+        ]
+        for j in rest[np.abs(shapes[rest] - shapes[i]).max(1) < NEAR] if len(rest) else ():
+            yield sorted([long[i], long[j]])
 
 
 def _resampled(data: Dataset, part: str, episode: int) -> np.ndarray:

@@ -164,12 +164,14 @@ def still_rows(data: Dataset, episode: int) -> int:
 
 
 def motion_scale(data: Dataset, part: str) -> np.ndarray:
-    """Range per dimension, infinite for those that never move. Kept, since every episode asks."""
-    if part not in data.scales:
+    """Range per dimension (q01 to q99), infinite for those that never move."""
+
+    def measure() -> np.ndarray:
         values = data.finite(part)
         span = np.ptp(np.quantile(values, [0.01, 0.99], axis=0), axis=0) if len(values) else np.zeros(values.shape[1])
-        data.scales[part] = np.where(span > 1e-9, span, np.inf)
-    return data.scales[part]
+        return np.where(span > 1e-9, span, np.inf)
+
+    return data.once(f"scale {part}", measure)
 
 
 @register("silent-actions", "actions that are all zero while the robot moves")
