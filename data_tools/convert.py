@@ -218,7 +218,7 @@ def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
         "convert", help="bring LeRobot v2.x, RLDS or HDF5 data to LeRobot v3.0, or v3.0 to v2.1",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  vla data convert downloads/libero_spatial data/libero_spatial\n"
-        "  vla data convert downloads/bridge data/bridge --from rlds --card bridge --video yuv420p --workers 8\n"
+        "  vla data convert downloads/bridge data/bridge --from rlds --card bridge_orig --video yuv420p --workers 8\n"
         "  vla data convert data/tabletop export/tabletop --to lerobot-v2.1\n\n"
         "Run the same line again to continue an interrupted conversion.",
     )  # fmt: skip
