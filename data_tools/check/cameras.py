@@ -10,7 +10,6 @@ from data_tools.check.dataset import Dataset
 from data_tools.check.finding import Finding, register
 from data_tools.check.pictures import Film
 from data_tools.check.timing import motion_scale
-from vla.episodes.layout import STATE
 
 FROZEN_SECONDS, FROZEN_MOTION = 1.0, 0.08
 """A picture that does not change for this long while the state covers this share of its range is frozen."""
@@ -197,8 +196,3 @@ def other_scene(data: Dataset) -> Iterator[Finding]:
                     "look at it: vla data report " + str(data.root),
                     e,
                 )
-
-
-def needs_state(data: Dataset) -> str:
-    """The feature motion is judged by."""
-    return STATE

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.check.dataset import Dataset
-from data_tools.check.finding import Finding, Severity, register
+from data_tools.check.finding import Finding, register
 
-MOST_NAMED = 20
 MOST_METADATA = 256 * 2**20
 """Bytes of one JSON file of metadata; the largest honest ones seen are a few MB."""
 
@@ -81,10 +80,6 @@ def kind_of(complaint: tuple[str, str, str, str]) -> str:
     return next(code for code, (_, pattern) in KINDS.items() if code != "not-finite" and re.search(pattern, text))
 
 
-def _severity(code: str, fix: str) -> Severity:
-    return "error"
-
-
 def _from_readers(code: str):
     def find(data: Dataset) -> Iterator[Finding]:
         for complaint in data.complaints:
@@ -94,7 +89,7 @@ def _from_readers(code: str):
             episode, frame, dimension = (pattern.search(where) for pattern in (_EPISODE, _FRAME, _DIMENSION))
             place = re.sub(r",? ?episode \d+|,? ?frame \d+", "", where.replace(str(data.root), "").strip("/, ")).strip(", ")
             yield Finding(
-                _severity(code, fix),
+                "error",
                 place.lstrip("/") or "dataset",
                 found,
                 expected,

@@ -67,7 +67,7 @@ def camera_names(datasets: Sequence[Dataset]) -> Iterator[Finding]:
     for data in opened if len(opened) > 1 else ():
         if not everywhere and data is not opened[0]:
             yield Finding(
-                "warning",
+                "note",
                 "meta/info.json",
                 f"cameras {sorted(data.spec.cameras)}, none of which {opened[0].root} has ({sorted(opened[0].spec.cameras)})",
                 "at least one name in common",

@@ -12,7 +12,7 @@ import numpy as np
 from data_tools.check.dataset import Dataset
 from data_tools.check.finding import Finding, register
 from vla.errors import DataError
-from vla.prompt import MAX_INSTRUCTION, clean_instruction
+from vla.prompt import clean_instruction
 
 _PLACEHOLDER = re.compile(
     r"^(task|episode|test|demo|default|none|null|todo|n/?a|unknown|dummy|instruction|untitled)[\W_\d]*$", re.I
@@ -116,6 +116,3 @@ def _used(data: Dataset) -> Iterator[tuple[str, int, int]]:
             rows = np.flatnonzero(data.rows.task == number)
             episode = int(np.searchsorted(data.rows.starts, rows[0], "right")) - 1
             yield data.layout.instructions[number], episode, max(1, len(episodes))
-
-
-LONGEST = MAX_INSTRUCTION

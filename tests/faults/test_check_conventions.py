@@ -350,7 +350,7 @@ FAULTS = [
     ),
     Fault("instruction changes on the way", "changing-instruction", changing, "note", place={"episode": 0}),
     Fault("one robot, two descriptions", "mismatch", contradicting, said="gripper"),
-    Fault("no camera in common", "camera-names", no_common_camera, "warning", said="wrist"),
+    Fault("no camera in common", "camera-names", no_common_camera, "note", said="wrist"),
 ]
 
 
