@@ -100,10 +100,11 @@ def evaluate(
 def _embodiment(policy: Actor, name: str) -> EmbodimentSpec:
     """The policy's spec of this robot, checked against the simulator's: same channels and cameras, any picture size."""
     known: Mapping[str, EmbodimentSpec] = policy.embodiments
+    there = load_embodiment(name)
+    name = there.key
     if name not in known:
         raise UsageError("policy", found=f"embodiments {sorted(known)}", expected=f"{name!r}, the robot of this suite",
                          fix="choose the suite the policy was trained for, or train with its data")  # fmt: skip
-    there = load_embodiment(name)
     differences = explain(known[name].model_copy(update={"cameras": {}}), there.model_copy(update={"cameras": {}}))
     if missing := sorted(known[name].cameras.keys() - there.cameras.keys()):
         differences.append(f"cameras {missing} do not exist in the simulator, which has {sorted(there.cameras)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.durable import read_lines, replace_file
+from vla.embodiment import load_embodiment
 from vla.errors import CheckpointError
 from vla.evaluate import SimulatorPool, evaluate
 from vla.report.lines import interval, percent, spread
@@ -74,7 +75,7 @@ def _keys(policy: Path, room: Any, groups: Mapping[str, list[str]], seed: int, e
         meaning = json.loads((policy / "policy.json").read_text())
         config, fingerprint = meaning["config"], meaning["fingerprint"]
         seconds = config.get("chunk_seconds")
-        hz = meaning["embodiments"][room.embodiment]["control_hz"] if seconds else 1.0
+        hz = meaning["embodiments"][load_embodiment(room.embodiment).key]["control_hz"] if seconds else 1.0
         decode = decode or config["decode"]
         execute = execute or chunk_steps(seconds, config["chunk"], config["execute"], hz)[1]
     except (OSError, ValueError, KeyError, TypeError) as error:
