@@ -77,7 +77,7 @@ def test_the_cache_is_keyed_by_content_and_options(root: Path, tmp_path: Path, m
 
 
 def test_a_failed_build_leaves_nothing_and_the_next_one_works(root: Path, monkeypatch: pytest.MonkeyPatch):
-    decode = cache._decode
+    decode = cache.decode_spans
 
     def half(*arguments):
         for n, frame in enumerate(decode(*arguments)):
@@ -85,11 +85,11 @@ def test_a_failed_build_leaves_nothing_and_the_next_one_works(root: Path, monkey
                 raise KeyboardInterrupt
             yield frame
 
-    monkeypatch.setattr(cache, "_decode", half)
+    monkeypatch.setattr(cache, "decode_spans", half)
     with pytest.raises(KeyboardInterrupt):
         open_quietly(root)
     assert not [p for p in (root.parent / "cache").iterdir() if p.is_dir() and p.name != "hashes"]
-    monkeypatch.setattr(cache, "_decode", decode)
+    monkeypatch.setattr(cache, "decode_spans", decode)
     (root.parent / "cache" / ".0123.tmp-1").mkdir()
     assert open_quietly(root).num_episodes == 6
 

@@ -125,7 +125,7 @@ class Mixture:
             if lines := explain(known, spec):
                 raise DataError(store.root, found="; ".join(lines), expected=f"one description of robot {known.key!r}",
                                 fix="give the other robot its own name, or this control mode a `mode`")  # fmt: skip
-        self.episodes = [_split(store.num_episodes, holdout, part) for store in self.stores]
+        self.episodes = [split_episodes(store.num_episodes, holdout, part) for store in self.stores]
         # Frame starts of the chosen episodes, as if they lay one after the other.
         self._starts = []
         for store, chosen in zip(self.stores, self.episodes, strict=True):
@@ -270,7 +270,7 @@ def _shard_starts(store: EpisodeStore, chosen: np.ndarray, starts: np.ndarray) -
     return np.unique(starts[np.searchsorted(chosen, episodes)])
 
 
-def _split(count: int, holdout: float, part: str) -> np.ndarray:
+def split_episodes(count: int, holdout: float, part: str) -> np.ndarray:
     """Episodes of `part`. The split does not depend on the run's seed, so that figures of two seeds compare."""
     held = min(max(round(count * holdout), 1), count - 1) if holdout else 0
     key = mix(Purpose.SPLIT, count)

@@ -120,7 +120,7 @@ def leaked_episode(data: Dataset) -> Iterator[Finding]:
     count = data.layout.num_episodes if data.layout else 0
     if count < 2 or not data.holdout:
         return
-    held = set(mixture._split(count, data.holdout, "holdout").tolist())
+    held = set(mixture.split_episodes(count, data.holdout, "holdout").tolist())
     for episodes, exact in groups(data):
         inside = [e for e in episodes if e in held]
         outside = [e for e in episodes if e not in held]

@@ -57,7 +57,7 @@ def _films(
 ) -> list[Film | None]:
     """The films of one camera. Behind a damaged episode its video is opened again; pictures in Parquet files are not."""
     films: list[Film | None] = []
-    frames: Iterator[np.ndarray] | None = None if spans is not None else cache._unpack(layout, rows, camera)
+    frames: Iterator[np.ndarray] | None = None if spans is not None else cache.unpack_pictures(layout, rows, camera)
     for e in range(len(rows.episodes)):
         if spans is not None and spans[e] is None:
             films.append(None)
@@ -65,7 +65,7 @@ def _films(
             continue
         if spans is not None and frames is None:
             stop = next((n for n in range(e, len(spans)) if spans[n] is None), len(spans))
-            frames = cache._decode([span for span in spans[e:stop] if span is not None], layout.root)
+            frames = cache.decode_spans([span for span in spans[e:stop] if span is not None], layout.root)
         assert frames is not None
         try:
             films.append(_judge(layout, camera, e, frames, int(rows.starts[e + 1] - rows.starts[e]), problems, keep, bar))

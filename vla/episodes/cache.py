@@ -151,7 +151,7 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
                     _write_index(temporary, n, layout, rows, camera, spans[camera], manifest, bar)
                     continue
                 size = layout.spec.cameras[camera]
-                decoded = _decode(spans[camera], layout.root) if camera in spans else _unpack(layout, rows, camera)
+                decoded = decode_spans(spans[camera], layout.root) if camera in spans else unpack_pictures(layout, rows, camera)
                 decoded = _as_recorded(decoded, layout, rows, camera)
                 jpeg = _JPEG["half colour" if camera in spans and _has_half_colour(spans[camera][0].path) else "full colour"]
                 _write_frames(temporary / f"frames-{n}.arrow", decoded, layout.num_frames, (size.height, size.width, 3),
@@ -180,7 +180,7 @@ def _write_index(
     manifest["videos"].append(index.files)
     if any(layout.pixel_hash(camera, number) for number in range(layout.num_episodes)):
         # Only decoding shows that these are the pixels that were recorded. Once, now; later reads trust the file's hash.
-        for _ in _as_recorded(_decode(spans, layout.root), layout, rows, camera):
+        for _ in _as_recorded(decode_spans(spans, layout.root), layout, rows, camera):
             bar.update()
     else:
         bar.update(layout.num_frames)
@@ -233,7 +233,7 @@ def _to_jpeg(frame: np.ndarray, options: dict[str, int]) -> bytes:
     return sink.getvalue()
 
 
-def _decode(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
+def decode_spans(spans: list[Span], root: Path) -> Iterator[np.ndarray]:
     """Every frame of every span, in order, reading each video forward and seeking only where the order demands it."""
     path, container, frames, last, step = None, None, iter(()), -1, 1
     try:
@@ -298,7 +298,7 @@ def _forward(container: Any) -> Iterator[tuple[int, np.ndarray]]:
         yield frame.pts, to_rgb(frame, reformatter)
 
 
-def _unpack(layout: Layout, rows: Rows, camera: str) -> Iterator[np.ndarray]:
+def unpack_pictures(layout: Layout, rows: Rows, camera: str) -> Iterator[np.ndarray]:
     """Frames of a camera stored as pictures inside the Parquet files (`dtype: image`)."""
     key, number = layout.cameras[camera], 0
     for path in dict.fromkeys(layout.path("data_path", row, "data") for row in rows.episodes):
