@@ -62,7 +62,7 @@ def test_pure_function_of_seed_and_n(stores):
     forward = [a.locate(n) for n in order]
     assert [b.locate(n) for n in reversed(order)] == forward[::-1]
     assert [Mixture(stores, [1, 1], 8, seed=4).locate(n) for n in order] != forward
-    one, two = a.window(17), b.window(17)
+    one, two = (m.window_at(*m.locate(17)) for m in (a, b))
     assert np.array_equal(one.actions, two.actions) and one.source == two.source
 
 

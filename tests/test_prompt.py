@@ -21,7 +21,8 @@ def test_cleaning_is_idempotent_or_refuses(text):
 def test_openvla_prompt_to_the_letter():
     expected = "In: What action should the robot take to push the red cube?\nOut:"
     assert act_prompt("  Push the\tRED cube ", "openvla-1") == expected
-    assert act_prompt("Push it", "plain-1") == "push it" and act_prompt("Push it", "robot-1", "my_arm/joint") == "my arm joint: push it"
+    assert act_prompt("Push it", "plain-1") == "push it"
+    assert act_prompt("Push it", "robot-1", "my_arm/joint") == "my arm joint: push it"
     assert set(PROMPTS) == {"plain-1", "robot-1", "openvla-1"}
 
 

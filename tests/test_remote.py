@@ -63,10 +63,12 @@ def test_it_plays_exactly_as_it_would_here():
 def test_simulators_of_a_process_share_a_child_and_do_not_disturb_each_other():
     one, other = toy(), toy("touch-blue")
     assert one._room is other._room and one.instruction != other.instruction
-    one.reset(seed=0), other.reset(seed=100)
+    one.reset(seed=0)
+    other.reset(seed=100)
     one.step(np.ones(4))
     assert other.step(np.zeros(4))[0]["state"][0] == np.float32(0.1)
-    one.close(), one.close()
+    one.close()
+    one.close()
     with pytest.raises(MachineError, match="KeyError"):
         one.step(np.zeros(4))
     assert other.step(np.zeros(4))[4]["step"] == 2

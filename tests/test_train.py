@@ -157,7 +157,7 @@ def test_a_bad_sample_stops_every_process_with_the_data_code(demos, tmp_path, mo
 
     def window(self, n):
         made = good(self, n)
-        return replace(made, actions=made.actions * np.nan) if n == 21 else made
+        return replace(made, actions=made.actions * np.nan) if n == 21 else made  # pyright: ignore
 
     monkeypatch.setattr(Mixture, "window", window)
     with pytest.raises(DataError, match="finite"):
