@@ -23,7 +23,7 @@ from data_tools.check.finding import CHECKS, ORDER, Check, Finding
 from vla.embodiment import EmbodimentSpec
 from vla.errors import UsageError
 
-__all__ = ["CHECKS", "Dataset", "Finding", "add_check_parser", "check", "check_all", "judge", "open_dataset", "table"]
+__all__ = ["CHECKS", "Dataset", "Finding", "add_check_parser", "check", "check_all", "judge", "open_dataset", "table", "unread"]
 ROOMS = (damage, values, commands, rotations, timing, cameras, duplicates, words, together)
 
 
@@ -55,9 +55,9 @@ def check_all(
     found: list[Finding] = []
     opened: list[Dataset] = []
     for root in map(Path, roots):
-        outside = list(_run("folder", root, root, skip)) if root.is_dir() else []
-        found += outside
-        if any(f.severity == "error" for f in outside):
+        beforehand = unread(root, skip)
+        found += beforehand
+        if any(f.severity == "error" for f in beforehand):
             continue  # nothing is read through a link that leads out of the dataset
         data = open_dataset(root, embodiment, frames, progress, holdout=holdout)
         opened.append(data)
@@ -67,6 +67,11 @@ def check_all(
     return sorted(
         found, key=lambda f: (ORDER[f.severity], [str(r) for r in roots].index(f.root) if f.root in map(str, roots) else -1)
     )
+
+
+def unread(root: Path, skip: Collection[str] = ()) -> list[Finding]:
+    """The findings of a folder's names and links, before anything in it is read."""
+    return list(_run("folder", root, root, skip)) if root.is_dir() else []
 
 
 def judge(data: Dataset, skip: Collection[str] = ()) -> list[Finding]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vla.episodes import cache
 from vla.episodes.layout import RESTORE, Layout, Problems
-from vla.episodes.rows import Rows, Span, find_frames
+from vla.episodes.rows import PacketTimes, Rows, Span, find_frames
 from vla.errors import DataError
 
 GRID = 16
@@ -85,11 +85,12 @@ def _spans(layout: Layout, rows: Rows, camera: str, problems: Problems) -> list[
     if len(spans) == len(rows.episodes):
         return list(spans)
     found: list[Span | None] = []
+    known: PacketTimes = {}
     for e, row in enumerate(rows.episodes):  # one by one, to know which are whole
         cut = slice(int(rows.starts[e]), int(rows.starts[e + 1]))
         starts = np.array([0, cut.stop - cut.start])
         one = Rows([row], starts, rows.state[cut], rows.action[cut], rows.task[cut], rows.timestamp[cut])
-        here = find_frames(layout, one, camera, Problems(layout.root))
+        here = find_frames(layout, one, camera, Problems(layout.root), known)
         found.append(here[0] if here else None)
     if len(problems.found) == before:
         problems.add(

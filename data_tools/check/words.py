@@ -109,10 +109,9 @@ def changing_instruction(data: Dataset) -> Iterator[Finding]:
 def _used(data: Dataset) -> Iterator[tuple[str, int, int]]:
     """(instruction, first episode, episodes) of every instruction some row has."""
     assert data.rows is not None and data.layout is not None
-    first = data.rows.task[np.minimum(data.rows.starts[:-1], len(data.rows.task) - 1)]
-    for number in np.unique(data.rows.task):
+    numbers, rows = np.unique(data.rows.task, return_index=True)
+    opening = data.rows.task[np.minimum(data.rows.starts[:-1], len(data.rows.task) - 1)]
+    episodes = np.bincount(np.searchsorted(numbers, opening), minlength=len(numbers))
+    for number, row, count in zip(numbers.tolist(), rows, episodes.tolist(), strict=True):
         if 0 <= number < len(data.layout.instructions):
-            episodes = np.flatnonzero(first == number)
-            rows = np.flatnonzero(data.rows.task == number)
-            episode = int(np.searchsorted(data.rows.starts, rows[0], "right")) - 1
-            yield data.layout.instructions[number], episode, max(1, len(episodes))
+            yield data.layout.instructions[number], int(np.searchsorted(data.rows.starts, row, "right")) - 1, max(1, count)

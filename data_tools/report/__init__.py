@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from data_tools.check import CHECKS, Finding, check_all, judge, open_dataset
+from data_tools.check import Finding, judge, open_dataset, unread
 from data_tools.check.command import count
 from data_tools.check.dataset import Dataset
 from data_tools.report.facts import facts_of
@@ -53,9 +53,9 @@ def write_report(
 def _write(root: Path, out: Path | None, embodiment: EmbodimentSpec | None, progress: bool) -> tuple[Path, list[Finding]]:
     if not root.is_dir():
         raise DataError(root, found="no such folder", expected="a LeRobot dataset", fix="check the path")
-    outside = [f for f in check_all([root], frames=False, skip=CHECKS.keys() - {"foreign-path"})]
-    if outside:  # nothing is read through a link that leads out
-        data, findings = Dataset(root), outside
+    findings = unread(root)
+    if findings:  # nothing is read through a link that leads out
+        data = Dataset(root)
     else:
         data = open_dataset(root, embodiment, True, progress, keep=PICTURES)
         findings = judge(data)

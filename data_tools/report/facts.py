@@ -73,9 +73,11 @@ def facts_of(data: Dataset) -> Facts:
         facts.spreads[part] = spreads(data, part)
     facts.lengths = np.diff(data.rows.starts)
     facts.task = data.rows.task[np.minimum(data.rows.starts[:-1], len(data.rows.task) - 1)]
-    for number in np.unique(facts.task):
+    numbers, where, episodes = np.unique(facts.task, return_inverse=True, return_counts=True)
+    rows = np.bincount(where, facts.lengths).astype(int)
+    for number, count, length in zip(numbers.tolist(), episodes.tolist(), rows.tolist(), strict=True):
         text = data.layout.instructions[number] if 0 <= number < len(data.layout.instructions) else f"task {number}"
-        facts.instructions.append((text, int((facts.task == number).sum()), int(facts.lengths[facts.task == number].sum())))
+        facts.instructions.append((text, count, length))
     facts.instructions.sort(key=lambda entry: -entry[1])
     facts.planes = planes(data, facts.task)
     facts.unusual, facts.scores = unusual(data)
