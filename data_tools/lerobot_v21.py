@@ -296,7 +296,7 @@ def _finish(layout: Layout, rows: Rows, out: Path, parts: list[dict[str, Any]], 
         "codebase_version": VERSION, "robot_type": layout.info.get("robot_type"), "total_episodes": E,
         "total_frames": layout.num_frames, "total_tasks": len(tasks), "total_videos": clips * E,
         "total_chunks": -(-E // CHUNK_EPISODES), "chunks_size": CHUNK_EPISODES, "fps": layout.info["fps"],
-        "splits": {"train": f"0:{E}"}, "data_path": DATA_PATH, "video_path": VIDEO_PATH if clips else None,
-        "features": features,
+        "splits": layout.info.get("splits") or {"train": f"0:{E}"}, "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH if clips else None, "features": features,
     }  # fmt: skip
     replace_file(meta / "info.json", json.dumps(info, indent=4, ensure_ascii=False), safe)

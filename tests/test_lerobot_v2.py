@@ -19,6 +19,7 @@ from small_datasets import content, make_episode, small_spec, write_dataset
 
 import data_tools.lerobot_v21 as writer
 from data_tools.clips import cut
+from data_tools.convert_v21 import to_v21
 from data_tools.lerobot import LeRobotWriter
 from data_tools.lerobot_v21 import modality, write_v21
 from data_tools.sources import open_source
@@ -355,6 +356,25 @@ def test_what_we_write_is_the_same_dataset(v30: Path, tmp_path: Path):
     assert np.shape(line["stats"]["observation.images.front"]["mean"]) == (3, 1, 1)
     assert np.allclose(np.reshape(line["stats"]["observation.images.front"]["mean"], 3), pixels.mean((0, 1, 2)))
     assert not (tmp_path / "out/meta/parts").exists()
+
+
+def test_splits_travel_with_the_episodes(v30: Path, tmp_path: Path):
+    path = v30 / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": {"train": "0:2,3:4", "val": "2:3,4:9"}}))
+    write_v21(v30, tmp_path / "out", progress=False)
+    for root in (v30, tmp_path / "out"):
+        source = open_source(root)
+        assert [source.read(key).attributes.get("split") for key in source.keys()] == [None, None, "val", None, "val"]
+
+
+def test_the_copy_is_held_against_every_column_of_its_source(v30: Path, tmp_path: Path):
+    to_v21(v30, tmp_path / "out", workers=0, verify=False, progress=False)
+    lacking = tmp_path / "out/meta/info.json"
+    info = json.loads(lacking.read_text())
+    del info["features"]["next.done"]
+    lacking.write_text(json.dumps(info))
+    _, proof = to_v21(v30, tmp_path / "out", workers=0, verify=True, progress=False)
+    assert proof and {d["found"] for d in proof["differences"]} == {"no such column"} and len(proof["differences"]) == 5
 
 
 def test_modality_for_groot(v30: Path, tmp_path: Path):

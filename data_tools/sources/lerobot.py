@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ _NOT_NUMBERS = ("string", "video", "image", "language")
 class LeRobotSource:
     """One LeRobot folder. `read` is what the files hold: nothing is renamed, scaled or turned.
 
-    Beside the numbers, `RawEpisode.attributes` carries `task` and `seed` where the dataset remembers them, and
-    `instructions` when an episode has more than one (`instruction` is the one of its first row).
+    Beside the numbers, `RawEpisode.attributes` carries `task` and `seed` where the dataset remembers them, `split` where it
+    has any but `train`, and `instructions` when an episode has more than one (`instruction` is the one of its first row).
     """
 
     kind: str
@@ -53,6 +54,7 @@ class LeRobotSource:
                        for where, found, expected, fix in problems.found]  # fmt: skip
         self._count = len(self._rows or [])
         self.info = _describe(self.layout)
+        self._splits = _split_of(self.layout.info.get("splits"), self._count)
         self._forget()
 
     def _forget(self) -> None:
@@ -166,6 +168,8 @@ class LeRobotSource:
     def _attributes(self, row: dict[str, Any], fields: dict[str, np.ndarray]) -> dict[str, Any]:
         recorded, number = self.layout.recording.get("episodes", []), row["episode_index"]
         attributes = {k: v for k, v in (recorded[number] if number < len(recorded) else {}).items() if k in ("task", "seed")}
+        if split := self._splits.get(number):
+            attributes["split"] = split
         tasks = [int(t) for t in dict.fromkeys(fields["task_index"].reshape(-1).tolist())]
         if len(tasks) > 1:
             attributes["instructions"] = [self.layout.instructions[t] for t in tasks if t < len(self.layout.instructions)]
@@ -196,6 +200,15 @@ def _describe(layout: Layout) -> SourceInfo:
     if (layout.root / "meta" / "embodiment.json").is_file():
         attributes["embodiment"] = layout.spec.model_dump(mode="json")
     return SourceInfo(layout.fps, fields, images, attributes)
+
+
+def _split_of(splits: Any, count: int) -> dict[int, str]:
+    """Episode -> split, of those that are not for training: `{"train": "0:90", "val": "90:95,98:100"}`."""
+    found: dict[int, str] = {}
+    for name, text in splits.items() if isinstance(splits, dict) else ():
+        for first, last in re.findall(r"(\d+):(\d+)", str(text)) if name != "train" else ():
+            found |= dict.fromkeys(range(int(first), min(int(last), count)), str(name))
+    return found
 
 
 def _numbers(column: pa.ChunkedArray, said: tuple[str, tuple[int, ...]], where: str) -> np.ndarray:
