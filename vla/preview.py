@@ -118,7 +118,7 @@ def add_mixture_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `vla data mixture`. Pictures are not decoded."""
+    """Carry out `vla data mixture`. Nothing is decoded but what has never been verified."""
     config = load_config(args.config, args.overrides, TrainConfig)
     base = load_policy(config.start.policy, "cpu") if config.start else None
     settings = base.config if base else config.policy
