@@ -43,7 +43,6 @@ class _Outcome:
     episode: EncodedEpisode | None = None
     damage: DataError | None = None
     raw_bytes: int = 0
-    several: bool = False  # more than one instruction
 
 
 def convert(
@@ -71,7 +70,8 @@ def convert(
     if dst.resolve().is_relative_to(src.resolve()):
         raise UsageError(dst, found="a folder inside the source", expected="a place of its own", fix="choose another DST")
     source = open_source(src, kind)
-    if to == FORMATS[1] and source.kind.startswith("lerobot") and card is None and not (episodes or fps or instruction):
+    as_it_is = card is None and video == "lossless" and not (episodes or fps or instruction)
+    if to == FORMATS[1] and source.kind.startswith("lerobot") and as_it_is:
         return _lerobot_to_v21(source, dst, workers, verify, progress)
     card = _fitted(card, source, fps, instruction)
     spec, rate = card.spec, max(1, round(card.spec.control_hz))
@@ -128,16 +128,10 @@ def _megabytes(root: Path) -> float:
 
 
 def _fitted(card: Any, source: Source, fps: float | None, instruction: str | None) -> Any:
-    from data_tools.standardise import Card, card_for, fit, load_card
+    from data_tools.standardise import card_for, fit, load_card
 
     if card is None:
-        try:
-            card = card_for(source)
-        except UsageError:
-            if fps is None:
-                raise
-            name = str(source.info.attributes.get("name") or source.root.name)
-            card = Card(name=name)  # all that was missing may be the rate
+        card = card_for(source, fps)
     elif isinstance(card, str | Path):
         card = load_card(card)
     if fps is not None:
@@ -185,7 +179,6 @@ def _append(
                 assert outcome.episode is not None
                 writer.add(outcome.episode)
             raw += outcome.raw_bytes
-            tally.several += outcome.several
             bar.update()
             rate = raw / 1e6 / (time.monotonic() - began)
             bar.set_postfix_str(f"{rate:.1f} MB/s, {len(tally.quarantined)} damaged", refresh=False)
@@ -205,11 +198,11 @@ def _encode(job: Job, key: str, sizes: dict[str, tuple[int, int]]) -> _Outcome:
     except DataError as damage:
         return _Outcome(key, damage=damage)
     size = sum(array.nbytes for array in (*raw.fields.values(), *raw.images.values()))
-    several, raw_split = len(raw.attributes.get("instructions", ())) > 1, raw.attributes.get("split", "")
+    several, split = len(raw.attributes.get("instructions", ())) > 1, str(raw.attributes.get("split", ""))
     del raw  # its pictures need not live while the standardised ones are encoded
     encoded = encode_episode(episode, job.fps, job.video)
-    encoded.source, encoded.split = key, str(raw_split)
-    return _Outcome(key, encoded, raw_bytes=size, several=several)
+    encoded.source, encoded.split, encoded.several = key, split, several
+    return _Outcome(key, encoded, raw_bytes=size)
 
 
 def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:

@@ -31,7 +31,6 @@ class Tally:
     whole: int
     strict: bool
     quarantined: list[tuple[str, DataError]] = field(default_factory=list)
-    several: int = 0  # episodes with more than one instruction
 
     def add(self, key: str, damage: DataError) -> None:
         """Count a damaged episode. Raises `DataError` when `strict`, or when that makes it more than half."""
@@ -68,7 +67,9 @@ def card_digest(card: Any) -> str:
 def fingerprint(root: Path) -> str:
     """sha256 over the names and sizes of a dataset's files and both ends (64 KiB) of each: it tells sources apart
     without reading 50 GB, and is the same for a copy elsewhere."""
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")] if root.is_dir() else [root]
+    files = [root]
+    if root.is_dir():  # without hidden ones: `.cache` of a download holds times
+        files = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s[0] == "." for s in p.relative_to(root).parts)]
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -91,8 +92,8 @@ def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) ->
         notes.append(f"splits of the source, as episodes of this dataset: {ranges}; pass --episodes to convert one of them")
     if masks := source.info.attributes.get("masks"):
         notes.append(f"filter lists of the source are not carried over: {sorted(masks)}")
-    if tally.several:
-        notes.append(f"{tally.several} episodes change their instruction midway; the first was kept for all of each")
+    if several := sum(entry.get("several", False) for entry in writer.recorded):
+        notes.append(f"{several} episodes change their instruction midway; the first was kept for all of each")
     there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
     return {
         **writer.header, "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,

@@ -64,6 +64,7 @@ class EncodedEpisode:
     digests: dict[str, str] = field(default_factory=dict)  # camera -> sha256 of the frames; none unless they are kept exactly
     source: str = ""  # key in the dataset it was converted from
     split: str = ""  # `val`, ..., where that dataset has any
+    several: bool = False  # more instructions there than the one kept
 
     def __len__(self) -> int:
         return len(self.action)
@@ -120,9 +121,9 @@ class LeRobotWriter:
         self.orphans: list[str] = []
         """Files an interrupted writer had left, removed on opening."""
         self.recorded: list[dict[str, Any]] = []
-        """`{"episode_index", "task", "seed", "pixels", "source", "split"}` of every episode, committed or pending; `pixels` maps
-        cameras to the sha256 of their frames, which a reader checks what it decoded against (`lossless` only); `source`
-        is the key in the dataset it was converted from."""
+        """`{"episode_index", "task", "seed", "pixels", "source", "split", "several"}` of every episode, committed or pending;
+        `pixels` maps cameras to the sha256 of their frames, which a reader checks what it decoded against (`lossless`
+        only); `source` is the key in the dataset it was converted from, `several` that it had more instructions there."""
         self.tried: dict[str, int] = {}
         self.committed = 0
         self._pending: list[EncodedEpisode] = []
@@ -186,7 +187,7 @@ class LeRobotWriter:
                             expected=f"{expected}, as {self.spec.name!r} has", fix="record with that robot")  # fmt: skip
         entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
         entry |= {"pixels": encoded.digests} if encoded.digests else {}
-        entry |= {name: value for name in ("source", "split") if (value := getattr(encoded, name))}
+        entry |= {name: value for name in ("source", "split", "several") if (value := getattr(encoded, name))}
         self.recorded.append(entry)
         self._pending.append(encoded)
         self._pending_bytes += sum(map(len, encoded.clips.values()))

@@ -65,6 +65,7 @@ def test_rlds_becomes_v30_with_the_values_tensorflow_datasets_reads(tmp_path: Pa
     summary = converted(src, tmp_path / "ds", capsys, "--fps", "5")
     assert "observation/depth" in summary["not_carried"] and any("midway" in note for note in summary["notes"])
     assert summary["splits"] == {"train": "0:3", "val": "3:5"} and any("val" in note for note in summary["notes"])
+    assert converted(src, tmp_path / "ds", capsys, "--fps", "5")["notes"] == summary["notes"], "also when there was nothing to do"
     assert json.loads((tmp_path / "ds/meta/info.json").read_text())["splits"] == summary["splits"]
     store = EpisodeStore.open(tmp_path / "ds", tmp_path / "cache", progress=False)
     with np.load(GOLDEN / "rlds" / "wide.npz") as wanted:
@@ -78,6 +79,19 @@ def test_rlds_becomes_v30_with_the_values_tensorflow_datasets_reads(tmp_path: Pa
     at = store.spec.state_names.index("state.d0")
     assert np.array_equal(store.state[:, at : at + 8], both["observation/state"])
     assert np.array_equal(pictures(store, "wrist_image"), both["observation/wrist_image"])
+
+
+def test_a_rate_does_not_hide_that_the_card_of_that_name_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture):
+    shutil.copytree(GOLDEN / "rlds" / "wide", tmp_path / "bridge_orig")
+    assert main(["data", "convert", str(tmp_path / "bridge_orig"), str(tmp_path / "ds"), "--workers", "0", "--fps", "5"]) == 2
+    assert "card 'bridge_orig'" in capsys.readouterr().err
+
+
+def test_pictures_of_a_v21_copy_are_stored_as_asked(tmp_path: Path):
+    flags = ["--to", "lerobot-v2.1", "--video", "rgb", "--workers", "0", "--json"]
+    assert main(["data", "convert", str(GOLDEN / "lerobot_v21"), str(tmp_path / "ds"), *flags]) == 0
+    features = json.loads((tmp_path / "ds/meta/info.json").read_text())["features"]
+    assert {f["info"]["video.pix_fmt"] for f in features.values() if f["dtype"] == "video"} == {"gbrp"}
 
 
 @pytest.mark.parametrize("name", ["libero", "libero_replayed", "robomimic", "aloha", "aloha_compressed"])

@@ -63,9 +63,9 @@ def fit(card: Card, info: SourceInfo) -> Card:
     return fitted
 
 
-def card_for(source: Source) -> Card:
+def card_for(source: Source, fps: float | None = None) -> Card:
     """The card of `source`, fitted: a shipped one by the dataset's name, then by layout; else one derived from its fields,
-    convention `scalar`. What was not taken is said in `about`."""
+    convention `scalar`, at `fps`. What was not taken is said in `about`."""
     passed = []
     rules = {name: match_of(name) for name in shipped_cards()}
     for by_name in (True, False):
@@ -80,7 +80,7 @@ def card_for(source: Source) -> Card:
                     reasons = " | ".join(line.strip() for line in error.found.splitlines())
                     passed.append(f"the shipped card {card.name!r} does not fit: {reasons}")
     name = str(source.info.attributes.get("name") or source.root.stem)
-    card = Card(name=name, about="; ".join(["derived from the fields, meanings not known", *passed]))
+    card = Card(name=name, about="; ".join(["derived from the fields, meanings not known", *passed]), fps=fps)
     return fit(card, source.info)
 
 
