@@ -18,10 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_tools.clips import cut, frames
+from data_tools.convert_pool import Job, Pool
 from data_tools.sources.lerobot import LeRobotSource
 from data_tools.stats import PixelStats, column_stats
 from data_tools.video import describe
@@ -73,13 +71,14 @@ def write_v21(source_root: Path, out: Path, *, workers: int = 0, progress: bool 
         parts = _finished(out)
         resumed = len(parts)
         pictures = _known_pixels(layout)
-        jobs = (Job(e, {c: spans[c][e] for c in videos}, {k: known for k, entry in pictures.items() if (known := entry[e])})
+        jobs = (EpisodeJob(e, {c: spans[c][e] for c in videos}, {k: one for k, entry in pictures.items() if (one := entry[e])})
                 for e in range(layout.num_episodes) if e not in parts)  # fmt: skip
         with tqdm(total=layout.num_episodes, initial=resumed, unit="episode", desc=f"v2.1 {out.name}",
                   disable=not progress, leave=False) as bar:  # fmt: skip
-            for number, part in _carry_out(source, out, rows, jobs, workers):
-                parts[number] = part
-                bar.update()
+            with Pool(workers, Job(source, None, 0, "lossless")) as pool:
+                for number, part in pool.ordered(_there, ((out, job, int(rows.starts[job.episode])) for job in jobs)):
+                    parts[number] = part
+                    bar.update()
         encoded = {e: cameras for e, part in sorted(parts.items()) if (cameras := part["encoded"])}
         report = {
             "out": str(out), "episodes": layout.num_episodes, "frames": layout.num_frames,
@@ -113,7 +112,7 @@ def modality(spec: EmbodimentSpec, cameras: dict[str, str]) -> dict[str, Any]:
 
 
 @dataclass
-class Job:
+class EpisodeJob:
     """One episode to write."""
 
     episode: int
@@ -179,45 +178,12 @@ def _known_pixels(layout: Layout) -> dict[str, list[dict[str, Any] | None]]:
     return known
 
 
-def _carry_out(
-    source: LeRobotSource, out: Path, rows: Rows, jobs: Iterator[Job], workers: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    starts = rows.starts
-    if not workers:
-        for job in jobs:
-            yield job.episode, _write_episode(source, out, job, int(starts[job.episode]))
-        return
-    threads, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"  # read by the children as they start
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (source, out))
-    try:
-        waiting: dict[int, Future] = {}
-        for job in jobs:
-            waiting[job.episode] = pool.submit(_there, job, int(starts[job.episode]))
-            if len(waiting) >= 4 * workers:
-                number = next(iter(waiting))
-                yield number, waiting.pop(number).result()
-        for number in list(waiting):
-            yield number, waiting.pop(number).result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if threads is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads
+def _there(job: Job, out: Path, part: EpisodeJob, start: int) -> tuple[int, dict[str, Any]]:
+    assert isinstance(job.source, LeRobotSource)
+    return part.episode, _write_episode(job.source, out, part, start)
 
 
-_WORKER: dict[str, Any] = {}
-
-
-def _start(source: LeRobotSource, out: Path) -> None:
-    _WORKER.update(source=source, out=out)
-
-
-def _there(job: Job, start: int) -> dict[str, Any]:
-    return _write_episode(_WORKER["source"], _WORKER["out"], job, start)
-
-
-def _write_episode(source: LeRobotSource, out: Path, job: Job, start: int) -> dict[str, Any]:
+def _write_episode(source: LeRobotSource, out: Path, job: EpisodeJob, start: int) -> dict[str, Any]:
     """Write one episode's files, then its part, which says that they are whole."""
     key, layout = f"episode_{job.episode:06d}", source.layout
     safe = "the episodes finished so far are kept; the same command goes on"
