@@ -296,7 +296,7 @@ class Server:
         raise RuntimeError(f"a contender ended: {self.process.wait()}")
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self.process.stdin
+        assert self.hello and self.process.stdin  # the first line is its greeting, never an answer
         self.process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
         self.process.stdin.flush()
         return self._answer()
