@@ -105,7 +105,11 @@ def run(args: argparse.Namespace) -> int:
     them against a policy's. Returns 3 when the dataset does not fit the policy."""
     from vla.durable import replace_file
     from vla.episodes import EpisodeStore
+    from vla.errors import UsageError
 
+    if args.write and args.against or args.robot and not args.against:
+        raise UsageError("vla data stats", found="--write with --against" if args.write else "--robot without --against",
+                         expected="one job at a time, --robot with --against", fix="drop one of them")  # fmt: skip
     if args.openvla:
         _write_openvla(args.root, args.openvla)
     if args.against:

@@ -59,6 +59,10 @@ def test_other_episodes_of_the_same_robot_fit(trained: Path, tmp_path: Path, cap
     assert result.verdict != "misfit" and not result.differences and len(result.dimensions) == 15
     assert main(["data", "stats", str(root), "--against", str(trained)]) == 0
     assert "it fits" in capsys.readouterr().out
+    before = (root / "meta/stats.json").read_bytes()
+    assert main(["data", "stats", str(root), "--against", str(trained), "--write"]) == 2
+    assert main(["data", "stats", str(root), "--robot", "tabletop"]) == 2, "a flag that does nothing is refused"
+    assert (root / "meta/stats.json").read_bytes() == before
 
 
 def test_its_own_data_fits_without_a_remark(trained: Path):

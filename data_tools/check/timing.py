@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -119,14 +120,13 @@ def splits(data: Dataset) -> Iterator[Finding]:
     """lerobot reads them as they are."""
     assert data.layout is not None and data.rows is not None
     for name, text in (data.layout.info.get("splits") or {}).items():
-        ends = str(text).split(":")
-        if all(end.isdigit() for end in ends) and len(ends) == 2 and int(ends[1]) > data.layout.num_episodes:
+        if any(int(end) > data.layout.num_episodes for end in re.findall(r":(\d+)", str(text))):
             yield Finding(
                 "warning",
                 "meta/info.json",
                 f"split {name} {text}",
                 f"within 0:{data.layout.num_episodes}",
-                f'set "splits": {{"{name}": "0:{data.layout.num_episodes}"}}',
+                f"end split {name} at {data.layout.num_episodes} in meta/info.json",
             )
 
 

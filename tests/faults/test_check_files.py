@@ -143,7 +143,7 @@ def late_start(folder: Path) -> Path:
 
 def bad_split(folder: Path) -> Path:
     root = sound(folder)
-    edit_json(root / "meta" / "info.json", splits={"train": "0:900"})
+    edit_json(root / "meta" / "info.json", splits={"train": "0:2,3:900"})
     return root
 
 
@@ -224,7 +224,7 @@ FAULTS = [
     Fault("wrong fps", "wrong-fps", wrong_fps, said="10 Hz"),
     Fault("control rate is not the rows'", "wrong-fps", control_rate, said="control_hz 50"),
     Fault("time does not begin at 0", "not-from-zero", late_start, "warning", place={"episode": 1}),
-    Fault("splits that do not exist", "splits", bad_split, "warning", said="0:900"),
+    Fault("splits that do not exist", "splits", bad_split, "warning", said="3:900"),
     Fault("short episode", "short-episode", short, "warning", place={"episode": 3}),
     Fault("a lost description", "tables", lost_description),
     Fault("another robot's description", "metadata", other_robot, said="7 dimensions"),
