@@ -24,8 +24,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.convert_pool import Job, Pool
-from data_tools.convert_report import Tally, card_digest, fingerprint, keep, report_of, sentence
+from data_tools.convert_report import REPORT, Tally, card_digest, fingerprint, keep, report_of, sentence
 from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
+from data_tools.lerobot_v21 import refuse_other_things
 from data_tools.sources import Source, open_source
 from data_tools.verify import verify_episodes
 from data_tools.video import VIDEO
@@ -85,6 +86,11 @@ def convert(
     header = {"source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root),
               "card": card.name, "card_sha256": card_digest(card), "selected": episodes or ":"}  # fmt: skip
     work = dst if to == FORMATS[0] else dst.with_name(f".{dst.name}.v30")
+    if work != dst:
+        refuse_other_things(dst)  # said now, not after hours of work
+        if not work.exists() and (report := _finished(dst, header | {"video": video})) is not None:
+            return report | {"out": str(dst), "format": to, "converted_now": 0, "megabytes": _megabytes(dst),
+                             "raw_megabytes": 0.0, "seconds": 0.0, "verify_seconds": 0.0}  # fmt: skip
     with Pool(workers, Job(source, card, rate, video)) as pool:
         with LeRobotWriter(work, spec, fps=rate, video=video, header=header, resume=True) as writer:
             already, raw = writer.num_episodes, _append(writer, pool, spec, keys, tally, progress)
@@ -121,6 +127,13 @@ def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progr
     keep(dst, report)
     return report | {"out": str(dst), "format": FORMATS[1], "converted_now": done["episodes"] - done["resumed"],
                      "megabytes": _megabytes(dst), "seconds": done["seconds"]}  # fmt: skip
+
+
+def _finished(dst: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of this very conversion, when it ended well before."""
+    path = dst / REPORT
+    report = json.loads(path.read_text()) if path.is_file() and (dst / "meta" / "info.json").is_file() else {}
+    return report if report and all(report.get(key) == value for key, value in header.items()) else None
 
 
 def _megabytes(root: Path) -> float:

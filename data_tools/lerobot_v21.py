@@ -120,10 +120,18 @@ class EpisodeJob:
     pixels: dict[str, dict[str, Any]]  # feature -> statistics of its pictures, where the source has them
 
 
-def _claim(out: Path, fingerprint: str) -> tuple[int, dict[str, Any] | None]:
-    """Lock `out` and make sure that it is ours to write; the report of this very conversion when it was finished before."""
+def refuse_other_things(out: Path) -> None:
+    """Raise `UsageError` unless `out` is absent, empty, or was begun by `write_v21`."""
     if out.exists() and not out.is_dir():
         raise UsageError(out, found="a file", expected="a folder", fix="choose another destination")
+    if out.is_dir() and any(out.iterdir()) and not (out / _BEGUN).is_file():
+        raise UsageError(out, found="a folder of other things", expected="no folder, or an empty one",
+                         fix="choose another destination, or empty the folder")  # fmt: skip
+
+
+def _claim(out: Path, fingerprint: str) -> tuple[int, dict[str, Any] | None]:
+    """Lock `out` and make sure that it is ours to write; the report of this very conversion when it was finished before."""
+    refuse_other_things(out)
     out.mkdir(parents=True, exist_ok=True)
     lock, known = os.open(out, os.O_RDONLY), {}
     try:
@@ -134,9 +142,6 @@ def _claim(out: Path, fingerprint: str) -> tuple[int, dict[str, Any] | None]:
                              fix="wait for it, or choose another destination") from error  # fmt: skip
         begun = out / _BEGUN
         if not begun.is_file():
-            if any(out.iterdir()):
-                raise UsageError(out, found="a folder of other things", expected="no folder, or an empty one",
-                                 fix="choose another destination, or empty the folder")  # fmt: skip
             replace_file(begun, json.dumps({"fingerprint": fingerprint}), "nothing has been written yet")
         elif (known := json.loads(begun.read_text())).get("fingerprint") != fingerprint:
             raise UsageError(out, found="the conversion of another dataset, or of this one before it changed",

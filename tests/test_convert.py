@@ -269,6 +269,18 @@ def test_killed_in_the_middle_and_run_again_equals_never_killed(tmp_path: Path, 
     assert run(src, out)["converted_now"] == 0
 
 
+def test_v21_that_was_finished_is_not_made_again(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = run(src, tmp_path / "ds", to="lerobot-v2.1")
+    monkeypatch.setattr(lerobot, "_COMMIT_SECONDS", 0.0)  # commits would fall elsewhere
+    again = run(src, tmp_path / "ds", to="lerobot-v2.1")
+    assert again["converted_now"] == 0 and again["verified"] == first["verified"] and again["episodes"] == 9
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").write_text("mine")
+    with pytest.raises(UsageError, match="other things"):
+        run(src, tmp_path / "other", to="lerobot-v2.1")
+    assert not list(tmp_path.glob(".*")), "refused before anything is written"
+
+
 def test_ctrl_c_keeps_what_was_read(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     read = ToySource.read
 
