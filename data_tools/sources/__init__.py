@@ -4,7 +4,7 @@
     for key in source.keys():
         raw = source.read(key)          # RawEpisode: fields, pictures, instruction, as the file holds them
 
-What a field *means* (units, frames, signs) is a dataset card's business, see `data_tools/standardise.py`.
+What a field *means* (units, frames, signs) is a dataset card's business, see `data_tools/standardise/`.
 """
 
 from __future__ import annotations
