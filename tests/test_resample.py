@@ -10,7 +10,7 @@ from vla.resample import native_steps, source_step, to_policy_steps, to_robot_st
 
 
 def robot(*conventions: str) -> EmbodimentSpec:
-    width = {"eef_quat_xyzw": 4, "eef_euler_xyz": 3}
+    width = {"eef_quat_xyzw": 4, "eef_euler_xyz": 3, "eef_axis_angle": 3, "eef_rot6d": 6}
     channels = []
     for i, convention in enumerate(conventions):
         names = tuple(f"d{k}" for k in range(width.get(convention, 1)))
@@ -71,7 +71,26 @@ def test_angles_take_the_short_way_and_quaternions_keep_their_length():
     q[3] *= -1  # the same rotation, written the other way
     out, _ = to_policy_steps(q.astype(np.float32), 6, 4, spec)
     assert np.allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-6)
-    assert np.allclose(np.arctan2(out[:, 0], out[:, 3]), (np.arange(1, 5) * 1.5 - 1) / 5, atol=5e-3)
+    signs = np.array([[1], [1], [-1], [1]])  # as the nearest recorded one was written
+    assert np.allclose(np.arctan2(*(out * signs)[:, [0, 3]].T), (np.arange(1, 5) * 1.5 - 1) / 5, atol=1e-5)
+
+
+def test_a_hand_that_points_down_does_not_turn_over():
+    """Rotation vectors around pi, written on both sides of it, as LIBERO's are."""
+    angle = np.array([3.10, 3.12, 3.14, 3.16, 3.18, 3.20, 3.18, 3.16, 3.14, 3.12])
+    for beyond in (True, False):  # kept beyond pi, or turned round to the other axis
+        along = angle if beyond else np.where(angle > np.pi, angle - 2 * np.pi, angle)
+        values = np.zeros((10, 3), np.float32)
+        values[:, 0] = along
+        policy, _ = to_policy_steps(values, 10, 4, robot("eef_axis_angle"))
+        back = to_robot_steps(policy, 10, robot("eef_axis_angle"))
+        for out in (policy, back):
+            assert (np.abs(out[:, 0]) > 3.05).all() and not out[:, 1:].any()
+            assert (np.abs(np.abs(np.mod(out[:, 0], 2 * np.pi) - np.pi)) < 0.07).all()
+        if beyond:
+            assert np.allclose(policy[:, 0], [3.13, 3.18, 3.17, 3.12], atol=1e-5)
+    nonsense = np.zeros((10, 6), np.float32)  # what an untrained policy may say
+    assert np.isfinite(to_robot_steps(nonsense[:4], 10, robot("eef_rot6d"))).all()
 
 
 @pytest.mark.parametrize("spec", [RATE, TARGET, COMMAND])

@@ -212,6 +212,9 @@ def test_a_named_mixture_weights_natural_shares(tmp_path):
         all_datasets(MixtureConfig(named="oxe_magic_soup_plu"))
     with pytest.raises(ValueError, match="no datasets"):
         MixtureConfig()
+    (tmp_path / "mine.yaml").write_text("balanse: frames\ndatasets: [{nam: a}]")
+    with pytest.raises(UsageError, match="did you mean 'balance'"):
+        all_datasets(MixtureConfig(named=str(tmp_path / "mine.yaml")))
 
 
 class Sharded:
@@ -312,7 +315,8 @@ def test_an_answer_is_read_from_left_to_right(opened, quiz):
 @pytest.mark.parametrize(("entries", "said"), [
     ([{"image": "../outside.png", "conversations": []}], "outside.png"),
     ([{"image": "0.png", "conversations": [{"from": "human", "value": "why"}]}], "no human turn"),
-    ([{"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}], "empty"),
+    ([{"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}], "1 left out"),
+    ([{"image": "/etc/passwd", "conversations": []}], "passwd"),
     ([], "no question"), ({"a": 1}, "no list of conversations"),
 ])  # fmt: skip
 def test_broken_question_files_are_named(quiz, tmp_path, entries, said):
@@ -320,6 +324,14 @@ def test_broken_question_files_are_named(quiz, tmp_path, entries, said):
     (tmp_path / "bad.json").write_text(json.dumps(entries))
     with pytest.raises(DataError, match=said):
         Answers(tmp_path / "bad.json")
+
+
+def test_very_long_answers_are_left_out_and_counted(quiz):
+    entries = json.loads(quiz.read_text())
+    entries[3]["conversations"][1]["value"] = "x" * 2001
+    (quiz.parent / "long.json").write_text(json.dumps(entries))
+    answers = Answers(quiz.parent / "long.json")
+    assert len(answers) == 11 and answers.left_out == 1
 
 
 # --- a robot added later ---------------------------------------------------------------------------------------------

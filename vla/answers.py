@@ -26,6 +26,7 @@ from vla.errors import DataError
 MAX_PIXELS = 50_000_000
 """A picture whose header promises more is refused before it is decoded."""
 MAX_CHARACTERS = 2000
+"""A longer question or answer is left out, and counted."""
 
 
 class AnswersConfig(Config):
@@ -56,7 +57,9 @@ class Answers:
     def __init__(self, path: str | Path, images: str | Path = "") -> None:
         """Raises `DataError` naming every entry that is not what the docstring above shows (the first twenty)."""
         self.path = Path(path)
-        self.images = Path(images) if images else self.path.parent
+        self.images = (Path(images) if images else self.path.parent).resolve()
+        self.left_out = 0
+        """Questions whose text or answer is empty or longer than `MAX_CHARACTERS`."""
         self.pairs: list[tuple[str | None, str, str]] = []  # (picture's name, question, answer)
         try:
             data = self.path.read_bytes()
@@ -71,7 +74,7 @@ class Answers:
             if problem:
                 problems.append(f"entry {number}: {problem}")
         if not problems and not self.pairs:
-            problems = ["no question with an answer in it"]
+            problems = [f"no question with an answer in it ({self.left_out} left out)"]
         if problems:
             more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise DataError(self.path, found="\n    ".join(problems[:20]) + more,
@@ -84,21 +87,23 @@ class Answers:
             return "no list of conversations"
         name = entry.get("image")
         if name is not None:
-            inside = isinstance(name, str) and (self.images / name).resolve().is_relative_to(self.images.resolve())
-            if not inside or not (self.images / name).is_file():
+            path = self.images / str(name)
+            inside = ".." not in path.parts and (not path.is_symlink() or path.resolve().is_relative_to(self.images))
+            if not isinstance(name, str) or not inside or not path.is_relative_to(self.images) or not path.is_file():
                 return f"image {name!r} is not a file under {self.images}"
-        added = 0
+        met = 0
         for ask, reply in zip(turns, turns[1:], strict=False):
             if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in (ask, reply)):
                 return "a turn without text"
             if (ask.get("from"), reply.get("from")) != ("human", "gpt"):
                 continue
             question, answer = " ".join(ask["value"].replace("<image>", " ").split()), " ".join(reply["value"].split())
+            met += 1
             if not question or not answer or max(len(question), len(answer)) > MAX_CHARACTERS:
-                return f"a question or answer that is empty or longer than {MAX_CHARACTERS} characters"
+                self.left_out += 1
+                continue
             self.pairs.append((name, question, answer))
-            added += 1
-        return None if added else "no human turn followed by a gpt turn"
+        return None if met else "no human turn followed by a gpt turn"
 
     def __len__(self) -> int:
         return len(self.pairs)

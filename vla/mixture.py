@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
-import yaml
 from pydantic import Field, model_validator
 
 from vla.answers import Answers, AnswersConfig, Question
-from vla.config import Config, find_config
+from vla.config import Config, load_config
 from vla.embodiment import EmbodimentSpec, explain, load_embodiment
 from vla.episodes import EpisodeStore
 from vla.episodes.hub import resolve
@@ -87,14 +86,29 @@ class MixtureConfig(Config):
         return self
 
 
+class NamedDataset(Config):
+    """One entry of a named mixture."""
+
+    name: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+
+
+class NamedMixture(Config):
+    """A list of datasets and weights as `configs/mixtures/` ships them."""
+
+    balance: Literal["frames", "weights"] = "weights"
+    """`frames`: weights multiply a dataset's natural share, as OpenVLA means them."""
+    datasets: list[NamedDataset] = Field(min_length=1)
+
+
 def all_datasets(config: MixtureConfig) -> tuple[list[DatasetConfig], float | None]:
     """Every dataset of a mixture, those of its named list included, and the temperature that holds."""
     if config.named is None:
         return config.datasets, config.temperature
     path = Path(config.named) if config.named.endswith((".yaml", ".yml")) else Path("mixtures") / config.named
-    listed = yaml.safe_load(find_config(path).read_text())
-    entries = [DatasetConfig(path=str(Path(config.root) / e["name"]), weight=e["weight"]) for e in listed["datasets"]]
-    natural = 1.0 if listed.get("balance") == "frames" else None
+    listed = load_config(path, (), NamedMixture)
+    entries = [DatasetConfig(path=str(Path(config.root) / e.name), weight=e.weight) for e in listed.datasets]
+    natural = 1.0 if listed.balance == "frames" else None
     return [*entries, *config.datasets], config.temperature or natural
 
 

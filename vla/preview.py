@@ -53,6 +53,8 @@ def preview(config: TrainConfig, mixture: Mixture, base: VLAPolicy | None = None
             notes += [f"{line['dataset']}: {part} {', '.join(constant)} never changes, and is masked"] if constant else []
         if line["epochs"] < 1:
             notes.append(f"{line['dataset']}: {line['epochs']:.0%} of its frames will be seen; more run.steps, or more weight")
+    if mixture.answers is not None and mixture.answers.left_out:
+        notes.append(f"{mixture.answers.path}: {mixture.answers.left_out} empty or very long questions or answers are left out")
     spoken = sum(line["share"] for line in lines[len(mixture.stores) :])
     return {"datasets": lines, "action_dim": A, "waste": 1 - used / (1 - spoken) if spoken < 1 else 1.0, "notes": notes}
 

@@ -5,8 +5,8 @@ How a value crosses depends on what its channel means (`vla/embodiment.py`):
 
     per-step motion (eef_delta_*, joint_delta, joint_velocity)  averaged over the longer step, repeated over the shorter ones:
                       the total is kept, and so is the range, so that one set of statistics serves both rates
-    targets (positions, angles, rotations)                      the target at the end of the step; linear in between, angles
-                      the short way round, quaternions of one sign and unit length
+    targets (positions, angles, rotations)                      the target at the end of the step; linear in between, rotations
+                      along the shortest turn, written the way the nearest recorded one is (sign, side of pi)
     commands (gripper, scalar)                                  the command at the end of the step, held
 
 With n == H everything is returned as it came, bit for bit.
@@ -17,11 +17,16 @@ from __future__ import annotations
 import numpy as np
 
 from vla.embodiment import EmbodimentSpec
+from vla.errors import DataError
+from vla.rotation import convert
+from vla.rotation import resample as turn_along
 
 _RATES = ("eef_delta_position", "eef_delta_euler_xyz", "eef_delta_axis_angle", "eef_delta_rot6d", "joint_delta", "joint_velocity")
-_ANGLES = ("eef_euler_xyz", "eef_euler_zyx")
-_QUATERNIONS = ("eef_quat_xyzw", "eef_quat_wxyz")
-_TARGETS = ("eef_position", "joint_position", "eef_axis_angle", "eef_rot6d", *_ANGLES, *_QUATERNIONS)
+_ROTATIONS = {
+    "eef_euler_xyz": "euler_xyz", "eef_euler_zyx": "euler_ZYX", "eef_quat_xyzw": "quat_xyzw", "eef_quat_wxyz": "quat_wxyz",
+    "eef_axis_angle": "axis_angle", "eef_rot6d": "rot6d",
+}  # fmt: skip
+_TARGETS = ("eef_position", "joint_position")
 
 
 def native_steps(seconds: float | None, chunk: int, hz: float) -> int:
@@ -92,23 +97,30 @@ def _groups(spec: EmbodimentSpec) -> list[tuple[str, list[int]]]:
     for channel in spec.action:
         dims = list(range(at, at + len(channel.dims)))
         at += len(dims)
-        kinds = {"rate": _RATES, "angle": _ANGLES, "quaternion": _QUATERNIONS, "target": _TARGETS}
+        kinds = {"rate": _RATES, "target": _TARGETS, **{form: (name,) for name, form in _ROTATIONS.items()}}
         groups.append((next((kind for kind, names in kinds.items() if channel.convention in names), "command"), dims))
     return groups
 
 
 def _targets(times: np.ndarray, values: np.ndarray, wanted: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "angle":
-        values = np.unwrap(values, axis=0)
-    if kind == "quaternion":  # q and -q are one rotation: keep to one side along time, then shorten what a chord cut
-        signs = np.cumprod(np.where((values[1:] * values[:-1]).sum(-1) < 0, -1.0, 1.0))
-        values = values * np.concatenate([[1.0], signs])[:, None]
-    out = _interpolate(times, values, wanted)
-    if kind == "angle":
-        out = (out + np.pi) % (2 * np.pi) - np.pi
-    if kind == "quaternion":
-        out = out / np.maximum(np.linalg.norm(out, axis=-1, keepdims=True), 1e-12)
-    return out
+    linear = _interpolate(times, values, wanted)
+    if kind == "target":
+        return linear
+    try:
+        out = convert(turn_along(convert(values, kind, "quat_xyzw"), times, wanted), "quat_xyzw", kind)
+    except DataError:  # no rotation at all, as an untrained policy may say: nothing better is known than what it said
+        return linear
+    # One rotation has two quaternions and two rotation vectors; statistics were made of the recorded one.
+    near = values[np.abs(times[None] - wanted[:, None]).argmin(1)]
+    length = np.linalg.norm(out, axis=-1, keepdims=True)
+    if kind.startswith("quat"):
+        other = -out
+    elif kind == "axis_angle":
+        other = out * (1 - 2 * np.pi / np.maximum(length, 1e-9))
+    else:
+        return out
+    closer = np.linalg.norm(other - near, axis=-1) < np.linalg.norm(out - near, axis=-1)
+    return np.where(closer[:, None], other, out)
 
 
 def _interpolate(times: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
     if mixture.answers is not None:
         corpus += [text for _, question, answer in mixture.answers.pairs for text in (question, answer)]
     tokenizer = build_tokenizer(corpus, config.backbone.text_vocab)
+    _few_cameras(embodiments)
     A = room_for("action", config.action_dim, embodiments)
     S = room_for("state", config.state_dim, embodiments)
     nano = config.backbone
@@ -66,6 +67,7 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     new = [key for key in mixture.embodiments if key not in policy.embodiments]
     if new and not config.soft_tokens:
         problems.append("no soft tokens, so nothing could tell a new robot from the known ones")
+    _few_cameras(mixture.embodiments, model.config.max_cameras)
     if problems:
         raise UsageError("start.policy", found="; ".join(problems),
                          expected=f"robots it knows as {sorted(policy.embodiments)}, or new ones of at most {width.action_dim} "
@@ -104,6 +106,12 @@ def room_for(part: str, asked: int | None, embodiments: dict[str, EmbodimentSpec
         raise UsageError(f"policy.{part}_dim", found=asked, expected=f"at least {max(needed.values())}; the robots have {needed}",
                          fix=f"leave policy.{part}_dim out, or raise it")  # fmt: skip
     return asked or max(needed.values())
+
+
+def _few_cameras(embodiments: dict[str, EmbodimentSpec], most: int = NanoVLMConfig().max_cameras) -> None:
+    if many := {key: len(spec.cameras) for key, spec in embodiments.items() if len(spec.cameras) > most}:
+        raise UsageError("cameras", found=many, expected=f"at most {most} a robot",
+                         fix="leave some out of the embodiment, or set them to null under the dataset's cameras")  # fmt: skip
 
 
 def _provenance(mixture: Mixture) -> dict:
