@@ -23,7 +23,7 @@ import vla.episodes.cache as cache
 from data_tools.stats import add_stats_parser
 from vla.embodiment import load_embodiment
 from vla.episodes import EpisodeStore
-from vla.errors import DataError
+from vla.errors import DataError, UsageError
 
 
 def open_quietly(root: Path, **kw) -> EpisodeStore:
@@ -181,6 +181,28 @@ def test_pictures_inside_the_parquet_files(root: Path):
     info["features"]["observation.images.front"] |= {"dtype": "image"}
     (root / "meta/info.json").write_text(json.dumps(info))
     assert content(root, root.parent / "cache") == before
+    assert np.array_equal(open_quietly(root, frames="none").action, store.action)
+
+
+def test_a_store_without_pictures_looks_at_none(root: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = open_quietly(root)
+    recording = root / "meta" / "recording.json"  # other pixels than were recorded: only decoding would show it
+    recording.write_text(recording.read_text().replace('"front": "', '"front": "0'))
+    for name in ("av.open", "decode_spans", "unpack_pictures", "find_frames"):
+        monkeypatch.setattr(f"vla.episodes.cache.{name}", lambda *a, **kw: pytest.fail("looked at a picture"))
+    blind = open_quietly(root, frames="none")
+    for store in (blind, pickle.loads(pickle.dumps(blind))):
+        for name in ("state", "action", "episode_starts", "task_of_frame"):
+            assert np.array_equal(getattr(store, name), getattr(seen, name)), name
+        assert store.stats == seen.stats and store.spec == seen.spec
+        for ask in (lambda store=store: store.frame("front", 0), lambda store=store: store.frames("front", [0])):
+            with pytest.raises(UsageError, match="opened without its pictures"):
+                ask()
+    assert sorted(path.name for path in blind._entry.iterdir()) == [
+        "action.npy", "cache.json", "starts.npy", "state.npy", "task.npy"]  # fmt: skip
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="other pixels"):
+        open_quietly(root)
 
 
 def test_episodes_in_another_order_than_their_video(root: Path):

@@ -1,9 +1,9 @@
 """Decodes a dataset once into files that can be memory-mapped, under a name that is the content's own hash.
 
 Layout of an entry: `state.npy`, `action.npy`, `task.npy`, `starts.npy`; per camera `frames-<n>.arrow` (Hugging Face
-`datasets`, one binary column) or, for `video`, the tables `packets-<n>.npy` and `places-<n>.npy`; and `cache.json`, written
-last. An entry is built in a temporary folder and renamed, so it is whole or absent; a lock makes a second process wait
-instead of decoding the same videos again.
+`datasets`, one binary column) or, for `video`, the tables `packets-<n>.npy` and `places-<n>.npy`, or, for `none`, nothing; and
+`cache.json`, written last. An entry is built in a temporary folder and renamed, so it is whole or absent; a lock makes a
+second process wait instead of decoding the same videos again.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path
     rows = read_rows(layout, problems)
     spans: dict[str, list[Span]] = {}
     for camera in layout.spec.cameras:
-        if camera in layout.cameras and layout.is_video(camera) and rows is not None:
+        if frames != "none" and camera in layout.cameras and layout.is_video(camera) and rows is not None:
             spans[camera] = find_frames(layout, rows, camera, problems)
     problems.raise_if_any()
     assert rows is not None
@@ -144,9 +144,10 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
         cameras = list(layout.spec.cameras)
         manifest = {"format": FORMAT, "frames": frames, "cameras": cameras, "num_frames": layout.num_frames,
                     "stats": computed_stats(rows), "videos": []}  # fmt: skip
-        with tqdm(total=layout.num_frames * len(cameras), unit="frame", desc=f"decoding {layout.root.name}",
-                  disable=not progress, leave=False) as bar:  # fmt: skip
-            for n, camera in enumerate(cameras):
+        pictured = cameras if frames != "none" else []
+        with tqdm(total=layout.num_frames * len(pictured), unit="frame", desc=f"decoding {layout.root.name}",
+                  disable=not (progress and pictured), leave=False) as bar:  # fmt: skip
+            for n, camera in enumerate(pictured):
                 if frames == "video":
                     _write_index(temporary, n, layout, rows, camera, spans[camera], manifest, bar)
                     continue

@@ -17,7 +17,7 @@ from vla.embodiment import EmbodimentSpec
 from vla.episodes.cache import content_hash, default_cache, ensure, read_manifest
 from vla.episodes.layout import read_layout
 from vla.episodes.video import VideoFrames
-from vla.errors import DataError
+from vla.errors import DataError, UsageError
 
 try:  # a third less time than Pillow, and the same pixels: both are libjpeg-turbo
     import simplejpeg  # pyright: ignore[reportMissingImports]
@@ -52,14 +52,15 @@ class EpisodeStore:
 
     @classmethod
     def open(
-        cls, root: str | Path, cache_dir: str | Path | None = None, frames: Literal["raw", "jpeg", "video"] = "raw",
+        cls, root: str | Path, cache_dir: str | Path | None = None, frames: Literal["raw", "jpeg", "video", "none"] = "raw",
         progress: bool = True, *, embodiment: EmbodimentSpec | None = None, compute_stats: bool = False,
     ) -> EpisodeStore:  # fmt: skip
         """Open a LeRobot dataset (v2.0, v2.1, v3.0), decoding it into the cache the first time.
 
         `frames`: `raw` is fastest; `jpeg` about ten times smaller (quality 90 at 4:2:0 for videos that have no more colour
         than that, else quality 95 at 4:4:4); `video` keeps no frames and decodes each from its video when it is asked for,
-        which needs no time at first and next to no disk, and is slowest. `embodiment` overrides
+        which needs no time at first and next to no disk, and is slowest; `none` looks at no picture and no video, for who
+        wants the columns only: `frame` raises, and damage to pictures stays unseen. `embodiment` overrides
         `meta/embodiment.json`; without either, a spec is derived from the features. `compute_stats` replaces the state
         and action statistics by exact ones; so does a dataset whose statistics lack quantiles (`notes` says so).
         Otherwise missing or foreign statistics are an error, never a guess.
@@ -97,7 +98,7 @@ class EpisodeStore:
         self.task_of_frame = column("task")
         self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
         manifest = read_manifest(self._entry)
-        self._jpeg = manifest["frames"] == "jpeg"
+        self._jpeg, self._blind = manifest["frames"] == "jpeg", manifest["frames"] == "none"
         self._videos = {
             camera: VideoFrames(self.root, files, column(f"packets-{n}"), column(f"places-{n}"))
             for n, (camera, files) in enumerate(zip(self.cameras, manifest["videos"], strict=False))
@@ -105,7 +106,7 @@ class EpisodeStore:
         # Per camera: frames per batch, and per batch an array (raw) or (bytes, offsets) (jpeg) over the mapped file.
         self._batches: dict[str, tuple[int, list[Any]]] = {}
         self._tables = []  # keeps the mappings alive
-        for n, camera in enumerate(self.cameras if not self._videos else ()):
+        for n, camera in enumerate(self.cameras if not (self._videos or self._blind) else ()):
             table = MemoryMappedTable.from_file(str(self._entry / f"frames-{n}.arrow")).table
             self._tables.append(table)
             size, batches = self.spec.cameras[camera], []
@@ -138,8 +139,11 @@ class EpisodeStore:
     def frame(self, camera: str, index: int) -> np.ndarray:
         """Frame `index` (0 <= index < F) as (h, w, 3) uint8; for `raw` a read-only view into the mapped file.
 
-        Raises `DataError` for `video` when the file does not decode there.
+        Raises `DataError` for `video` when the file does not decode there, `UsageError` for `none`.
         """
+        if self._blind:
+            raise UsageError(f"{self.root}, camera {camera!r}, frame {index}", found="a store opened without its pictures",
+                             expected="one opened with them", fix="open it with frames=raw, jpeg or video")  # fmt: skip
         if self._videos:
             return self._videos[camera].frame(index)
         per_batch, batches = self._batches[camera]
