@@ -110,20 +110,20 @@ def _train(args: argparse.Namespace) -> int:
 
 def _preflight(config: Any) -> None:
     """`vla data check --no-frames` on every local dataset of a training config: errors refuse, warnings are counted."""
-    from data_tools.check import check
-    from vla.embodiment import load_embodiment
+    from data_tools.check import check_all
     from vla.errors import DataError
-    from vla.mixture import all_datasets
+    from vla.mixture import all_datasets, recorded_as
 
-    errors: list[str] = []
-    for entry in all_datasets(config.mixture)[0]:
-        if not (Path(entry.path) / "meta" / "info.json").is_file():
-            continue  # on the Hub, or not there: opening it says so
-        spec = load_embodiment(entry.embodiment) if entry.embodiment and not entry.cameras else None
-        found = check(entry.path, frames=False, embodiment=spec, holdout=config.mixture.holdout)
-        errors += [f"{entry.path}: {f.place}: {f.found} ({f.code})" for f in found if f.severity == "error"]
-        if warnings := sum(f.severity == "warning" for f in found):
-            print(f"{entry.path}: {warnings} warning(s); vla data check {entry.path}", file=sys.stderr)
+    # What is on the Hub, or not there, is opened later and says so then.
+    here = [e for e in all_datasets(config.mixture)[0] if (Path(e.path) / "meta" / "info.json").is_file()]
+    groups = [([e.path for e in here if not e.embodiment], None)]  # together: leaks and contradictions between datasets
+    groups += [([e.path], recorded_as(e)[0]) for e in here if e.embodiment]
+    found = [finding for paths, spec in groups if paths
+             for finding in check_all(paths, frames=False, embodiment=spec, holdout=config.mixture.holdout)]  # fmt: skip
+    errors = [f"{f.root}: {f.place}: {f.found} ({f.code})" for f in found if f.severity == "error"]
+    for path in dict.fromkeys(f.root for f in found if f.severity == "warning"):
+        warnings = sum(f.severity == "warning" and f.root == path for f in found)
+        print(f"{path}: {warnings} warning(s); vla data check {path}", file=sys.stderr)
     if errors:
         more = f"\n    and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise DataError("the datasets, before the first step", found="\n    ".join(errors[:20]) + more, expected="no faults",

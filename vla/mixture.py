@@ -332,27 +332,35 @@ def open_mixture(
     return part("train"), part("holdout")
 
 
-def _open(entry: DatasetConfig, config: MixtureConfig, progress: bool):
+def recorded_as(entry: DatasetConfig) -> tuple[EmbodimentSpec | None, dict[str, str | None]]:
+    """(the robot `entry` names, with the dataset's own names for its cameras; its cameras -> those names). (None, {}) when the
+    dataset is to speak for itself. Raises `UsageError` for cameras the robot does not have."""
+    spec = load_embodiment(entry.embodiment) if entry.embodiment else None
+    if not entry.cameras:
+        return spec, {}
+    if spec is None:
+        raise UsageError(f"dataset {entry.path}", found="cameras without an embodiment", expected="both",
+                         fix="say which robot it is: embodiment: NAME_OR_YAML")  # fmt: skip
+    if unknown := sorted(entry.cameras.keys() - spec.cameras.keys()):
+        raise UsageError(f"dataset {entry.path}, cameras", found=f"{unknown}",
+                         expected=f"cameras of {spec.key!r}: {sorted(spec.cameras)}",
+                         fix="name the embodiment's camera on the left, the dataset's on the right")  # fmt: skip
+    names = {name: entry.cameras.get(name, name) for name in spec.cameras}
+    recorded = {own: spec.cameras[name] for name, own in names.items() if own is not None}
+    if not recorded:
+        raise UsageError(f"dataset {entry.path}, cameras", found="all of them null", expected="at least one camera",
+                         fix="leave the dataset out: a policy that sees nothing learns nothing")  # fmt: skip
+    return spec.model_copy(update={"cameras": recorded}), names
+
+
+def _open(
+    entry: DatasetConfig, config: MixtureConfig, progress: bool
+) -> tuple[EpisodeStore, EmbodimentSpec, dict[str, str | None]]:  # fmt: skip
     """(store, the robot it shows, that robot's cameras -> the dataset's names) of one dataset."""
     cache = Path(config.cache_dir) if config.cache_dir else None
-    spec = load_embodiment(entry.embodiment) if entry.embodiment else None
-    names: dict[str, str | None] = {}
-    if entry.cameras:
-        if spec is None:
-            raise UsageError(f"dataset {entry.path}", found="cameras without an embodiment", expected="both",
-                             fix="say which robot it is: embodiment: NAME_OR_YAML")  # fmt: skip
-        if unknown := sorted(entry.cameras.keys() - spec.cameras.keys()):
-            raise UsageError(f"dataset {entry.path}, cameras", found=f"{unknown}",
-                             expected=f"cameras of {spec.key!r}: {sorted(spec.cameras)}",
-                             fix="name the embodiment's camera on the left, the dataset's on the right")  # fmt: skip
-        names = {name: entry.cameras.get(name, name) for name in spec.cameras}
-        recorded = {own: spec.cameras[name] for name, own in names.items() if own is not None}
-        if not recorded:
-            raise UsageError(f"dataset {entry.path}, cameras", found="all of them null", expected="at least one camera",
-                             fix="leave the dataset out: a policy that sees nothing learns nothing")  # fmt: skip
-        spec = spec.model_copy(update={"cameras": recorded})
+    spec, names = recorded_as(entry)
     store = _reach(entry, config, cache, spec, progress)
-    if not entry.cameras:
+    if not names:
         return store, store.spec, {name: name for name in store.spec.cameras}
     whole = load_embodiment(entry.embodiment or "")
     sizes = {name: store.spec.cameras[own] if own is not None else whole.cameras[name] for name, own in names.items()}
