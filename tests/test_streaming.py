@@ -147,13 +147,29 @@ def test_held_files_are_given_back_and_those_of_the_dead_cleared(pushed: str, tm
     assert len(held) == 1
     gone = subprocess.Popen(["true"])
     gone.wait()
-    dead = held[0].with_name(held[0].name.replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    dead = held[0].with_name(held[0].name.replace(f"@{os.getpid()}@", f"@{gone.pid}@"))
     dead.hardlink_to(held[0])
     store.frame("front", store.num_frames - 1)
     assert not dead.exists() and held[0].exists()
     root = store.root
     del store
     assert not list((root / "held").iterdir())
+
+
+def test_what_another_machine_holds_is_not_judged_here(pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a shared disk: whether its process lives cannot be seen, and its name may begin with ours."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    store = stream(pushed, tmp_path)
+    others = []
+    for host in ("node-gpu", f"node-{gone.pid}", "nod"):
+        with monkeypatch.context() as there:
+            there.setattr(fetched.socket, "gethostname", lambda host=host: host)
+            there.setattr(fetched.os, "getpid", lambda: gone.pid)
+            others.append(store.files.hold(store._paths[0]))
+    monkeypatch.setattr(fetched.socket, "gethostname", lambda: "node")
+    store.files.release(store.files.hold(store._paths[1]))
+    assert sorted((store.root / "held").iterdir()) == sorted(others)
 
 
 def _child(store: StreamingStore, seed: int, queue) -> None:

@@ -41,7 +41,7 @@ class FetchedFiles:
         Raises `DataError` when what arrives is not what the Hub lists, `MachineError` without a connection or room.
         """
         here = self.folder / path
-        held = self._links / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}-{here.name}"
+        held = self._links / f"{socket.gethostname()}@{os.getpid()}@{time.time_ns()}@{here.name}"
         self._links.mkdir(parents=True, exist_ok=True)
         with _locked(self._locks / hashlib.sha256(path.encode()).hexdigest()[:16]):
             with contextlib.suppress(FileNotFoundError):
@@ -91,9 +91,8 @@ class FetchedFiles:
 
     def _make_room(self) -> None:
         with _locked(self._locks / "room"):
-            for link in self._links.glob(f"{socket.gethostname()}-*"):
-                process = int(link.name.removeprefix(f"{socket.gethostname()}-").split("-")[0])
-                if not _alive(process):
+            for link in self._links.glob(f"{socket.gethostname()}@*"):  # no host's name holds an @, many hold a -
+                if not _alive(int(link.name.split("@")[1])):
                     link.unlink(missing_ok=True)
             present = self._present()
             total = sum(status.st_size for status, _ in present)
