@@ -77,11 +77,12 @@ def convert(
     card = _fitted(card, source, fps, instruction)
     spec, rate = card.spec, max(1, round(card.spec.control_hz))
     _check_sizes(spec, video)
-    keys = _slice(source.keys(), episodes)
+    listed = source.keys()
+    keys = _slice(listed, episodes)
     if not keys:
         raise DataError(source.root, found=f"no episodes in {episodes or 'it'}", expected="at least one",
                         fix="check the path, or --episodes")  # fmt: skip
-    tally = Tally(source, len(keys), strict)
+    tally = Tally(source, len(listed), len(keys), strict)
     tally.judge_listing()
     header = {"source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root),
               "card": card.name, "card_sha256": card_digest(card), "selected": episodes or ":"}  # fmt: skip

@@ -28,9 +28,17 @@ class Tally:
     """Damage so far, against how much there is to convert."""
 
     source: Source
-    whole: int
+    listed: int
+    """Episodes the source lists."""
+    chosen: int
+    """Those of them that are to be converted (`--episodes`)."""
     strict: bool
     quarantined: list[tuple[str, DataError]] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        """What the source was meant to hold and cannot list: episodes where it knows how many, else files."""
+        return max(len(self.source.damage), self.source.missing)
 
     def add(self, key: str, damage: DataError) -> None:
         """Count a damaged episode. Raises `DataError` when `strict`, or when that makes it more than half."""
@@ -38,24 +46,25 @@ class Tally:
             raise DataError(damage.where, found=damage.found, expected=f"{damage.expected}; --strict stops at any damage",
                             fix=f"{damage.fix}; or drop --strict to leave it out")  # fmt: skip
         self.quarantined.append((key, damage))
-        self._refuse_ruins()
+        # What is lost of the whole source says nothing of a chosen part of it: that part stands for itself.
+        lost = self.lost if self.chosen == self.listed else 0
+        self._refuse_ruins(lost + len(self.quarantined), lost + self.chosen)
 
     def judge_listing(self) -> None:
         """What opening the source has found already."""
         if self.strict and self.source.damage:
             raise all_of(_findings(self.source.damage), self.source.root, f"{len(self.source.damage)} damaged files",
                          "none, as --strict demands", f"{_AGAIN}; or leave them out: drop --strict")  # fmt: skip
-        self._refuse_ruins()
+        self._refuse_ruins(self.lost, self.lost + self.listed)
 
-    def _refuse_ruins(self) -> None:
-        bad, total = len(self.source.damage) + len(self.quarantined), len(self.source.damage) + self.whole
+    def _refuse_ruins(self, bad: int, total: int) -> None:
         if bad * 2 > total:
             damage = [*self.source.damage, *(d for _, d in self.quarantined)]
             advice = list(dict.fromkeys(d.fix for d in damage))[:3]
             if any(d.where.endswith(", instruction") for d in damage):
                 advice.insert(0, "pass --instruction TEXT")
             raise all_of(_findings(damage), self.source.root,
-                         f"{bad} of {total} damaged (files that cannot be listed, episodes that cannot be read)",
+                         f"{bad} of {total} damaged (files that cannot be listed, episodes missing or unreadable)",
                          "at most half damaged", "; ".join(advice) + "; then convert into another folder")  # fmt: skip
 
 
@@ -92,6 +101,8 @@ def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) ->
         notes.append(f"splits of the source, as episodes of this dataset: {ranges}; pass --episodes to convert one of them")
     if masks := source.info.attributes.get("masks"):
         notes.append(f"filter lists of the source are not carried over: {sorted(masks)}")
+    if source.missing:
+        notes.append(f"{source.missing} episodes that the source promises are in none of its files that can be listed")
     if several := sum(entry.get("several", False) for entry in writer.recorded):
         notes.append(f"{several} episodes change their instruction midway; the first was kept for all of each")
     there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))

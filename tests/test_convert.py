@@ -135,6 +135,29 @@ def test_more_ruins_than_data_are_refused(src: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "shards").exists()
 
 
+def test_lost_episodes_count_each_and_not_their_file(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One shard that is missing may be most of a dataset."""
+
+    def lost(count: int) -> None:
+        monkeypatch.setattr(conversion, "open_source", lambda path, kind=None: ToySource(path, unlisted=1, missing=count))
+
+    lost(10)
+    with pytest.raises(DataError, match="10 of 19 damaged"):
+        run(src, tmp_path / "most")
+    with pytest.raises(DataError, match="10 of 19 damaged"):
+        run(src, tmp_path / "part", episodes="0:2")
+    lost(8)
+    summary = run(src, tmp_path / "some", episodes="0:2")
+    assert summary["episodes"] == 2 and any(note.startswith("8 episodes that the source promises") for note in summary["notes"])
+    (src / "ep-003").write_text("damaged")
+    assert run(src, tmp_path / "part", episodes="2:5")["episodes"] == 2, "a chosen part is judged by itself"
+    (src / "ep-004").write_text("damaged")
+    with pytest.raises(DataError, match="2 of 3 damaged"):
+        run(src, tmp_path / "ruined part", episodes="2:5")
+    with pytest.raises(DataError, match="9 of 17 damaged"):
+        run(src, tmp_path / "ruined whole")
+
+
 # ---- proof ----
 
 

@@ -110,7 +110,8 @@ def readable(source: Source) -> tuple[list[str], list[DataError]]:
 
 def test_a_sound_dataset_has_nothing_to_say(toy: Path):
     source = open_source(toy)
-    assert not source.damage and readable(source) == (["train/00000/0", "train/00001/0", "train/00001/1", "train/00002/0"], [])
+    assert not source.damage and not source.missing
+    assert readable(source) == (["train/00000/0", "train/00001/0", "train/00001/1", "train/00002/0"], [])
 
 
 def test_a_flipped_bit_in_a_real_shard_is_named_with_record_and_offset(tmp_path: Path):
@@ -130,9 +131,9 @@ def test_a_truncated_shard_is_named_and_its_lost_records_are_counted(toy: Path):
     file = toy / "toy-train.tfrecord-00001-of-00003"
     file.write_bytes(file.read_bytes()[:-1])
     source = open_source(toy)
-    cut, count = source.damage
+    cut = only_damage(source)
     assert str(file) in cut.where and "record 1 at byte" in cut.where and "truncated" in cut.found
-    assert count.where == str(file) and count.found == "1 whole records" and count.expected.startswith("2,")
+    assert cut.found.endswith("; 1 whole records") and cut.expected.startswith("2,") and source.missing == 1
     assert readable(source) == (["train/00000/0", "train/00001/0", "train/00002/0"], [])
 
 
@@ -141,6 +142,7 @@ def test_a_missing_shard_is_named_and_the_others_keep_their_keys(toy: Path):
     file.unlink()
     source = open_source(toy)
     missing = only_damage(source)
+    assert source.missing == 2
     assert missing.where == str(file) and "no such file" in missing.found and "2 episodes" in missing.expected
     assert source.keys() == ["train/00000/0", "train/00002/0"]
 
@@ -150,7 +152,8 @@ def test_wrong_shard_lengths_are_named(toy: Path, said: int):
     info = json.loads((toy / "dataset_info.json").read_text())
     info["splits"][0]["shardLengths"][1] = str(said)
     (toy / "dataset_info.json").write_text(json.dumps(info))
-    wrong = only_damage(open_source(toy))
+    wrong = only_damage(source := open_source(toy))
+    assert source.missing == max(0, said - 2)
     assert wrong.found == "2 whole records" and wrong.expected.startswith(f"{said}, as shardLengths of split 'train'")
 
 

@@ -529,6 +529,7 @@ def test_numbers_that_are_no_rotation_name_card_field_and_file():
 
 class Fake:
     damage: list = []
+    missing = 0
 
     def __init__(self, kind: str, root: str, info: SourceInfo) -> None:
         self.kind, self.root, self.info = kind, Path(root), info

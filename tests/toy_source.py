@@ -28,8 +28,8 @@ class ToySource:
 
     kind = "toy"
 
-    def __init__(self, root: Path, delay: float = 0.0, unlisted: int = 0, noise: bool = False) -> None:
-        self.root, self.delay, self.noise = Path(root), delay, noise
+    def __init__(self, root: Path, delay: float = 0.0, unlisted: int = 0, noise: bool = False, missing: int = 0) -> None:
+        self.root, self.delay, self.noise, self.missing = Path(root), delay, noise, missing
         self.info = SourceInfo(
             HZ, {"actions": ("float64", (4,)), "obs/place": ("float32", (3,)), "rewards": ("float32", ()),
                  "obs/flag": ("bool", ())},

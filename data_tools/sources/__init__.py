@@ -61,6 +61,8 @@ class Source(Protocol):
     info: SourceInfo
     damage: list[DataError]
     """What could not even be listed: a missing shard, a file without its footer. Named, never skipped in silence."""
+    missing: int
+    """Episodes the source promises beyond those it lists, where it says how many there are (RLDS); else 0."""
 
     def keys(self) -> list[str]:
         """One stable, unique key per episode, in the order of the files."""

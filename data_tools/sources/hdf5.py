@@ -63,6 +63,8 @@ class Hdf5Source:
     Keys are `<file below the folder>:<demo>`, for ALOHA `<file>`; files and demos in numeric order.
     """
 
+    missing = 0
+
     def __init__(self, root: Path, kind: str, info: SourceInfo, facts: dict[str, FileFacts], damage: list[DataError]) -> None:
         self.root, self.kind, self.info, self.damage = root, kind, info, damage
         self._instructions = {name: f.instruction for name, f in facts.items()}

@@ -44,6 +44,7 @@ class LeRobotSource:
     root: Path
     info: SourceInfo
     damage: list[DataError]
+    missing = 0
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)

@@ -37,12 +37,13 @@ class RldsSource:
 
     kind = "rlds"
 
-    def __init__(self, root: Path, features: Features, shards: dict[str, Shard], damage: list[DataError],
+    def __init__(self, root: Path, features: Features, shards: dict[str, Shard], damage: list[DataError], missing: int,
                  attributes: Mapping[str, Any]) -> None:  # fmt: skip
         self.root = root
         self.features = features
         self.shards = shards
         self.damage = damage
+        self.missing = missing
         self.info = self._describe(attributes)
 
     @classmethod
@@ -77,11 +78,11 @@ class RldsSource:
         if problems or features is None or described is None:
             raise DataError(root, found="; ".join(f"{name}: {what}" for name, what in problems),
                             expected=f"{INFO} and {FEATURES} as tensorflow-datasets writes them", fix=RESTORE)  # fmt: skip
-        shards, damage = _list_shards(root, splits)
+        shards, damage, missing = _list_shards(root, splits)
         attributes = {"name": described.get("name", ""), "version": described.get("version", ""),
                       "splits": {split.name: sum(split.lengths) for split in splits},
                       "unread": dict(features.unread)}  # fmt: skip
-        return cls(root, features, shards, damage, attributes)
+        return cls(root, features, shards, damage, missing, attributes)
 
     def keys(self) -> list[str]:
         """`<split>/<shard>/<record>` of every record that could be found, in the order of splits, shards and records."""
@@ -257,26 +258,35 @@ def _splits(described: Mapping[str, Any]) -> list[_Split]:
     return splits
 
 
-def _list_shards(root: Path, splits: list[_Split]) -> tuple[dict[str, Shard], list[DataError]]:
-    """Index every shard that is promised and there; name what is missing, cut off, of another length, or not promised."""
+def _list_shards(root: Path, splits: list[_Split]) -> tuple[dict[str, Shard], list[DataError], int]:
+    """Index every shard that is promised and there; name what is missing, cut off, of another length, or not promised.
+
+    Last comes how many of the promised records were not found."""
     shards: dict[str, Shard] = {}
     damage: list[DataError] = []
+    missing = 0
     present = {p.name for p in root.iterdir() if re.search(r"\.tfrecord(-|$)", p.name)}
     for split in splits:
         for number, (name, length) in enumerate(zip(split.files, split.lengths, strict=True)):
             if name not in present:
+                missing += length
                 damage.append(DataError(root / name, found="no such file", expected=f"a shard of {length} episodes, as {INFO} "
                                         f"says of split {split.name!r}", fix=RESTORE))  # fmt: skip
                 continue
             shard = index_shard(root / name)
             shards[f"{split.name}/{number:05d}"] = shard
-            damage += shard.damage
-            if len(shard) != length:
-                damage.append(DataError(root / name, found=f"{len(shard)} whole records",
-                                        expected=f"{length}, as shardLengths of split {split.name!r} in {INFO} says",
-                                        fix=RESTORE))  # fmt: skip
+            missing += max(0, length - len(shard))
+            if len(shard) == length:
+                damage += shard.damage
+                continue
+            # What broke a shard off and how much that cost is one finding.
+            broken = shard.damage[0] if shard.damage else None
+            where, what = (broken.where, f"{broken.found}; ") if broken else (root / name, "")
+            damage.append(DataError(where, found=f"{what}{len(shard)} whole records",
+                                    expected=f"{length}, as shardLengths of split {split.name!r} in {INFO} says",
+                                    fix=RESTORE))  # fmt: skip
     for name in sorted(present - {name for split in splits for name in split.files}):
         damage.append(DataError(root / name, found=f"a shard that no split of {INFO} names",
                                 expected=f"only the shards that {INFO} counts",
                                 fix=f"restore {INFO} of this version, or remove the file"))  # fmt: skip
-    return shards, damage
+    return shards, damage, missing
