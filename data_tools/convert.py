@@ -84,7 +84,7 @@ def convert(
                         fix="check the path, or --episodes")  # fmt: skip
     tally = Tally(source, len(listed), len(keys), strict)
     tally.judge_listing()
-    header = {"source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root),
+    header = {"source_name": _name(source), "source_kind": source.kind, "source_sha256": fingerprint(source.root),
               "card": card.name, "card_sha256": card_digest(card), "selected": episodes or ":"}  # fmt: skip
     work = dst if to == FORMATS[0] else dst.with_name(f".{dst.name}.v30")
     if work != dst:
@@ -120,7 +120,7 @@ def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progr
     done, proof = to_v21(source.root, dst, workers=workers, verify=verify, progress=progress)
     notes = [f"{done['clips_encoded']} clips could not be cut out as they are and were encoded anew, without loss"]
     report = {
-        "source_name": source.root.name, "source_kind": source.kind, "source_sha256": fingerprint(source.root), "card": None,
+        "source_name": _name(source), "source_kind": source.kind, "source_sha256": fingerprint(source.root), "card": None,
         "robot": source.info.attributes.get("robot_type"), "fps": source.info.fps, "episodes": done["episodes"],
         "frames": done["frames"], "damaged_files": [], "quarantined": [], "not_carried": done["left_out"],
         "notes": notes if done["clips_encoded"] else [], "verified": proof,
@@ -128,6 +128,11 @@ def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progr
     keep(dst, report)
     return report | {"out": str(dst), "format": FORMATS[1], "converted_now": done["episodes"] - done["resumed"],
                      "megabytes": _megabytes(dst), "seconds": done["seconds"]}  # fmt: skip
+
+
+def _name(source: Source) -> str:
+    """What the source calls itself, else its folder: that of RLDS is only the version."""
+    return str(source.info.attributes.get("name") or source.root.name)
 
 
 def _finished(dst: Path, header: dict[str, Any]) -> dict[str, Any] | None:

@@ -63,6 +63,7 @@ def test_rlds_becomes_v30_with_the_values_tensorflow_datasets_reads(tmp_path: Pa
     assert main(["data", "convert", str(src), str(tmp_path / "ds"), "--workers", "0"]) == 2
     assert "--fps" in capsys.readouterr().err, "the format has no control rate, and nobody guesses one"
     summary = converted(src, tmp_path / "ds", capsys, "--fps", "5")
+    assert summary["source_name"] == "wide", "not the folder of its version"
     assert "observation/depth" in summary["not_carried"] and any("midway" in note for note in summary["notes"])
     assert summary["splits"] == {"train": "0:3", "val": "3:5"} and any("val" in note for note in summary["notes"])
     assert converted(src, tmp_path / "ds", capsys, "--fps", "5")["notes"] == summary["notes"], "also when there was nothing to do"
