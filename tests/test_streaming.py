@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +164,13 @@ def test_what_another_machine_holds_is_not_judged_here(pushed: str, tmp_path: Pa
     gone = subprocess.Popen(["true"])
     gone.wait()
     store = stream(pushed, tmp_path)
-    others = []
-    for host in ("node-gpu", f"node-{gone.pid}", "nod"):
-        with monkeypatch.context() as there:
-            there.setattr(fetched.socket, "gethostname", lambda host=host: host)
-            there.setattr(fetched.os, "getpid", lambda: gone.pid)
-            others.append(store.files.hold(store._paths[0]))
+    held = store.files.hold(store._paths[0])
+    parts = held.name.split("@")
+    others = [held.with_name("@".join([host, str(gone.pid), *parts[2:]])) for host in ("node-gpu", f"node-{gone.pid}", "nod")]
+    ours = held.with_name("@".join(["node", str(gone.pid), *parts[2:]]))
+    for link in (*others, ours):
+        link.hardlink_to(held)
+    store.files.release(held)
     monkeypatch.setattr(fetched.socket, "gethostname", lambda: "node")
     store.files.release(store.files.hold(store._paths[1]))
     assert sorted((store.root / "held").iterdir()) == sorted(others)
@@ -230,6 +234,101 @@ def test_prefetch_brings_a_shard(hub: HubStandIn, pushed: str, tmp_path: Path): 
     for camera in CAMERAS:
         store.frames(camera, range(*store.shards[2:4]))
     assert hub.videos_sent() == sent
+
+
+def test_prefetch_is_one_thread_and_what_waits_gives_way(pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = stream(pushed, tmp_path)
+    begun, go, bring, brought = threading.Event(), threading.Event(), store.files.bring, []
+
+    def slowly(path: str) -> None:
+        begun.set()
+        assert go.wait(60)
+        brought.append(path)
+        bring(path)
+
+    monkeypatch.setattr(store.files, "bring", slowly)
+    thread = store.prefetch(0)
+    assert begun.wait(60)
+    assert all(store.prefetch(shard) is thread for shard in (1, 2)) and store.prefetch(3, 5) is thread
+    go.set()
+    thread.join(60)
+
+    def of(*shards: int) -> list[str]:
+        return [store._paths[f] for s in shards for f in
+                np.unique(store._file[:, np.searchsorted(store.episode_starts, store.shards[s])])]  # fmt: skip
+
+    assert brought == list(dict.fromkeys(of(0))) + list(dict.fromkeys(of(3, 5)))
+    again = store.prefetch(1)
+    again.join(60)
+    assert again is not thread and all((store.root / path).exists() for path in of(0, 1, 3, 5))
+    with pytest.raises(IndexError):
+        store.prefetch(len(store.shards) - 1)
+
+
+def test_prefetch_leaves_room_for_what_is_in_use(pushed: str, dataset: Path, tmp_path: Path):
+    size = max(p.stat().st_size for p in dataset.rglob("*.mp4"))
+    store = stream(pushed, tmp_path, max_gb=6 * size / 2**30)
+    store.prefetch(*range(len(store.shards) - 1)).join(60)
+    assert 0 < store.files.local_bytes() <= 3 * size
+
+
+def test_prefetch_that_fails_is_told_when_the_frame_is_asked_for(hub: HubStandIn, pushed: str, tmp_path: Path):  # noqa: F811
+    store = stream(pushed, tmp_path)
+    hub.close()
+    store.prefetch(0).join(60)
+    with pytest.raises(MachineError, match="no connection"):
+        store.frame("front", 0)
+
+
+def _ahead_child(store: StreamingStore, queue) -> None:
+    store.prefetch(1).join(60)
+    at = int(store.shards[1])
+    files = store._file[:, np.searchsorted(store.episode_starts, at)]
+    queue.put(([(store.root / store._paths[f]).exists() for f in files], int(store.frame("front", at).astype(np.int64).sum())))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_prefetch_works_in_a_worker_begun_while_its_parent_prefetches(
+    method: str, pushed: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, here = stream(pushed, tmp_path), whole(dataset)
+    begun, go, download = threading.Event(), threading.Event(), fetched.FetchedFiles._download
+
+    def slowly(self, path: str) -> Path:
+        if threading.current_thread().name == "prefetch" and os.getpid() == parent:
+            begun.set()
+            assert go.wait(60)
+        return download(self, path)
+
+    parent = os.getpid()
+    monkeypatch.setattr(fetched.FetchedFiles, "_download", slowly)
+    thread = store.prefetch(0)
+    assert begun.wait(60)  # it holds a lock, which a fork inherits
+    context: Any = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=_ahead_child, args=(store, queue))
+    worker.start()
+    there, total = queue.get(timeout=60)
+    assert all(there) and total == int(here.frame("front", int(store.shards[1])).astype(np.int64).sum())
+    go.set()
+    thread.join(60)
+    assert np.array_equal(store.frame("front", 0), here.frame("front", 0))
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def test_a_lock_that_a_forked_child_inherits_is_given_back(tmp_path: Path):
+    with fetched._locked(tmp_path / "lock"):
+        assert fetched._is_locked(tmp_path / "lock")
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        assert not fetched._is_locked(tmp_path / "lock")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_mixture_draws_all_frames_of_a_stream_from_a_few_files_at_a_time(

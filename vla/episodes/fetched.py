@@ -14,8 +14,9 @@ import fcntl
 import hashlib
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vla.durable import disk_full, is_disk_full
@@ -43,7 +44,7 @@ class FetchedFiles:
         here = self.folder / path
         held = self._links / f"{socket.gethostname()}@{os.getpid()}@{time.time_ns()}@{here.name}"
         self._links.mkdir(parents=True, exist_ok=True)
-        with _locked(self._locks / hashlib.sha256(path.encode()).hexdigest()[:16]):
+        with _locked(self._lock_of(path)):
             with contextlib.suppress(FileNotFoundError):
                 self._link(here, held)
                 os.utime(held)
@@ -60,6 +61,14 @@ class FetchedFiles:
         """Give a file back that `hold` returned."""
         held.unlink(missing_ok=True)
 
+    def bring(self, path: str) -> None:
+        """Fetch a file for later, unless it is here or somebody is fetching it now. Raises as `hold` does."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.folder / path)  # the last to be removed
+            return
+        if not _is_locked(self._lock_of(path)):
+            self.release(self.hold(path))
+
     def local_bytes(self) -> int:
         """Bytes of fetched files that lie in the folder now."""
         return sum(status.st_size for status, _ in self._present())
@@ -71,6 +80,9 @@ class FetchedFiles:
     @property
     def _locks(self) -> Path:
         return self.folder / "locks"
+
+    def _lock_of(self, path: str) -> Path:
+        return self._locks / hashlib.sha256(path.encode()).hexdigest()[:16]
 
     def _link(self, path: Path, held: Path) -> None:
         try:
@@ -126,6 +138,50 @@ class FetchedFiles:
                         expected=f"{size} bytes with sha256 {sha}", fix="train from a full download: stream: false")  # fmt: skip
 
 
+class Ahead:
+    """Brings files in the background, one request after the other; a request that has not begun gives way to a newer one.
+
+    What fails is left: who needs the file asks for it again and is told. Belongs to one process; make another after a fork.
+    """
+
+    def __init__(self, files: FetchedFiles) -> None:
+        self._files, self._lock = files, threading.Lock()
+        self._pending: Sequence[str] = ()
+        self._thread: threading.Thread | None = None
+
+    def want(self, paths: Sequence[str]) -> threading.Thread:
+        """Ask for `paths`, in this order, up to half of what the folder may hold: the rest is for what is in use.
+
+        Returns at once. The thread ends when nothing is asked for any more.
+        """
+        chosen, room = [], self._files.max_bytes // 2
+        for path in paths:
+            room -= self._files.files[path][0]
+            if room < 0:
+                break
+            chosen.append(path)
+        with self._lock:
+            self._pending = chosen
+            if self._thread is None:
+                from huggingface_hub.utils import get_session
+
+                get_session()  # made under a lock, which a fork must not find taken by the thread
+                self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+                self._thread.start()
+            return self._thread
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                paths, self._pending = self._pending, ()
+                if not paths:
+                    self._thread = None
+                    return
+            with contextlib.suppress(Exception):  # see above
+                for path in paths:
+                    self._files.bring(path)
+
+
 def _fetch(name: HubName, path: str, into: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -150,4 +206,18 @@ def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # said, and not left to closing: a child forked meanwhile has the file open too
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _is_locked(path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(file, fcntl.LOCK_UN)
+        return False

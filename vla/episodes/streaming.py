@@ -30,7 +30,7 @@ import numpy as np
 from vla.durable import TEMPORARY, flush, replace_file, temporary_name
 from vla.embodiment import EmbodimentSpec
 from vla.episodes.cache import computed_stats, default_cache
-from vla.episodes.fetched import FetchedFiles
+from vla.episodes.fetched import Ahead, FetchedFiles
 from vla.episodes.hub import HubName, announce, endpoint, explained, parse, snapshot
 from vla.episodes.layout import Layout, check_statistics, read_info, read_layout
 from vla.episodes.problems import RESTORE, Problems
@@ -138,7 +138,7 @@ class StreamingStore:
         self._forget_readers()
 
     def _forget_readers(self) -> None:
-        self._process, self._lock = os.getpid(), threading.RLock()
+        self._process, self._lock, self._ahead = os.getpid(), threading.RLock(), Ahead(self.files)
         self._readers: OrderedDict[int, _Reader] = OrderedDict()
         self._finally = weakref.finalize(self, _let_go, self._readers, self._process)
 
@@ -187,21 +187,19 @@ class StreamingStore:
             out[mine] = part
         return out
 
-    def prefetch(self, shard: int) -> threading.Thread:
-        """Begin to fetch the videos of a shard in the background. What fails is met again, and said, when it is needed."""
-        first, last = np.searchsorted(self.episode_starts, self.shards[shard : shard + 2])
-        paths = [self._paths[file] for file in np.unique(self._file[:, first:last])]
+    def prefetch(self, *shards: int) -> threading.Thread:
+        """Begin to fetch the videos of `shards` (of 0 .. P - 1) in the background; returns at once, in any process or thread.
 
-        def fetch() -> None:
-            for path in paths:
-                try:
-                    self.files.release(self.files.hold(path))
-                except Exception:  # noqa: BLE001  see above
-                    return
-
-        thread = threading.Thread(target=fetch, daemon=True)
-        thread.start()
-        return thread
+        A daemon thread per process takes one call after the other; one that waits gives way to a newer one. Files that
+        another process is fetching are left to it. What fails is met again, and said, when a frame of it is asked for.
+        """
+        if self._process != os.getpid():
+            self._forget_readers()
+        files: dict[int, None] = {}  # a set in order
+        for shard in shards:
+            first, last = np.searchsorted(self.episode_starts, self.shards[[shard, shard + 1]])
+            files |= dict.fromkeys(np.unique(self._file[:, first:last]).tolist())
+        return self._ahead.want([self._paths[file] for file in files])
 
     def _read(self, file: int, row: int, ask: Callable[[VideoFrames], Any]) -> Any:
         while True:
@@ -277,7 +275,8 @@ class StreamingStore:
     def __getstate__(self) -> dict[str, Any]:
         # What `_map` makes is mapped again by whoever unpickles.
         mapped = {"state", "action", "episode_starts", "task_of_frame", "task_of_episode", "shards", "_timestamp", "_file",
-                  "_offset", "_paths", "_starts", "_rows", "_process", "_lock", "_readers", "_finally"}  # fmt: skip
+                  "_offset", "_paths", "_starts", "_rows", "_process", "_lock", "_ahead", "_readers",
+                  "_finally"}  # fmt: skip
         return {key: value for key, value in self.__dict__.items() if key not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
