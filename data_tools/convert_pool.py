@@ -5,7 +5,6 @@ Spawned, not forked, so that neither threads nor open files are inherited. A wor
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import threading
@@ -14,14 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-import numpy as np
-
 from data_tools.sources import RawEpisode, Source
-from data_tools.standardise import Card, standardise
+from data_tools.standardise import SUCCESS, Card, standardise
 from vla.errors import DataError, MachineError
 from vla.schema import Episode
 
@@ -44,31 +41,13 @@ class Job:
         where = f"{self.source.root}, {key}"
         assert self.card is not None
         try:
-            raw = self._raw(key, self.card)
+            raw = self.source.read(key, only=fields_used(self.card) | {SUCCESS})  # robomimic's next_obs is half a file
             episode = standardise(raw, self.card, self.source.info)
-            success = _success(raw)
-            episode = episode if success is None else replace(episode, success=success)
             episode.validate(where)
         except (OSError, ValueError, LookupError, RuntimeError, EOFError) as error:
             raise DataError(where, found=f"{type(error).__name__}: {error}", expected="an episode that can be read",
                             fix="download or copy the file again") from error  # fmt: skip
         return raw, episode
-
-    def _raw(self, key: str, card: Card) -> RawEpisode:
-        if "only" in inspect.signature(self.source.read).parameters:  # robomimic's next_obs is half a file
-            return self.source.read(key, only=fields_used(card))  # pyright: ignore[reportCallIssue]
-        return self.source.read(key)
-
-
-def _success(raw: RawEpisode) -> bool | None:
-    """Whether the source calls the episode a success, in the place its format has for that; None when it does not say."""
-    if "success" in raw.attributes:
-        return bool(raw.attributes["success"])
-    if "next.success" in raw.fields:
-        return bool(raw.fields["next.success"].any())
-    said = raw.attributes.get("episode")  # RLDS
-    said = said.get("episode_metadata/success") if isinstance(said, dict) else None
-    return bool(said) if isinstance(said, bool | np.bool_) else None
 
 
 def fields_used(card: Card) -> set[str]:

@@ -19,8 +19,10 @@ from toy_source import ToySource, write_toy
 import data_tools.convert as conversion
 import data_tools.lerobot as lerobot
 from data_tools.convert import convert
+from data_tools.convert_pool import Job
 from data_tools.convert_report import sentence
-from data_tools.standardise import Card
+from data_tools.sources import RawEpisode
+from data_tools.standardise import Card, card_for
 from data_tools.video import join
 from vla.cli import main
 from vla.episodes import EpisodeStore
@@ -101,6 +103,20 @@ def test_damaged_episodes_are_named_and_left_out(src: Path, tmp_path: Path, text
     recorded = json.loads((tmp_path / "ds/meta/recording.json").read_text())["episodes"]
     assert [e["source"] for e in recorded] == [f"ep-{n:03d}" for n in (1, 2, 3, 4, 5, 7, 8)]
     assert report(tmp_path / "ds")["verified"]["episodes"] == len(content(tmp_path / "ds", tmp_path / "cache")) == 7
+
+
+def test_a_reader_is_asked_for_what_the_card_takes_and_nothing_else(src: Path):
+    asked: list[Any] = []
+
+    class Asked(ToySource):
+        def read(self, key: str, only: Any = None) -> RawEpisode:
+            asked.append(only)
+            return super().read(key, only)
+
+    source = Asked(src)
+    card = card_for(source)
+    Job(source, card, 10, "lossless").read("ep-000")
+    assert asked == [{"actions", "obs/place", "obs/front", "obs/wrist", "next.success"}] and "rewards" in source.info.fields
 
 
 def test_strict_stops_at_the_first_damage_and_names_it(src: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

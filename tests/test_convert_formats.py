@@ -127,6 +127,21 @@ def test_hdf5_becomes_v30(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert any(np.array_equal(first, turned) for frames in seen for turned in (frames[0], frames[0][::-1]))
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("rlds/wide", "action"), ("lerobot_v21", "action"), ("hdf5/aloha.hdf5.gz", "action")]
+)
+def test_every_reader_can_be_asked_for_a_part(name: str, wanted: str, tmp_path: Path):
+    path = GOLDEN / name
+    if path.suffix == ".gz":
+        pytest.importorskip("h5py", reason="h5py is not installed (pip install 'tendon-vla[hdf5]')")
+        path = tmp_path / path.stem
+        path.write_bytes(gzip.decompress((GOLDEN / name).read_bytes()))
+    source = open_source(path)
+    whole, part = source.read(source.keys()[0]), source.read(source.keys()[0], only={wanted})
+    assert np.array_equal(part.fields[wanted], whole.fields[wanted]) and part.instruction == whole.instruction
+    assert part.fields.keys() <= whole.fields.keys() and part.images.keys() <= whole.images.keys()
+
+
 def flipped(path: Path, at: float) -> None:
     data = bytearray(path.read_bytes())
     data[int(len(data) * at)] ^= 0x10

@@ -333,6 +333,23 @@ def test_pictures_are_turned_and_resized_as_the_card_says():
     np.testing.assert_array_equal(upright.images["as_source"], image)
 
 
+# --- success ----------------------------------------------------------------------------------------------------------
+
+
+def test_success_is_what_the_source_says_of_it():
+    """HDF5 in an attribute, LeRobot in a column, RLDS in the metadata of the episode; demonstrations say nothing."""
+    card = make_card([(channel("a", "scalar", "1", 1), {"field": "a"})])
+
+    def succeeds(flags: list[bool] | None = None, **attributes: Any) -> bool:
+        column = {} if flags is None else {"next.success": np.array(flags + [False] * (T - len(flags)))}
+        return run(card, {"a": np.zeros((T, 1)), **column}, attributes=attributes).success
+
+    assert succeeds() and succeeds([False, True]) and succeeds([False], success=True)
+    assert not succeeds([False]) and not succeeds([True], success=np.bool_(False))
+    assert not succeeds(episode={"episode_metadata/success": False}) and succeeds(episode={"episode_metadata/success": True})
+    assert succeeds(episode={"episode_metadata/success": "no flag"}) and succeeds(episode={})
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 

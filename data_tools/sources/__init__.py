@@ -10,7 +10,7 @@ What a field *means* (units, frames, signs) is a dataset card's business, see `d
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,8 +68,10 @@ class Source(Protocol):
         """One stable, unique key per episode, in the order of the files."""
         ...
 
-    def read(self, key: str) -> RawEpisode:
-        """One episode. Raises `DataError` naming the file when it is damaged."""
+    def read(self, key: str, only: Collection[str] | None = None) -> RawEpisode:
+        """One episode; of its fields and pictures `only` these need be there (a reader may return more).
+
+        Raises `DataError` naming the file when it is damaged."""
         ...
 
 

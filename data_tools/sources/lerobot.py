@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ class LeRobotSource:
         """`episode_000000`, ... in order."""
         return [f"episode_{number:06d}" for number in range(self._count)]
 
-    def read(self, key: str) -> RawEpisode:
-        """One episode. Raises `DataError` naming the file when its rows or videos are missing, damaged or of another
-        length."""
+    def read(self, key: str, only: Collection[str] | None = None) -> RawEpisode:
+        """One episode, whole whatever `only` says. Raises `DataError` naming the file when its rows or videos are missing,
+        damaged or of another length."""
         row, problems = self.episode(key), Problems(self.root)
         table = self.table(key)
         where = f"{self.layout.path('data_path', row, 'data')}, episode {row['episode_index']}"

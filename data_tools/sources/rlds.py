@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,10 @@ class RldsSource:
         """`<split>/<shard>/<record>` of every record that could be found, in the order of splits, shards and records."""
         return [f"{name}/{number}" for name, shard in self.shards.items() for number in range(len(shard))]
 
-    def read(self, key: str) -> RawEpisode:
-        """One episode. Raises `DataError` naming file, record and byte offset, with everything that is wrong in it."""
+    def read(self, key: str, only: Collection[str] | None = None) -> RawEpisode:
+        """One episode, whole whatever `only` says: everything that is wrong in its record is found.
+
+        Raises `DataError` naming file, record and byte offset, with all of that."""
         name, _, number = key.rpartition("/")
         shard = self.shards.get(name)
         if shard is None or not number.isdecimal() or int(number) >= len(shard):

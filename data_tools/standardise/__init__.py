@@ -22,7 +22,10 @@ from data_tools.standardise.fitting import card_for, fit, nearest
 from vla.errors import DataError
 from vla.schema import Episode
 
-__all__ = ["Card", "card_for", "fit", "load_card", "shipped_cards", "standardise"]
+__all__ = ["SUCCESS", "Card", "card_for", "fit", "load_card", "shipped_cards", "standardise"]
+
+SUCCESS = "next.success"
+"""The field in which LeRobot says of every row whether the task is done."""
 
 
 def standardise(raw: RawEpisode, card: Card, info: SourceInfo) -> Episode:
@@ -70,11 +73,23 @@ def standardise(raw: RawEpisode, card: Card, info: SourceInfo) -> Episode:
     seed = attributes.get("seed")
     episode = Episode(
         images, _joined(columns["state"], steps), _joined(columns["action"], steps), _words(raw, card, info), spec.key,
-        success=bool(attributes.get("success", True)), task=str(attributes.get("task", "")),
+        success=_success(raw), task=str(attributes.get("task", "")),
         seed=int(seed) if isinstance(seed, int) and not isinstance(seed, bool) else None,
     )  # fmt: skip
     episode.validate(raw.where)
     return episode
+
+
+def _success(raw: RawEpisode) -> bool:
+    """What the source says of the episode in the place its format has for that; True when it does not say, as demonstrations
+    are kept for being one."""
+    if "success" in raw.attributes:
+        return bool(raw.attributes["success"])
+    if SUCCESS in raw.fields:
+        return bool(raw.fields[SUCCESS].any())
+    said = raw.attributes.get("episode")  # RLDS
+    said = said.get("episode_metadata/success") if isinstance(said, Mapping) else None
+    return bool(said) if isinstance(said, bool | np.bool_) else True
 
 
 def _acting(entry: ChannelCard, done: Mapping[str, np.ndarray], seen: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
