@@ -232,11 +232,9 @@ def test_the_rotation_of_a_card_can_be_asked_for_in_another_form():
     assert card.robot is not None
     state = tuple(c.model_copy(update={"convention": "eef_rot6d", "unit": "1", "dims": tuple("abcdef"), "low": (-1.1,) * 6,
                                        "high": (1.1,) * 6}) if c.name == "rotation" else c for c in card.robot.state)  # fmt: skip
-    mine = card.model_copy(update={"embodiment": card.robot.model_copy(update={"state": state, "name": "mine"})})
-    mine._robot = None
+    mine = card.with_robot(card.robot.model_copy(update={"state": state, "name": "mine"}), cameras={})
     values = {p: RNG.uniform(-0.9, 0.9, (T, *s)) for p, s in LIBERO.items()}
     info = SourceInfo(20.0, {p: ("float64", s) for p, s in LIBERO.items()}, {}, {})
-    mine = mine.model_copy(update={"cameras": {}})
     got = standardise(RawEpisode(values, {}, "go", "f", "k"), mine, info)
     np.testing.assert_allclose(got.state[:, 3:9], convert(values["obs/ee_ori"], "axis_angle", "rot6d"), atol=1e-6)
 

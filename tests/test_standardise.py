@@ -350,6 +350,15 @@ def test_success_is_what_the_source_says_of_it():
     assert succeeds(episode={"episode_metadata/success": "no flag"}) and succeeds(episode={})
 
 
+def test_a_card_for_another_robot_forgets_the_first():
+    card = make_card([(channel("a", "scalar", "1", 1), {"field": "a"})])
+    info = SourceInfo(None, {"a": ("float64", (1,))}, {}, {})
+    fitted = fit(card, info)
+    assert fitted.fitted and not card.fitted and fitted.robot is not None
+    other = fitted.with_robot(fitted.robot.model_copy(update={"name": "leg"}))
+    assert (other.spec.name, other.fitted) == ("leg", False) and fitted.spec.name == "arm"
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def standardise(raw: RawEpisode, card: Card, info: SourceInfo) -> Episode:
     Raises `UsageError` when the card does not fit the dataset, `DataError` naming every field of this episode that is missing,
     of another shape than the dataset promises, of unequal length, or not what the card says it is.
     """
-    if not card._fitted:
+    if not card.fitted:
         card = fit(card, info)
     spec, fps = card.spec, card.fps
     assert fps is not None

@@ -287,6 +287,17 @@ class Card(_Entry):
                              fix="call data_tools.standardise.fit(card, source.info) first")  # fmt: skip
         return robot
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the card has met its dataset: see `fit`."""
+        return self._fitted
+
+    def with_robot(self, robot: EmbodimentSpec, fitted: bool = False, /, **fields: Any) -> Card:
+        """A copy for another robot and with other `fields`, unchecked; `fitted` when both come from the dataset itself."""
+        card = self.model_copy(update={"embodiment": robot, **fields})
+        card._robot, card._fitted = None, fitted
+        return card
+
     def at(self, *path: str | int) -> str:
         """`file:line: path` of an entry, for messages."""
         known = next((self._lines[path[:k]] for k in range(len(path), 0, -1) if path[:k] in self._lines), None)

@@ -58,9 +58,7 @@ def fit(card: Card, info: SourceInfo) -> Card:
     turned = {name: entry.model_copy(update={"flip": "vertical" if bottom_up else "none"}) if entry.flip == "as_source" else entry
               for name, entry in card.cameras.items() if name in cameras}  # fmt: skip
     spec = robot.model_copy(update={"cameras": cameras, "control_hz": fps})
-    fitted = card.model_copy(update={"fps": fps, "embodiment": spec, "pairing": pairing, "cameras": turned})
-    fitted._robot, fitted._fitted = None, True
-    return fitted
+    return card.with_robot(spec, True, fps=fps, pairing=pairing, cameras=turned)
 
 
 def card_for(source: Source, fps: float | None = None) -> Card:
@@ -220,7 +218,7 @@ def _derived(card: Card, info: SourceInfo) -> Card:
         spec = EmbodimentSpec.model_validate(info.attributes["embodiment"])
         parts = {part: _sliced(getattr(spec, part), key) for part, key in (("state", "observation.state"), ("action", "action"))}
         cameras = {name: CameraCard(field=f"observation.images.{name}") for name in spec.cameras}
-        return _with(card, spec, cameras=card.cameras or cameras, **parts)
+        return card.with_robot(spec.model_copy(update={"cameras": {}}), cameras=card.cameras or cameras, **parts)
     state, action, wide = _numeric(info)
     problems = _Problems(card)
     if not action:
@@ -239,13 +237,7 @@ def _derived(card: Card, info: SourceInfo) -> Card:
     name = str(info.attributes.get("robot_type") or card.name)
     spec = EmbodimentSpec(name=name, cameras={}, control_hz=float(fps or 0), **channels)
     left = f"; left out as too wide for a state: {wide}" if wide else ""
-    return _with(card, spec, about=card.about + left, cameras=card.cameras or found, pairing=pairing, **entries)
-
-
-def _with(card: Card, spec: EmbodimentSpec, **fields: Any) -> Card:
-    card = card.model_copy(update={"embodiment": spec.model_copy(update={"cameras": {}}), **fields})
-    card._robot = None
-    return card
+    return card.with_robot(spec, about=card.about + left, cameras=card.cameras or found, pairing=pairing, **entries)
 
 
 def _sliced(channels: tuple[Channel, ...], field: str) -> tuple[ChannelCard, ...]:
