@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from PIL import Image
 from vla.embodiment import EmbodimentSpec
 from vla.episodes.cache import content_hash, default_cache, ensure, read_manifest
 from vla.episodes.layout import read_layout
+from vla.episodes.surface import Store
 from vla.episodes.video import VideoFrames
 from vla.errors import DataError, UsageError
 
@@ -25,30 +25,11 @@ except ModuleNotFoundError:
     simplejpeg = None
 
 
-class EpisodeStore:
-    """E episodes of F frames. Everything is memory-mapped: a forked or spawned worker shares the pages of its parent.
+class EpisodeStore(Store):
+    """E episodes of F frames that lie on this machine, their frames decoded into the cache or read from their videos."""
 
-    `state` (F, S) and `action` (F, A) are read-only float32 in robot units; row `t` of an episode is what the robot saw
-    before `action[t]`. `episode_starts` is (E + 1,) int64. `task_of_episode` (E,) and `task_of_frame` (F,) index
-    `instructions`; they agree unless a dataset changes its instruction inside an episode.
-    """
-
-    root: Path
-    spec: EmbodimentSpec
-    fingerprint: str
-    """sha256 of the dataset's content; equal for a copy elsewhere."""
-    cameras: list[str]
-    instructions: list[str]
-    stats: dict[str, dict[str, Any]]
-    """Feature -> {min, max, mean, std, count, q01, q10, q50, q90, q99}, as in meta/stats.json."""
-    suite: str
-    """Simulator suite the demonstrations were recorded in, "" when they came from elsewhere."""
-    notes: list[str]
-    """What was made good while opening, e.g. statistics without quantiles that were computed."""
-    recorded_seeds: dict[str, list[int]]
-    """Task -> reset seeds, {} when the dataset did not come from a simulator here."""
-    _keys: dict[str, str]
     _entry: Path
+    _MAPPED = Store._MAPPED | {"_batches", "_tables", "_videos"}
 
     @classmethod
     def open(
@@ -73,17 +54,8 @@ class EpisodeStore:
         fingerprint = content_hash(root, cache)
         entry = ensure(layout, problems, fingerprint, cache, frames, progress)
         self = cls()
-        self.root, self.spec, self.fingerprint = root, layout.spec, fingerprint
-        self.cameras, self.instructions = list(layout.spec.cameras), layout.instructions
-        self._keys = layout.cameras
-        self._entry = entry
-        self.stats, self.notes = layout.stats, list(layout.notes)
-        computed = read_manifest(entry)["stats"] if compute_stats or layout.to_compute else {}
-        self.stats |= {key: entry for key, entry in computed.items() if compute_stats or key in layout.to_compute}
-        if progress and self.notes:
-            print("\n".join(self.notes), file=sys.stderr)
-        self.suite = str(layout.recording.get("suite", ""))
-        self.recorded_seeds = layout.seeds
+        self.root, self.fingerprint, self._entry = root, fingerprint, entry
+        self._describe(layout, read_manifest(entry)["stats"], compute_stats, progress)
         self._map()
         return self
 
@@ -122,20 +94,6 @@ class EpisodeStore:
             assert len({len(chunk) for chunk in chunks[:-1]} | {len(chunks[0])}) == 1, f"{self._entry}: uneven batches"
             self._batches[camera] = (len(chunks[0]), batches)
 
-    @property
-    def num_episodes(self) -> int:
-        """E."""
-        return len(self.episode_starts) - 1
-
-    @property
-    def num_frames(self) -> int:
-        """F."""
-        return len(self.action)
-
-    def camera_key(self, camera: str) -> str:
-        """The dataset's own feature name of a camera, e.g. `observation.images.front`."""
-        return self._keys[camera]
-
     def frame(self, camera: str, index: int) -> np.ndarray:
         """Frame `index` (0 <= index < F) as (h, w, 3) uint8; for `raw` a read-only view into the mapped file.
 
@@ -171,15 +129,6 @@ class EpisodeStore:
             for slot, index in enumerate(indices):
                 out[slot] = self.frame(camera, int(index))
         return out
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What `_map` makes is mapped again by whoever unpickles; only the names travel.
-        mapped = {"state", "action", "episode_starts", "task_of_frame", "task_of_episode", "_batches", "_tables", "_videos"}
-        return {key: value for key, value in self.__dict__.items() if key not in mapped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
 
     def __repr__(self) -> str:
         return (f"EpisodeStore({str(self.root)!r}: {self.num_episodes} episodes, {self.num_frames} frames, "

@@ -35,6 +35,7 @@ from vla.episodes.hub import HubName, announce, endpoint, explained, parse, snap
 from vla.episodes.layout import Layout, check_statistics, read_info, read_layout
 from vla.episodes.problems import RESTORE, Problems
 from vla.episodes.rows import Rows, find_frames, read_rows
+from vla.episodes.surface import Store
 from vla.episodes.video import Index, VideoFrames, forget
 from vla.errors import DataError, UsageError
 
@@ -48,29 +49,19 @@ _PART = 1000
 """Episodes whose metadata share a file: it is needed only when a video is seen for the first time."""
 
 
-class StreamingStore:
-    """E episodes of F frames of a Hub dataset; the same reading surface as `EpisodeStore`.
+class StreamingStore(Store):
+    """E episodes of F frames of a Hub dataset.
 
-    `state` (F, S), `action` (F, A) float32 and `episode_starts` (E + 1,) are here whole (memory-mapped). `shards` is
-    (P + 1,) int64: frames `shards[p] .. shards[p + 1]` lie in the same video files, and begin with an episode.
-    Safe in any number of forked or spawned workers, which share what they fetch.
+    Rows are here whole. A shard is the frames of the same few video files, and begins with an episode. `root` holds the rows
+    and whatever videos are here now; `fingerprint` equals that of a full download, unless the Hub keeps the videos outside
+    of LFS. Safe in any number of forked or spawned workers, which share what they fetch.
     """
 
-    root: Path
-    """The local folder: rows, and whatever videos are there now."""
     name: HubName
-    spec: EmbodimentSpec
-    fingerprint: str
-    """sha256 of the dataset's content, equal to that of a full download (unless the Hub keeps its videos outside of LFS)."""
-    cameras: list[str]
-    instructions: list[str]
-    stats: dict[str, dict[str, Any]]
-    suite: str
-    notes: list[str]
-    recorded_seeds: dict[str, list[int]]
     files: FetchedFiles
     _layout: Layout
-    _keys: dict[str, str]
+    _MAPPED = Store._MAPPED | {"_shard_starts", "_timestamp", "_file", "_offset", "_paths", "_starts", "_rows", "_process",
+                               "_lock", "_ahead", "_readers", "_finally"}  # fmt: skip
 
     @classmethod
     def open(
@@ -100,9 +91,8 @@ class StreamingStore:
                             fix="download it whole: stream: false")  # fmt: skip
         snapshot(name, cache_dir, ("meta/*", "data/*"), progress)
         self = cls()
-        self.name, self.spec, self._layout = name, layout.spec, replace(layout, recording={}, stats={})
-        self.cameras, self.instructions, self._keys = list(layout.spec.cameras), layout.instructions, layout.cameras
-        key = hashlib.sha256(f"{FORMAT} {sorted(layout.cameras.items())} {self.cameras}".encode()).hexdigest()[:8]
+        self.name, self._layout = name, replace(layout, recording={}, stats={})
+        key = hashlib.sha256(f"{FORMAT} {sorted(layout.cameras.items())} {list(layout.spec.cameras)}".encode()).hexdigest()[:8]
         self.root = cache / "stream" / f"{name.repo.replace('/', '--')}@{folder.name[:12]}-{key}"
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / "lock", "w") as lock:
@@ -115,11 +105,7 @@ class StreamingStore:
         problems.raise_if_any()
         self.fingerprint = manifest["fingerprint"]
         self.files = FetchedFiles(name, self.root, {k: tuple(v) for k, v in manifest["files"].items()}, int(max_gb * 2**30))
-        self.stats, self.notes = dict(layout.stats), list(layout.notes)
-        self.stats |= {k: v for k, v in manifest["stats"].items() if compute_stats or k in layout.to_compute}
-        if progress and self.notes:
-            print("\n".join(self.notes), file=sys.stderr)
-        self.suite, self.recorded_seeds = str(layout.recording.get("suite", "")), layout.seeds
+        self._describe(layout, manifest["stats"], compute_stats, progress)
         self._map()
         return self
 
@@ -128,7 +114,7 @@ class StreamingStore:
             return np.load(self.root / "rows" / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
         self.state, self.action, self.episode_starts = column("state"), column("action"), np.array(column("starts"))
-        self.task_of_frame, self.shards = column("task"), np.array(column("shards"))
+        self.task_of_frame, self._shard_starts = column("task"), np.array(column("shards"))
         self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
         self._timestamp, self._file, self._offset = column("timestamp"), column("file"), column("offset")
         self._paths: list[str] = json.loads((self.root / "rows" / "paths.json").read_text())
@@ -143,18 +129,9 @@ class StreamingStore:
         self._finally = weakref.finalize(self, _let_go, self._readers, self._process)
 
     @property
-    def num_episodes(self) -> int:
-        """E."""
-        return len(self.episode_starts) - 1
-
-    @property
-    def num_frames(self) -> int:
-        """F."""
-        return len(self.action)
-
-    def camera_key(self, camera: str) -> str:
-        """The dataset's own feature name of a camera, e.g. `observation.images.front`."""
-        return self._keys[camera]
+    def shards(self) -> np.ndarray:
+        """(P + 1,) int64: frames `shards[p] .. shards[p + 1]` lie in the same video files, and begin with an episode."""
+        return self._shard_starts
 
     def frame(self, camera: str, index: int) -> np.ndarray:
         """Frame `index` (0 <= index < F) as (h, w, 3) uint8, newly allocated; its video is fetched first if it is not here.
@@ -271,17 +248,6 @@ class StreamingStore:
             first, last = self.episode_starts[episode : episode + 2]
             yield Rows([known[episode % _PART]], np.array([0, last - first]), empty, empty, np.zeros(0, np.int32),
                        np.array(self._timestamp[first:last]))  # fmt: skip
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What `_map` makes is mapped again by whoever unpickles.
-        mapped = {"state", "action", "episode_starts", "task_of_frame", "task_of_episode", "shards", "_timestamp", "_file",
-                  "_offset", "_paths", "_starts", "_rows", "_process", "_lock", "_ahead", "_readers",
-                  "_finally"}  # fmt: skip
-        return {key: value for key, value in self.__dict__.items() if key not in mapped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
 
     def __repr__(self) -> str:
         return (f"StreamingStore({str(self.name)!r}: {self.num_episodes} episodes, {self.num_frames} frames in "
