@@ -18,6 +18,8 @@ POINTS = 32
 """Points in time at which two episodes are compared."""
 NEAR = 0.003
 """Largest difference, as a share of each dimension's range, of two episodes that are nearly the same."""
+NAMED = 12
+"""Episodes of a group that are named; the others are counted."""
 
 
 def fingerprints(data: Dataset) -> dict[int, str]:
@@ -36,24 +38,31 @@ def fingerprints(data: Dataset) -> dict[int, str]:
 
 
 def groups(data: Dataset) -> list[tuple[list[int], bool]]:
-    """(episodes that are one and the same, whether to the byte), largest difference `NEAR` otherwise."""
+    """(episodes that are one and the same, in order, whether to the byte), every episode in one group at most.
+
+    Otherwise each differs from another one of its group by `NEAR` at most, not from all of them.
+    """
 
     def find() -> list[tuple[list[int], bool]]:
         same: dict[str, list[int]] = defaultdict(list)
         for e, digest in fingerprints(data).items():
             same[digest].append(e)
-        found = [(episodes, True) for episodes in same.values() if len(episodes) > 1]
-        return found + [(pair, False) for pair in _near(data, [episodes[0] for episodes in same.values()])]
+        copies = {episodes[0]: episodes for episodes in same.values()}
+        near = _near(data, list(copies))
+        linked = {first for group in near for first in group}
+        alone = [episodes for first, episodes in copies.items() if len(episodes) > 1 and first not in linked]
+        joined = [sorted(e for first in group for e in copies[first]) for group in near]
+        return [(episodes, True) for episodes in alone] + [(episodes, False) for episodes in joined]
 
     return data.once("groups", find)
 
 
-def _near(data: Dataset, episodes: list[int]) -> Iterator[list[int]]:
-    """Pairs that differ by less than `NEAR` everywhere. Means over parts of them differ by less, too: sorted by one, sifted by
-    the others, few are left to be compared whole."""
+def _near(data: Dataset, episodes: list[int]) -> list[set[int]]:
+    """Episodes linked by pairs that differ by less than `NEAR` everywhere. Means over parts of them differ by less, too: sorted
+    by one, sifted by the others, few are left to be compared whole; and none that are linked already."""
     long = [e for e in episodes if data.span(e).stop - data.span(e).start >= 8]
     if len(long) < 2:
-        return
+        return []
     shapes = np.stack(
         [np.concatenate([_resampled(data, part, e) for part in ("action", "state")]) for e in long], dtype=np.float32
     )
@@ -61,13 +70,19 @@ def _near(data: Dataset, episodes: list[int]) -> Iterator[list[int]]:
     sieve = np.stack([part.mean(1) for part in np.array_split(shapes, min(8, shapes.shape[1]), axis=1)], 1)
     order = np.argsort(sieve[:, 0], kind="stable")
     stops = np.searchsorted(sieve[order, 0], sieve[order, 0] + NEAR, "right")
+    group = np.arange(len(long))  # of each, the number that all of its group carry
     for n, i in enumerate(order):
         rest = order[n + 1 : stops[n]]
+        rest = rest[group[rest] != group[i]]
         rest = rest[
             (np.abs(sieve[rest] - sieve[i]) < NEAR).all(1) & (np.abs(lengths[rest] - lengths[i]) <= max(1, 0.02 * lengths[i]))
         ]
-        for j in rest[np.abs(shapes[rest] - shapes[i]).max(1) < NEAR] if len(rest) else ():
-            yield sorted([long[i], long[j]])
+        if len(rest) and len(like := rest[np.abs(shapes[rest] - shapes[i]).max(1) < NEAR]):
+            group[np.isin(group, group[like])] = group[i]
+    linked: dict[int, set[int]] = defaultdict(set)
+    for e, number in zip(long, group.tolist(), strict=True):
+        linked[number].add(e)
+    return [found for found in linked.values() if len(found) > 1]
 
 
 def _resampled(data: Dataset, part: str, episode: int) -> np.ndarray:
@@ -79,14 +94,20 @@ def _resampled(data: Dataset, part: str, episode: int) -> np.ndarray:
     )
 
 
+def _named(episodes: Sequence[int]) -> str:
+    """`episode 3`, or `episodes 3, 4, 7`, or the first 12 and how many there are."""
+    more = f" and {len(episodes) - NAMED:,} more ({len(episodes):,} in all)" if len(episodes) > NAMED else ""
+    return f"episode{'s' * (len(episodes) > 1)} {', '.join(map(str, episodes[:NAMED]))}{more}"
+
+
 @register("duplicate-episode", "episodes that are there twice")
 def duplicate_episode(data: Dataset) -> Iterator[Finding]:
-    """They count double; and one of each pair may end up in the held-out part, see `leaked-episode`."""
+    """They count several times; and one of each group may end up in the held-out part, see `leaked-episode`."""
     for episodes, exact in groups(data):
         yield Finding(
             "warning",
             "data",
-            f"{'the same numbers as' if exact else 'hardly differs from'} episode " + ", ".join(map(str, episodes[:-1])),
+            f"{'the same numbers as' if exact else 'hardly differs from'} {_named(episodes[:-1])}",
             "episodes that differ",
             "drop all but one of them",
             episodes[-1],
@@ -128,10 +149,10 @@ def leaked_episode(data: Dataset) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "data",
-                f"held out for measuring (mixture.holdout={data.holdout:g}), but {'the same as' if exact else 'nearly'}"
-                f" episode {outside[0]}, which is trained on",
+                f"{_named(inside)}, held out for measuring (mixture.holdout={data.holdout:g}), but "
+                f"{'the same as' if exact else 'nearly'} {_named(outside)}, trained on",
                 "held-out episodes that no training episode repeats",
-                f"drop episode {inside[0]} or {outside[0]}",
+                f"drop {_named(min(inside, outside, key=len))}",
                 inside[0],
             )
 
