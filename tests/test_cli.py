@@ -64,3 +64,13 @@ def test_the_exit_code_goes_to_whoever_asked(tmp_path, monkeypatch):
     monkeypatch.setenv(ANSWER, str(tmp_path / "code"))
     assert answer_launcher(None, speak=False) == 0 and not (tmp_path / "code").exists()
     assert answer_launcher(75, speak=True) == 0 and (tmp_path / "code").read_text() == "75"
+
+
+def test_overrides_may_follow_options_and_strangers_are_refused(capsys, tmp_path):
+    from vla.cli import main
+
+    assert main(["train", "train/demo", "--no-check", "run.steps=0"]) == 2  # reached the config: steps must be 1 or more
+    assert "run.steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "train/demo", "--resume", "stranger"])
+    assert stop.value.code == 2 and "stranger" in capsys.readouterr().err

@@ -65,6 +65,9 @@ def test_angles_take_the_short_way_and_quaternions_keep_their_length():
     turning[:, 2] = [3.0, 3.1, -3.1, -3.0]  # across the seam at pi
     policy, _ = to_policy_steps(turning, 4, 8, spec)
     assert (np.abs(policy[:, 2]) > 2.9).all()  # never through zero
+    turning[:, 2] = [3.30, 3.36, 3.42, 3.48]  # recorded in 0..2 pi: stays there, where its statistics are
+    assert np.allclose(to_policy_steps(turning, 4, 2, spec)[0][:, 2], [3.36, 3.48], atol=1e-5)
+    assert np.allclose(to_robot_steps(turning[::2], 4, spec)[:, 2], [3.30, 3.30, 3.36, 3.42], atol=1e-5)
     spec = robot("eef_quat_xyzw")
     angle = np.linspace(0, 1, 6)
     q = np.stack([np.sin(angle), 0 * angle, 0 * angle, np.cos(angle)], -1)

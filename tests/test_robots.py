@@ -334,6 +334,22 @@ def test_very_long_answers_are_left_out_and_counted(quiz):
     assert len(answers) == 11 and answers.left_out == 1
 
 
+def test_a_batch_without_pictures_still_moves_every_gradient(opened, tmp_path):
+    """Two ranks reduce the same tensors, and a checkpoint knows every parameter, whatever a batch holds."""
+    turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a cube"}]
+    (tmp_path / "words.json").write_text(json.dumps([{"conversations": turns}]))
+    mixture = Mixture([opened["joint"]], [1], 4, 0, answers=(Answers(tmp_path / "words.json"), 0.5))
+    policy = make(mixture).train()
+    asked = [n for n in range(40) if mixture.locate(n)[0] == -1][:2]
+    batch = policy.collate([policy.encode(mixture.window(n)) for n in asked])
+    assert len(batch.images) == 0
+    loss = policy.loss(batch)
+    loss.total(policy.loss_weights, loss.counts).backward()
+    assert [name for name, p in policy.named_parameters() if p.grad is None] == []
+    assert not policy.get_parameter("model.tower.early.0.weight").grad.any()  # pyright: ignore
+    assert policy.get_parameter("model.lm_head.weight").grad.any()  # pyright: ignore
+
+
 # --- a robot added later ---------------------------------------------------------------------------------------------
 
 
@@ -361,6 +377,9 @@ def test_a_new_robot_changes_no_other_robots_answers(arms, demos, tmp_path):
             one, two = (p.act({"images": look.images, "state": look.state}, look.instruction, key) for p in (before, after))
             assert np.array_equal(one.actions, two.actions) and np.array_equal(one.confidence, two.confidence)
         assert before.normalizers[key]["action"].fingerprint == after.normalizers[key]["action"].fingerprint
+    (tmp_path / "first").rename(tmp_path / "elsewhere")  # a run that was started from a policy no longer needs it
+    more = run_config(tmp_path / "second", [{"path": str(arms["delta"])}], cache, start=start)
+    train(more.model_copy(update={"run": more.run.model_copy(update={"save_every": 2})}), resume=True)
     old, new = before.state_dict(), after.state_dict()
     changed = [name for name in new if name not in old or not torch.equal(old[name], new[name][: len(old[name])])]
     assert changed == [] and new["model.robots.weight"].shape[0] == 3
@@ -381,6 +400,12 @@ def test_what_does_not_fit_a_trained_policy_is_refused(arms, opened, tmp_path):
         extend_policy(policy, Mixture([opened["joint"]], [1], 4, 0, specs=[other]))
     with pytest.raises(UsageError, match="no soft tokens"):
         extend_policy(make(Mixture([opened["joint"]], [1], 4, 0), soft_tokens=0), Mixture([opened["delta"]], [1], 4, 0))
+    renamed = two_arms().model_copy(update={"cameras": {c: Camera(height=32, width=32) for c in ("up", "wrist")}})
+    with pytest.raises(UsageError, match=r"cameras \['top', 'up'\]"):
+        extend_policy(policy, Mixture([opened["joint"]], [1], 4, 0, specs=[renamed]))
+    many = two_arms(name="many").model_copy(update={"cameras": {f"c{i}": Camera(height=8, width=8) for i in range(9)}})
+    with pytest.raises(UsageError, match="at most 8"):
+        make(Mixture([opened["joint"]], [1], 4, 0, specs=[many]))
     with pytest.raises(ValueError, match="exclude each other"):
         run_config(tmp_path, [{"path": "x"}], tmp_path, start={"policy": "x"}, policy={"chunk": 16})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,11 @@ def main(argv: list[str] | None = None) -> int:
             add(subparsers)
         else:
             subparsers.add_parser(verb, help=line)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all(re.match(r"[\w.]+=", word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after an option: argparse takes them for strangers
+        args.overrides = [*args.overrides, *rest]
     try:
         return args.run(args) or 0
     except VLAError as error:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vla.batch import Batch, Example, collate
-from vla.errors import VLAError
+from vla.errors import MachineError, VLAError
 from vla.mixture import Mixture
 from vla.policy import VLAPolicy
 from vla.shelves import Laid, Shelves
@@ -104,7 +104,13 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self._inner)
+        try:
+            batch = next(self._inner)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            return MachineError("loader", found=f"a worker died ({str(error).splitlines()[0]})", expected="workers that live",
+                                fix="often memory ran out: fewer run.workers, or mixture.frames=jpeg; then --resume")  # fmt: skip
         return batch.take() if isinstance(batch, Laid) else batch
 
     def _shutdown_workers(self) -> None:

@@ -68,15 +68,16 @@ class MixtureConfig(Config):
     """A shipped list of datasets and weights (`oxe_magic_soup_plus_minus`) or a YAML file of that form, read from `root`."""
     root: str = "data"
     """Where the datasets of `named` lie, each in a folder of its name."""
-    temperature: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0.1, le=1e6)
     """None: weights alone decide. T: weight times frames ** (1 / T). 1 is every frame alike (OpenVLA's balancing, where a weight
     multiplies a dataset's natural share); larger is flatter."""
     answers: AnswersConfig | None = None
     """Image-text data to train on beside the robots'."""
     holdout: float = Field(default=0.02, ge=0, lt=1)
     """Share of each dataset's episodes kept out of training (at least one), chosen by a keyed hash; for open-loop figures."""
-    frames: Literal["raw", "jpeg", "video"] = "raw"
-    """How pictures are kept for training: decoded, as JPEG (about ten times smaller), or not at all (videos are read)."""
+    frames: Literal["raw", "jpeg", "video", "none"] = "raw"
+    """How pictures are kept for training: decoded, as JPEG (about ten times smaller), or not at all (videos are read). `none`
+    opens the numbers alone, to look at a mixture."""
     cache_dir: str | None = None
 
     @model_validator(mode="after")

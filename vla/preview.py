@@ -14,6 +14,7 @@ import numpy as np
 
 from vla.batch import Encoder
 from vla.config import load_config
+from vla.episodes.hub import parse
 from vla.mixture import Mixture, open_mixture
 from vla.normalize import Normalizer
 from vla.policy import VLAPolicy, load_policy
@@ -50,7 +51,11 @@ def preview(config: TrainConfig, mixture: Mixture, base: VLAPolicy | None = None
             notes += [f"{line['dataset']}: {share:.0%} of {part} {names[d]} lie outside the statistics and are clipped"
                       for d, share in enumerate(clipped[part]) if share > CLIPPED_MUCH]  # fmt: skip
             constant = [names[d] for d in np.flatnonzero(normalizers[spec.key][part].constant)]
-            notes += [f"{line['dataset']}: {part} {', '.join(constant)} never changes, and is masked"] if constant else []
+            if constant:
+                notes.append(f"{line['dataset']}: {part} {', '.join(constant)} never changes: 0 to the policy, the constant after")
+        span = native / spec.control_hz
+        if mixture.seconds and abs(span / mixture.seconds - 1) > 0.05:
+            notes.append(f"{line['dataset']}: a chunk of {mixture.seconds:g} s is {native} of its steps, {span:g} s")
         if line["epochs"] < 1:
             notes.append(f"{line['dataset']}: {line['epochs']:.0%} of its frames will be seen; more run.steps, or more weight")
     if mixture.answers is not None and mixture.answers.left_out:
@@ -120,11 +125,13 @@ def add_mixture_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `vla data mixture`. Nothing is decoded but what has never been verified."""
+    """Carry out `vla data mixture`. No picture is decoded, no video fetched."""
     config = load_config(args.config, args.overrides, TrainConfig)
     base = load_policy(config.start.policy, "cpu") if config.start else None
     settings = base.config if base else config.policy
-    unseen = config.mixture.model_copy(update={"frames": "video"})
+    local = [entry.model_copy(update={"stream": entry.stream or parse(entry.path) is not None})
+             for entry in config.mixture.datasets]  # fmt: skip
+    unseen = config.mixture.model_copy(update={"frames": "none", "datasets": local})
     mixture, _ = open_mixture(unseen, settings.chunk, config.run.seed, progress=not args.json, seconds=settings.chunk_seconds)
     result = preview(config, mixture, base)
     print(json.dumps(result) if args.json else text(result, config))

@@ -110,13 +110,15 @@ def _targets(times: np.ndarray, values: np.ndarray, wanted: np.ndarray, kind: st
         out = convert(turn_along(convert(values, kind, "quat_xyzw"), times, wanted), "quat_xyzw", kind)
     except DataError:  # no rotation at all, as an untrained policy may say: nothing better is known than what it said
         return linear
-    # One rotation has two quaternions and two rotation vectors; statistics were made of the recorded one.
+    # One rotation has two quaternions, two rotation vectors and many angles; statistics were made of the recorded one.
     near = values[np.abs(times[None] - wanted[:, None]).argmin(1)]
     length = np.linalg.norm(out, axis=-1, keepdims=True)
     if kind.startswith("quat"):
         other = -out
     elif kind == "axis_angle":
         other = out * (1 - 2 * np.pi / np.maximum(length, 1e-9))
+    elif kind.startswith("euler"):
+        return out + 2 * np.pi * np.round((near - out) / (2 * np.pi))
     else:
         return out
     closer = np.linalg.norm(other - near, axis=-1) < np.linalg.norm(out - near, axis=-1)

@@ -84,7 +84,7 @@ class Shelves:
         self._map()
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if hasattr(self, "_file") and os is not None:  # at the interpreter's end modules are gone before objects are
             os.close(self._file)
 
 

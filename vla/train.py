@@ -161,8 +161,6 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     run = Run(Path(config.run.out))
 
     # ------------------------------------------------------------------------------------ what there is already
-    base = load_policy(config.start.policy, "cpu") if config.start else None
-
     def open_all() -> tuple:
         found = run.newest(say)
         if found and not resume:
@@ -170,8 +168,14 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                              fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
         if found:
             _check_unchanged(found[1]["config"], config, run.root, allow_change)
+        base = None  # the policy to continue or to start from: it brings its own settings
+        if found:
+            base = read_policy(found[0] / "policy")
+        elif config.start:
+            base = load_policy(config.start.policy, "cpu")
         wanted = base.config if base else config.policy
-        return found, *open_mixture(config.mixture, wanted.chunk, config.run.seed, progress=main, seconds=wanted.chunk_seconds)
+        opened = open_mixture(config.mixture, wanted.chunk, config.run.seed, progress=main, seconds=wanted.chunk_seconds)
+        return found, base, *opened
 
     def together(error: BaseException | None) -> None:
         """Every process calls it after a step that only one of them could fail at: they go on, or stop, as one."""
@@ -190,14 +194,14 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                 shutil.rmtree(run.root, ignore_errors=True)  # a run that never began leaves nothing behind
             run.release()
     together(problem)
-    found, mixture, heldout = opened or open_all()
+    found, base, mixture, heldout = opened or open_all()
     for line in mixture.report(config.run.steps, config.optim.batch):
         say("  ".join(f"{key} {value}" for key, value in line.items()))
 
     # ------------------------------------------------------------------------------------ policy and optimizer
     torch.manual_seed(config.run.seed)
     if found:
-        policy = read_policy(found[0] / "policy").train()
+        policy = base.train()
     elif base:
         policy = extend_policy(base, mixture).train()
     else:
@@ -385,6 +389,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def _freeze_but_robots(policy: VLAPolicy) -> None:
     """Leave only the soft tokens to be learned. Rows of robots that are not drawn get no gradient, no decay, no change."""
+    if policy.model.robots is None:
+        raise UsageError("start.train", found="a policy without soft tokens", expected="soft tokens to train",
+                         fix="start.train=all, or start from a policy trained with policy.soft_tokens")  # fmt: skip
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name == "model.robots.weight")
 

@@ -59,9 +59,11 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     problems = []
     for key, spec in mixture.embodiments.items():
         if key in policy.embodiments:
+            known = policy.embodiments[key]
             free = {"cameras": {}}  # any picture size will do
-            problems += [f"{key}: {line}" for line in explain(policy.embodiments[key].model_copy(update=free),
-                                                              spec.model_copy(update=free))]  # fmt: skip
+            problems += [f"{key}: {line}" for line in explain(known.model_copy(update=free), spec.model_copy(update=free))]
+            if other := sorted(spec.cameras.keys() ^ known.cameras.keys()):
+                problems.append(f"{key}: cameras {other} are only in one of its descriptions")
         elif spec.action_dim > width.action_dim or spec.state_dim > width.state_dim:
             problems.append(f"{key}: {spec.action_dim} action and {spec.state_dim} state dimensions")
     new = [key for key in mixture.embodiments if key not in policy.embodiments]
@@ -75,14 +77,14 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
                          fix="train a policy with policy.soft_tokens and room (policy.action_dim, policy.state_dim), or give the "
                          "other robot its own name")  # fmt: skip
     if new:
-        known = model.robots
-        assert known is not None
-        rows = nn.Embedding(known.num_embeddings + len(new), known.embedding_dim)
+        table = model.robots
+        assert table is not None
+        rows = nn.Embedding(table.num_embeddings + len(new), table.embedding_dim)
         with torch.no_grad():
-            rows.weight[: known.num_embeddings] = known.weight
+            rows.weight[: table.num_embeddings] = table.weight
             # A new robot starts as the average of those known, and a little of its own.
-            noise = torch.randn(len(new), known.embedding_dim) * known.weight.std().item() * 0.1
-            rows.weight[known.num_embeddings :] = known.weight.mean(0) + noise
+            noise = torch.randn(len(new), table.embedding_dim) * table.weight.std().item() * 0.1
+            rows.weight[table.num_embeddings :] = table.weight.mean(0) + noise
         model.robots = rows
         model.config.num_robots = rows.num_embeddings
     embodiments = policy.embodiments | {key: mixture.embodiments[key] for key in new}

@@ -56,7 +56,7 @@ class PolicyConfig(Config):
     normalization: NormalizationConfig = NormalizationConfig()
     chunk: int = Field(default=8, ge=1)
     """H: steps predicted at once."""
-    chunk_seconds: float | None = Field(default=None, gt=0)
+    chunk_seconds: float | None = Field(default=None, gt=0, le=60)
     """Time a chunk spans, for robots of different control rates: their actions are resampled to H steps and back
     (`vla/resample.py`). None: H steps of each robot's own."""
     execute: int = Field(default=4, ge=1)

@@ -94,6 +94,10 @@ class VLAPolicy(nn.Module):
         end = self.end_head(hidden[:, -batch.symbols.shape[1] - 1]).float()  # (B, S)
         end_losses = F.smooth_l1_loss(end, batch.end, reduction="none", beta=0.1)
         said = batch.labels != -100
+        if not len(batch.images):
+            # No picture in this batch (questions in words alone): the tower still takes part, with nothing to learn, so
+            # that every rank reduces the same gradients and a checkpoint knows every parameter's state.
+            entropies = entropies + sum(0.0 * p.sum() for p in self.parameters() if p.requires_grad)
         words = F.cross_entropy(self._word_logits(hidden[:, : batch.ids.shape[1]][said]), batch.labels[said], reduction="sum")
         return Loss(
             action=(entropies * valid).sum(), action_count=valid.sum(),
