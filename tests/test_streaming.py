@@ -157,6 +157,8 @@ def test_held_files_are_given_back_and_those_of_the_dead_cleared(pushed: str, tm
     root = store.root
     del store
     assert not list((root / "held").iterdir())
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [link for link in links if link.startswith(f"{root}/") and ".mp4" in link], "and their space with them"
 
 
 def test_what_another_machine_holds_is_not_judged_here(pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -159,6 +159,32 @@ def test_few_decoders_and_files_stay_open(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(video._mine()._decoders) == len(video._mine()._opened) == 1
 
 
+def open_descriptors(path: Path) -> int:
+    """Of this file, whatever it is called now."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(link.removesuffix(" (deleted)") == str(path) for link in links)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="a Linux way of looking")
+def test_a_forgotten_file_is_open_nowhere_and_its_decoder_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(video, "_KEPT", [video._Mine()])  # without the decoders of other tests
+    paths = [tmp_path / f"{n}.mp4" for n in range(2)]
+    for path in paths:
+        write_video(path, *CODECS["h264, groups of 2"])
+    first, second = map(direct, paths)
+    expected = first.frame(3)
+    assert np.array_equal(second.frame(3), expected), "one decoder for both"
+    assert open_descriptors(paths[0]) == 2 and open_descriptors(paths[1]) == 1
+    paths[0].unlink()
+    video.forget(str(paths[0]))
+    assert open_descriptors(paths[0]) == 0, "its space is given back"
+    assert np.array_equal(second.frame(3), expected) and open_descriptors(paths[1]) == 2
+    video.forget(str(paths[1]))
+    assert open_descriptors(paths[1]) == 0
+    assert np.array_equal(second.frame(5), direct(paths[1]).frame(5))
+    video.forget(str(paths[1]))
+
+
 def test_a_video_that_changes_under_us_is_an_error_not_a_picture(root: Path):
     store = open_video(root)
     path = next((root / "videos" / "observation.images.front").rglob("*.mp4"))

@@ -263,6 +263,7 @@ class _Reader:
 def _let_go(readers: OrderedDict[int, _Reader], process: int) -> None:
     if process == os.getpid():
         for reader in readers.values():
+            forget(str(reader.held))
             reader.held.unlink(missing_ok=True)
 
 

@@ -202,7 +202,7 @@ class _Mine(threading.local):
     def __init__(self) -> None:
         self.process = os.getpid()
         self.reformatter = VideoReformatter()
-        self._decoders: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+        self._decoders: OrderedDict[str, tuple[Any, Any, str]] = OrderedDict()
         self._opened: OrderedDict[str, BinaryIO] = OrderedDict()
 
     def decoder(self, name: str, path: str) -> Any:
@@ -219,7 +219,7 @@ class _Mine(threading.local):
         if context.name == "libdav1d":
             context.options = {"max_frame_delay": "1"}
         context.open(strict=False)
-        self._decoders[name] = container, context
+        self._decoders[name] = container, context, path
         return context
 
     def descriptor(self, path: str) -> int:
@@ -233,11 +233,20 @@ class _Mine(threading.local):
         return self._opened[path].fileno()
 
 
+    def forget(self, path: str) -> None:
+        opened = self._opened.pop(path, None)
+        if opened is not None:
+            opened.close()
+        for name in [name for name, (_, _, source) in self._decoders.items() if source == path]:
+            self._decoders.pop(name)[0].close()
+
+
 def forget(path: str) -> None:
-    """Close this thread's descriptor of `path`, so that a file which is about to be removed gives its space back."""
-    opened = _mine()._opened.pop(path, None)
-    if opened is not None:
-        opened.close()
+    """Close what this thread holds open of `path`, so that a file which is about to be removed gives its space back.
+
+    That is its descriptor and the decoders made from it; the next file that needs such a decoder makes another.
+    """
+    _mine().forget(path)
 
 
 _KEPT = [_Mine()]
