@@ -1,5 +1,7 @@
 """Whether a dataset fits a policy: the robot's description, and every dimension under the policy's own normaliser.
 
+The policy may also be one of OpenVLA's or openpi's: of those only the statistics are compared, see `norm_stats.py`.
+
 A policy sees numbers only after its normaliser, made from the data it was trained on. Data of another range arrives
 clipped or squeezed: training goes on without complaint, and the robot moves wrongly (openpi #1025). `policy.json` is read
 as JSON; neither weights nor torch are touched.
@@ -15,11 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_tools.norm_stats import FILES, holds_norm_stats, norm_stats_names, read_norm_stats
 from vla.embodiment import EmbodimentSpec, explain
-from vla.episodes.layout import read_layout
-from vla.episodes.rows import read_rows
+from vla.episodes.layout import Layout, read_layout
+from vla.episodes.rows import Rows, read_rows
 from vla.errors import CheckpointError, UsageError, VLAError
-from vla.normalize import Normalizer
+from vla.normalize import Normalizer, Stats
 
 Verdict = Literal["fits", "look", "misfit"]
 ORDER: dict[str, int] = {"misfit": 0, "look": 1, "fits": 2}
@@ -84,36 +87,81 @@ class Fit:
 def fit(root: str | Path, policy: str | Path, robot: str | None = None) -> Fit:
     """Hold the dataset at `root` against the policy folder (or run folder) `policy`; `robot` is one of the policy's, by key.
 
-    Raises `DataError` for a damaged dataset, `CheckpointError` for what is no policy folder, `UsageError` for a robot the
-    policy does not know.
+    `policy` may also be OpenVLA's or openpi's statistics, a file or the folder of a checkpoint; `robot` is then the name of
+    the dataset they are of (left out: that of `root`'s folder, or the only one there is).
+
+    Raises `DataError` for a damaged dataset or broken statistics, `CheckpointError` for what is no policy folder, `UsageError`
+    for a robot the policy does not know.
     """
+    if _policy_file(Path(policy)) is None and holds_norm_stats(policy):
+        return _fit_statistics(Path(root), Path(policy), robot)
     specs, normalizers = read_meaning(Path(policy))
-    layout, problems = read_layout(Path(root), None, need_stats=False)
-    rows = read_rows(layout, problems)
-    problems.raise_if_any()
-    assert rows is not None
+    layout, rows = _read(Path(root))
     declared = (Path(root) / "meta" / "embodiment.json").is_file()
     key = _choose(layout.spec, specs, robot)
     out = Fit(key)
     out.differences = _differences(specs[key], layout.spec, declared)
+    _compare(out, rows, specs[key], normalizers[key])
+    return out
+
+
+def _read(root: Path) -> tuple[Layout, Rows]:
+    layout, problems = read_layout(root, None, need_stats=False)
+    rows = read_rows(layout, problems)
+    problems.raise_if_any()
+    assert rows is not None
+    return layout, rows
+
+
+def _compare(out: Fit, rows: Rows, spec: EmbodimentSpec, normalizers: Mapping[str, Normalizer]) -> None:
+    """Add a verdict on every dimension, its name taken from `spec`; a part of another width is a difference."""
     for part, values in (("action", rows.action), ("state", rows.state)):
-        normalizer = normalizers[key].get(part)
+        normalizer = normalizers.get(part)
         if normalizer is None or normalizer.dims != values.shape[1]:
             said = normalizer.dims if normalizer else 0
             if said or part == "action":
                 out.differences.append(("misfit", f"{part}: {values.shape[1]} dimensions, the policy's has {said}"))
             continue
-        names = specs[key].action_names if part == "action" else specs[key].state_names
+        names = spec.action_names if part == "action" else spec.state_names
         out.dimensions += [_dimension(part, name, values[:, d], normalizer, d) for d, name in enumerate(names)]
+
+
+def _fit_statistics(root: Path, path: Path, key: str | None) -> Fit:
+    """`fit` against somebody else's statistics, which are all that is known of the policy."""
+    names = norm_stats_names(path)
+    if key is None and len(names) > 1 and root.resolve().name in names:
+        key = root.resolve().name
+    found = read_norm_stats(path, key)
+    layout, rows = _read(root)
+    out = Fit(key or names[0])
+    out.differences.append(("look", "statistics say nothing of conventions, cameras and rate, so only numbers could be compared"))
+    normalizers = {}
+    for part, given, mask, wide in (("action", found.action, found.mask, rows.action.shape[1]),
+                                    ("state", found.state, None, rows.state.shape[1])):  # fmt: skip
+        if given is None:
+            continue
+        size = len(given.values["mean"])
+        if size > wide and not any(values[wide:].any() for values in given.values.values()):  # openpi fills up to its width
+            out.differences.append(("look", f"{part}: the last {size - wide} of {size} dimensions of the statistics are padding"))
+            given = Stats({name: values[:wide] for name, values in given.values.items()}, given.count)
+            mask = None if mask is None else mask[:wide]
+        scheme = "q99" if {"q01", "q99"} <= given.values.keys() else "meanstd"
+        normalizers[part] = Normalizer(given, scheme, mask, f"{path}: {out.robot}.{part}")
+    _compare(out, rows, layout.spec, normalizers)
     return out
+
+
+def _policy_file(folder: Path) -> Path | None:
+    candidates = (folder / "policy" / "policy.json", folder / "policy.json", *([folder] if folder.name == "policy.json" else []))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def read_meaning(folder: Path) -> tuple[dict[str, EmbodimentSpec], dict[str, dict[str, Normalizer]]]:
     """(robots, their normalisers per part) of a policy folder or a run folder. Raises `CheckpointError`."""
-    path = next((p for p in (folder / "policy" / "policy.json", folder / "policy.json", folder) if p.is_file()), None)
+    path = _policy_file(folder)
     if path is None:
         raise CheckpointError(folder, found="no policy.json" if folder.exists() else "no such folder",
-                              expected="a policy folder or a run folder",
+                              expected=f"a policy folder, a run folder, or other projects' statistics ({', '.join(FILES)})",
                               fix="give the run.out of a training run, or its policy/ folder")  # fmt: skip
     try:
         meaning = json.loads(path.read_text())

@@ -4,6 +4,7 @@
                                "num_transitions", "num_trajectories"}}         beside an OpenVLA fine-tune
     config.json               the same under "norm_stats": in a base checkpoint, where `unnorm_key` chooses a dataset
     norm_stats.json           {"norm_stats": {"state": {mean, std, q01, q99}, "actions": {...}}}                  openpi
+                              (a checkpoint has one per data set, as assets/<asset_id>/norm_stats.json)
 
 A fine-tuned OpenVLA folder holds both of the first two, and its config.json still has the base model's: the first wins.
 """
@@ -27,7 +28,8 @@ FILES = ("dataset_statistics.json", "config.json", "norm_stats.json")
 
 _FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 _OPENPI = "openpi"
-"""The key under which an openpi file, which names no dataset, is read."""
+"""The key under which an openpi file, which names no dataset, is read; below `assets/` it is the asset's id."""
+_ASSETS = "assets/**/norm_stats.json"
 
 
 class DatasetStats(NamedTuple):
@@ -38,6 +40,19 @@ class DatasetStats(NamedTuple):
     state: Stats | None = None  # None where the file has none (OpenVLA writes zeros then)
     num_transitions: int = 0
     num_trajectories: int = 0
+
+
+def holds_norm_stats(path: str | Path) -> bool:
+    """Whether `path` is a folder with a file of such a name, or a file that is no policy of ours. Reads nothing."""
+    path = Path(path)
+    if not path.is_dir():
+        return path.is_file() and path.name != "policy.json"
+    return any((path / name).is_file() for name in FILES) or any(path.glob(_ASSETS))
+
+
+def norm_stats_names(path: str | Path) -> list[str]:
+    """The datasets in a file or folder, as `read_norm_stats` takes them. Raises `DataError` when there are no statistics."""
+    return sorted(_entries(Path(path))[1])
 
 
 def read_norm_stats(path: str | Path, key: str | None = None) -> DatasetStats:
@@ -52,7 +67,7 @@ def read_norm_stats(path: str | Path, key: str | None = None) -> DatasetStats:
         near = difflib.get_close_matches(key or "", entries, n=3, cutoff=0.4) or sorted(entries)
         raise UsageError(f"{file}, dataset {key!r}", found=f"{len(entries)} datasets: {', '.join(sorted(entries))}",
                          expected="one of these names" if key is None else f"one of {near}",
-                         fix=f"name one, e.g. {near[0]}")  # fmt: skip
+                         fix=f"name one, e.g. --key {near[0]}")  # fmt: skip
     return _dataset(entries[key], f"{file}: {key}")
 
 
@@ -104,8 +119,11 @@ def write_norm_stats(path: str | Path, datasets: Mapping[str, DatasetStats | tup
 
 
 def _entries(path: Path) -> tuple[Path, dict[str, Any]]:
-    """(the file, dataset name -> its raw entry)."""
+    """(the file, or the folder of several, dataset name -> its raw entry)."""
     candidates = [path / name for name in FILES] if path.is_dir() else [path]
+    if path.is_dir() and not any(c.is_file() for c in candidates) and (assets := sorted(path.glob(_ASSETS))):
+        found = {file.parent.relative_to(path / "assets").as_posix(): _entries(file)[1] for file in assets}
+        return path, {name: next(iter(entries.values())) for name, entries in found.items()}
     wrong = []
     for file in [c for c in candidates if c.is_file()]:
         try:

@@ -86,13 +86,16 @@ def add_stats_parser(subparsers: argparse._SubParsersAction) -> argparse.Argumen
     """Add `stats` to the `vla data` sub-commands; `run` carries it out."""
     parser = subparsers.add_parser(
         "stats", help="show, recompute or compare a dataset's statistics",
-        epilog="examples:\n  vla data stats data/button --write\n  vla data stats data/button --against runs/demo",
+        epilog="examples:\n  vla data stats data/button --write\n  vla data stats data/button --against runs/demo\n"
+        "  vla data stats data/bridge --against downloads/openvla-7b --key bridge_orig",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("root", type=Path, metavar="DIR", help="a LeRobot dataset")
-    parser.add_argument("--against", type=Path, metavar="POLICY",
-                        help="say whether the dataset fits this policy or run folder; exit code 3 when it does not")  # fmt: skip
-    parser.add_argument("--robot", metavar="KEY", help="with --against: which of the policy's robots it is")
+    parser.add_argument("--against", type=Path, metavar="PATH",
+                        help="say whether the dataset fits this policy or run folder, or OpenVLA's dataset_statistics.json or "
+                        "config.json or openpi's norm_stats.json (file or folder); exit code 3 when it does not")  # fmt: skip
+    parser.add_argument("--robot", "--key", metavar="NAME",
+                        help="with --against: which of the policy's robots it is, or of the datasets in the statistics")  # fmt: skip
     parser.add_argument("--openvla", type=Path, metavar="FILE", help="write OpenVLA's dataset_statistics.json")
     parser.add_argument("--write", action="store_true", help="replace meta/stats.json by the recomputed statistics")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -108,8 +111,9 @@ def run(args: argparse.Namespace) -> int:
     from vla.errors import UsageError
 
     if args.write and args.against or args.robot and not args.against:
-        raise UsageError("vla data stats", found="--write with --against" if args.write else "--robot without --against",
-                         expected="one job at a time, --robot with --against", fix="drop one of them")  # fmt: skip
+        found = "--write with --against" if args.write else "--robot or --key without --against"
+        raise UsageError("vla data stats", found=found,
+                         expected="one job at a time, --robot or --key with --against", fix="drop one of them")  # fmt: skip
     if args.openvla:
         _write_openvla(args.root, args.openvla)
     if args.against:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from vla.cli import main
 from vla.embodiment import EmbodimentSpec
 from vla.episodes.layout import read_layout
 from vla.episodes.rows import read_rows
-from vla.errors import CheckpointError, UsageError
+from vla.errors import CheckpointError, DataError, UsageError
 from vla.normalize import Normalizer, Stats
 
 
@@ -168,3 +169,89 @@ def test_openvla_statistics_are_written(trained: Path, tmp_path: Path, capsys: p
     assert (entry.num_transitions, entry.num_trajectories) == (1280, 32)
 
 
+
+
+# --- OpenVLA's and openpi's statistics --------------------------------------------------------------------------------
+
+
+def of_rows(root: Path, wide: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(action, state) statistics of `root` as JSON, filled up with zeros to `wide` dimensions."""
+    layout, problems = read_layout(root, None, need_stats=False)
+    rows = read_rows(layout, problems)
+    assert rows is not None
+    parts = []
+    for values in (rows.action, rows.state):
+        filled = np.pad(values, ((0, 0), (0, max(0, wide - values.shape[1]))))
+        entry = Stats.of(filled).to_json()
+        parts.append({name: entry[name] for name in ("mean", "std", "min", "max", "q01", "q99")})
+    return parts[0], parts[1]
+
+
+def openvla(root: Path, folder: Path, *names: str, file: str = "dataset_statistics.json") -> Path:
+    action, state = of_rows(root)
+    entry = {"action": action | {"mask": [True] * 6 + [False]}, "proprio": state, "num_transitions": 1, "num_trajectories": 1}
+    other = json.loads(json.dumps(entry))
+    other["action"] = {name: [10 * n for n in numbers] if name != "mask" else numbers for name, numbers in action.items()}
+    content = {name: entry if name == names[0] else other for name in names}
+    folder.mkdir(exist_ok=True)
+    (folder / file).write_text(json.dumps({"norm_stats": content} if file == "config.json" else content))
+    return folder
+
+
+@pytest.mark.parametrize("file", ["dataset_statistics.json", "config.json"])
+def test_openvlas_statistics_are_held_against_each_dimension(file: str, trained: Path, tmp_path: Path):
+    root = trained.parent / "d"
+    folder = openvla(root, tmp_path / "openvla", "mine", file=file)
+    for path in (folder, folder / file):
+        result = fit(root, path)
+        assert (result.verdict, result.robot) == ("look", "mine") and len(result.dimensions) == 15
+        assert {d.verdict for d in result.dimensions} == {"fits"} and "only numbers" in result.differences[0][1]
+    grip = {d.name: d for d in result.dimensions}["gripper.close"]
+    assert grip.policy == (-1, 1), "masked: it passes unnormalised"
+    far = changed(tmp_path / "far", lambda e: with_action(e, slice(3, 6), e.action[:, 3:6] * np.float32(57.29578)),
+                  redeclared(sound_spec(cameras=()), "action", 1, low=(-30,) * 3, high=(30,) * 3))  # fmt: skip
+    assert set(by_name(far, folder, "misfit")) == {"action turn.x", "action turn.y", "action turn.z"}
+
+
+def test_one_of_several_datasets_is_chosen(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = trained.parent / "d"
+    folder = openvla(root, tmp_path / "openvla", "bridge_orig", "kuka", "viola")
+    line = ["data", "stats", str(root), "--against", str(folder)]
+    assert main(line) == 2 and "bridge_orig, kuka, viola" in capsys.readouterr().err
+    assert main([*line, "--key", "bridge"]) == 2 and "--key bridge_orig" in capsys.readouterr().err
+    assert main([*line, "--key", "bridge_orig", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["robot"] == "bridge_orig"
+    assert main([*line, "--robot", "kuka"]) == 0 and "10.0 times less spread" in capsys.readouterr().out
+    named = openvla(root, tmp_path / "named", "d", "kuka")
+    assert fit(root, named).robot == "d", "its own name is taken"
+    assert main(["data", "stats", str(root), "--key", "kuka"]) == 2
+
+
+def test_openpis_statistics_are_read_where_a_checkpoint_keeps_them(trained: Path, tmp_path: Path):
+    root = trained.parent / "d"
+    action, state = of_rows(root, wide=32)
+    normal = {"norm_stats": {"state": {k: state[k] for k in ("mean", "std")}, "actions": action}}
+    for name in ("droid", "lab/arm"):
+        (tmp_path / "pi0" / "assets" / name).mkdir(parents=True)
+        (tmp_path / "pi0" / "assets" / name / "norm_stats.json").write_text(json.dumps(normal))
+    with pytest.raises(UsageError, match="droid, lab/arm"):
+        fit(root, tmp_path / "pi0")
+    for result in (fit(root, tmp_path / "pi0", "lab/arm"), fit(root, tmp_path / "pi0/assets/droid/norm_stats.json")):
+        assert result.verdict == "look" and {d.verdict for d in result.dimensions} == {"fits"} and len(result.dimensions) == 15
+        assert ("look", "action: the last 25 of 32 dimensions of the statistics are padding") in result.differences
+        one = {d.name: d for d in result.dimensions if d.part == "state"}["eef.x"]
+        assert np.isclose(one.policy[1] - one.policy[0], 6 * state["std"][0], rtol=1e-5), "no quantiles: three deviations"
+
+
+def test_other_widths_and_broken_statistics_are_named(trained: Path, tmp_path: Path):
+    root = trained.parent / "d"
+    action, state = of_rows(root)
+    short = {"mine": {"action": {name: numbers[:6] for name, numbers in action.items()}, "proprio": state}}
+    (tmp_path / "other.json").write_text(json.dumps(short))
+    assert ("misfit", "action: 7 dimensions, the policy's has 6") in fit(root, tmp_path / "other.json").differences
+    (tmp_path / "other.json").write_text(json.dumps({"mine": {"action": action | {"q01": action["q99"], "q99": action["q01"]}}}))
+    with pytest.raises(DataError, match="q01 above q99"):
+        fit(root, tmp_path / "other.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(DataError, match="without statistics"):
+        fit(root, tmp_path)
