@@ -135,6 +135,37 @@ def test_rows_behind_the_last_commit_do_not_count(root: Path):
     assert sum(map(len, open_quietly(root).recorded_seeds.values())) == 4
 
 
+@pytest.mark.parametrize(("number", "to", "first"), [(2, 3, 2), (3, -1, 3), (5, 10**12, 5), (0, 1, 0)])
+def test_the_first_episode_whose_rows_do_not_add_up_is_named(root: Path, number: int, to: int, first: int):
+    def move(table: pa.Table) -> pa.Table:
+        belongs = table["episode_index"].to_numpy().copy()
+        belongs[np.flatnonzero(belongs == number)[0]] = to
+        return table.set_column(table.column_names.index("episode_index"), "episode_index", pa.array(belongs))
+
+    rewrite(root / "data/chunk-000/file-000.parquet", move)
+    with pytest.raises(DataError, match=f"first episode that differs: {first}"):
+        open_quietly(root)
+
+
+@pytest.mark.parametrize("text", ["1", "0.5", "left"])
+@pytest.mark.parametrize("name", ["action", "observation.state", "timestamp", "episode_index", "index", "task_index"])
+def test_a_column_of_text_is_refused_by_name_even_when_it_reads_as_numbers(root: Path, name: str, text: str):
+    path = root / "data/chunk-000/file-000.parquet"
+
+    def spell(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        wide = isinstance(values[0], list)
+        spelt = pa.array([[text] * len(value) if wide else text for value in values])
+        return table.set_column(table.column_names.index(name), name, spelt)
+
+    rewrite(path, spell)
+    for frames in ("raw", "none"):
+        with pytest.raises(DataError) as caught:
+            open_quietly(root, frames=frames)
+        assert caught.value.where == f"{path}, column {name!r}" and caught.value.expected == "numbers"
+        assert "string" in caught.value.found
+
+
 def test_other_writers_habits(root: Path):
     """Task text as `__index_level_0__` (lerobot 0.4.4), float64 actions in plain lists, no files of ours, names as a dict."""
     before = content(root, root.parent / "cache")

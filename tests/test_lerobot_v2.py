@@ -191,6 +191,17 @@ def test_metadata_that_makes_no_sense_is_named(v21: Path, name: str, text: str, 
     refusals(v21, name, words)
 
 
+@pytest.mark.parametrize("text", ["1", "left"])
+@pytest.mark.parametrize("name", ["action", "episode_index", "frame_index"])
+def test_a_column_of_text_is_refused_by_name(v21: Path, name: str, text: str):
+    table = pq.read_table(v21 / DATA)
+    values = [[text] * len(v) if isinstance(v, list) else text for v in table[name].to_pylist()]
+    pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(values)), v21 / DATA)
+    with pytest.raises(DataError) as caught:
+        EpisodeStore.open(v21, v21.parent / "cache", progress=False)
+    assert caught.value.where == f"{v21 / DATA}, column {name!r}" and caught.value.expected == "numbers"
+
+
 def test_a_missing_metadata_file_is_named(v21: Path):
     (v21 / "meta/tasks.jsonl").unlink()
     refusals(v21, "tasks.jsonl", "no such file")

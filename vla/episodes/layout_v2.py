@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla.episodes.problems import RESTORE, Problems, short
+from vla.episodes.problems import RESTORE, Problems, only_numbers, short
 from vla.normalize import QUANTILES
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ def read_tables(layout: Layout, episodes: list[dict[str, Any]], columns: list[st
             lacking = [c for c in columns if c not in names and c != "index"]
             if lacking:
                 problems.add(path, found=f"no column {', '.join(lacking)}", expected=f"columns {columns}", fix=RESTORE)
+                continue
+            if not only_numbers(path, file.schema_arrow, [*columns, "frame_index"], problems):
                 continue
             wanted = [c for c in [*columns, "frame_index"] if c in names and c != "index"]
             table = file.read(columns=list(dict.fromkeys(wanted)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+
+import pyarrow as pa
 
 from vla.errors import DataError
 
@@ -37,3 +40,21 @@ class Problems:
 def short(error: BaseException) -> str:
     """`Kind: first line` of an error's text."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def only_numbers(path: Path, schema: pa.Schema, columns: Iterable[str], problems: Problems) -> bool:
+    """Whether each of `columns` that `schema` has holds numbers, or lists of them; what else one holds is a finding.
+
+    NumPy and Arrow would read the text "1" as a number without a word.
+    """
+    before = len(problems.found)
+    for name in columns:
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        while pa.types.is_nested(kind) and kind.num_fields == 1:
+            kind = kind.field(0).type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            problems.add(f"{path}, column {name!r}", found=f"values of type {schema.field(name).type}", expected="numbers",
+                         fix=RESTORE)  # fmt: skip
+    return len(problems.found) == before

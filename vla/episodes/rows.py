@@ -15,7 +15,7 @@ from av.error import FFmpegError
 
 from vla.episodes import layout_v2
 from vla.episodes.layout import ACTION, STATE, Layout, check_statistics
-from vla.episodes.problems import RESTORE, Problems, short
+from vla.episodes.problems import RESTORE, Problems, only_numbers, short
 
 _MOST_NAMED = 5
 """How many bad values of one kind are named one by one; the rest are counted."""
@@ -61,7 +61,9 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     belongs = _column(table, "episode_index", np.int64)[order]
     if starts[-1] != F or len(order) != F or not np.array_equal(belongs, np.repeat(np.arange(len(episodes)), lengths)):
-        first = next((e for e, n in enumerate(lengths) if np.count_nonzero(belongs == e) != n), "-")
+        E = len(episodes)
+        counts = np.bincount(np.clip(belongs, -1, E) + 1, minlength=E + 2)[1:-1]  # rows of no episode: at the ends
+        first = next(iter(np.flatnonzero(counts != lengths).tolist()), "-")
         problems.add(layout.root / "data", found=f"{len(order)} rows; episode lengths sum to {starts[-1]}; "
                      f"first episode that differs: {first}",
                      expected=f"{F} rows as meta/info.json and meta/episodes say", fix=RESTORE)  # fmt: skip
@@ -90,7 +92,9 @@ def _read_tables(layout: Layout, episodes: list[dict[str, Any]], columns: list[s
     tables = []
     for path in sorted({layout.path("data_path", row, "data") for row in episodes}):
         try:
-            tables.append(pq.read_table(path, columns=columns, page_checksum_verification=True))
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+            if only_numbers(path, table.schema, columns, problems):
+                tables.append(table)
         except FileNotFoundError:
             problems.add(path, found="no such file", expected="the rows of its episodes", fix=RESTORE)
         except (OSError, pa.ArrowException) as error:
