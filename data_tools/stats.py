@@ -95,7 +95,7 @@ def add_stats_parser(subparsers: argparse._SubParsersAction) -> argparse.Argumen
                         help="say whether the dataset fits this policy or run folder, or OpenVLA's dataset_statistics.json or "
                         "config.json or openpi's norm_stats.json (file or folder); exit code 3 when it does not")  # fmt: skip
     parser.add_argument("--robot", "--key", metavar="NAME",
-                        help="with --against: which of the policy's robots it is, or of the datasets in the statistics")  # fmt: skip
+                        help="with --against: which of the policy's robots it is, or whose statistics")  # fmt: skip
     parser.add_argument("--openvla", type=Path, metavar="FILE", help="write OpenVLA's dataset_statistics.json")
     parser.add_argument("--write", action="store_true", help="replace meta/stats.json by the recomputed statistics")
     parser.add_argument("--json", action="store_true", help="print JSON")
