@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,7 @@ def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems, kno
     known = {} if known is None else known
     spans: list[Span] = []
     missing: dict[Path, list[int]] = {}
+    needed: Counter[Path] = Counter()
     for number, row in enumerate(rows.episodes):
         prefix = f"videos/{key}"
         if row.get(f"{prefix}/from_timestamp") is None:
@@ -193,6 +195,7 @@ def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems, kno
                          expected=f"where the video of camera {camera!r} lies", fix=RESTORE)  # fmt: skip
             return []
         path = layout.path("video_path", row, prefix, key)
+        needed[path] += row["length"]
         if path not in known:
             known[path] = _packet_times(path, problems)
         entry = known[path]
@@ -211,10 +214,8 @@ def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems, kno
     for path, numbers in missing.items():
         entry = known[path]
         frames = len(entry[0]) if entry else 0
-        needed = sum(rows.episodes[n]["length"] for n in range(len(rows.episodes))
-                     if layout.path("video_path", rows.episodes[n], f"videos/{key}", key) == path)  # fmt: skip
         problems.add(path, found=f"{frames} frames; no frame at the time of some row in episodes {_list(numbers)}",
-                     expected=f"{needed} frames at {layout.fps:g} fps, one per row", fix=RESTORE)  # fmt: skip
+                     expected=f"{needed[path]} frames at {layout.fps:g} fps, one per row", fix=RESTORE)  # fmt: skip
     return spans
 
 
