@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_tools.sources.inside import leads_out
 from vla.errors import DataError, UsageError
 
 
@@ -83,16 +84,20 @@ _READERS = {
 """family -> (module, class). A class has `recognises(path) -> bool` (cheap, never raises) and `open(path) -> Source`."""
 
 
+_MOST_NAMED = 20
+
+
 def open_source(path: str | Path, kind: str | None = None) -> Source:
     """The dataset at `path` (a folder or a file), its layout recognised, or read as `kind` (`lerobot`, `rlds`, `hdf5`).
 
-    Raises `DataError` when it is in no known layout, or is damaged beyond listing.
+    Raises `DataError` when it is in no known layout, is damaged beyond listing, or has links or names that lead out of it.
     """
     path = Path(path)
     if kind is not None and kind not in _READERS:
         raise UsageError("--from", found=kind, expected=f"one of {sorted(_READERS)}", fix="leave it out, or choose one of these")
     if not path.exists():
         raise DataError(path, found="no such file or folder", expected="a dataset", fix="check the path")
+    _refuse_ways_out(path)
     for module, name in [_READERS[kind]] if kind else _READERS.values():
         reader = getattr(importlib.import_module(module), name)
         if kind or reader.recognises(path):
@@ -101,3 +106,14 @@ def open_source(path: str | Path, kind: str | None = None) -> Source:
     raise DataError(path, found=f"none of the known layouts ({inside})",
                     expected="LeRobot (meta/info.json), RLDS (dataset_info.json, *.tfrecord-*), or HDF5 (*.hdf5)",
                     fix="point at the folder that holds those files, or say --from lerobot|rlds|hdf5")  # fmt: skip
+
+
+def _refuse_ways_out(root: Path) -> None:
+    """Before anything is read. A file somebody names is read whatever it links to; what a folder holds has to lie in it."""
+    wrong = list(leads_out(root)) if root.is_dir() else []
+    if len(wrong) == 1:
+        path, found, expected, fix = wrong[0]
+        raise DataError(path, found=found, expected=expected, fix=fix)
+    if wrong:
+        listed = "".join(f"\n    {n}. {path}: {found}" for n, (path, found, _, _) in enumerate(wrong[:_MOST_NAMED], 1))
+        raise DataError(root, found=f"{len(wrong)} ways out of it{listed}", expected="files of the dataset only", fix=wrong[0][3])
