@@ -7,6 +7,7 @@ a robot's own channels, or one v3.0 dataset out of several things. The rules of 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -101,7 +102,17 @@ class LeRobotSource:
                 raise DataError(f"{where}, {name}", found=f"a picture of {frames[0].shape}", expected=(height, width, 3),
                                 fix="correct the shape of this feature in meta/info.json")  # fmt: skip
             images[name] = np.stack(frames)
+            self._as_recorded(row, camera, images[name])
         return RawEpisode(fields, images, *self._said(row, fields, where), key=key, attributes=self._attributes(row, fields))
+
+    def _as_recorded(self, row: dict[str, Any], camera: str, frames: np.ndarray) -> None:
+        """Damaged video often decodes without complaint: recordings made here carry the hash of their pixels."""
+        expected = self.layout.pixel_hash(camera, row["episode_index"])
+        if expected and hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest() != expected:
+            key, video = self.layout.cameras[camera], self.layout.is_video(camera)
+            file = self.layout.path("video_path" if video else "data_path", row, f"videos/{key}" if video else "data", key)
+            raise DataError(f"{file}, episode {row['episode_index']}, camera {camera!r}", found="other pixels than were recorded",
+                            expected=f"frames with sha256 {expected}", fix=RESTORE)  # fmt: skip
 
     def table(self, key: str) -> pa.Table:
         """The rows of one episode as the file has them, in order of time. Raises `DataError` as `read` does."""
@@ -139,7 +150,7 @@ class LeRobotSource:
         except FileNotFoundError:
             problems.add(path, found="no such file", expected="the rows of its episodes", fix=RESTORE)
             return None
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names or words that are no UTF-8
             problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
             return None
         at = np.flatnonzero(table["episode_index"].to_numpy() == number)
@@ -156,7 +167,10 @@ class LeRobotSource:
             self._packets.clear()
         T, empty = row["length"], np.zeros((0, 0), np.float32)
         alone = Rows([row], np.array([0, T]), empty, empty, np.zeros(T, np.int32), timestamp.astype(np.float64).reshape(-1))
-        spans = find_frames(self.layout, alone, camera, problems, self._packets)
+        try:
+            spans = find_frames(self.layout, alone, camera, problems, self._packets)
+        finally:  # a video that could not be read is tried, and named, again for the next episode
+            self._packets = {path: entry for path, entry in self._packets.items() if entry is not None}
         problems.raise_if_any()
         return spans[0]
 

@@ -20,6 +20,9 @@ from vla.episodes.problems import RESTORE, Problems, only_numbers, short
 
 _MOST_NAMED = 5
 """How many bad values of one kind are named one by one; the rest are counted."""
+_EPISODE_COLUMNS = ("episode_index", "length", "data/chunk_index", "data/file_index")
+_VIDEO_COLUMNS = ("from_timestamp", "to_timestamp", "chunk_index", "file_index")
+"""Of `meta/episodes`; without the last two in v2.x, where a file's name says them."""
 
 
 @dataclass
@@ -112,10 +115,16 @@ def read_episodes(layout: Layout, problems: Problems) -> list[dict[str, Any]] | 
     for path in files:
         try:
             names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
-            rows += pq.read_table(path, columns=names, page_checksum_verification=True).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+            found = pq.read_table(path, columns=names, page_checksum_verification=True).to_pylist()
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names or words that are no UTF-8
             problems.add(path, found=short(error), expected="a Parquet file with its footer", fix=RESTORE)
             return None
+        lacking = [name for name in _EPISODE_COLUMNS if any(not isinstance(row.get(name), int) for row in found)]
+        if lacking:
+            problems.add(path, found=f"no whole numbers in {', '.join(lacking)}", expected="one row per episode, saying where "
+                         "its rows lie", fix=RESTORE)  # fmt: skip
+            return None
+        rows += found
     rows = sorted(rows, key=lambda row: row["episode_index"])[: layout.num_episodes]
     if [row["episode_index"] for row in rows] != list(range(layout.num_episodes)):
         problems.add(layout.root / "meta" / "episodes", found=f"{len(rows)} episodes in {len(files)} files",
@@ -190,7 +199,7 @@ def find_frames(layout: Layout, rows: Rows, camera: str, problems: Problems, kno
     needed: Counter[Path] = Counter()
     for number, row in enumerate(rows.episodes):
         prefix = f"videos/{key}"
-        if row.get(f"{prefix}/from_timestamp") is None:
+        if any(row.get(f"{prefix}/{name}") is None for name in _VIDEO_COLUMNS[: 2 if layout.is_v2 else 4]):
             problems.add(layout.root / "meta" / "episodes", found=f"no columns {prefix}/...",
                          expected=f"where the video of camera {camera!r} lies", fix=RESTORE)  # fmt: skip
             return []
