@@ -41,6 +41,7 @@ class VirtualStore:
         self.action = np.broadcast_to(np.float32(0), (frames, spec.action_dim))
         self.task_of_frame = np.broadcast_to(np.int32(0), (frames,))
         self.task_of_episode = np.broadcast_to(np.int32(0), (episodes,))
+        self.shards = None
 
     def frame(self, camera: str, index: int) -> np.ndarray:
         """Always the same picture."""

@@ -224,6 +224,10 @@ class Sharded:
         self.num_episodes, self.root, self.spec = episodes, Path("streamed"), load_embodiment("tabletop")
         self.episode_starts = np.arange(episodes + 1) * 10
         self.shards = np.unique(np.append(self.episode_starts[::3], episodes * 10))
+        self.asked: list[tuple[int, ...]] = []
+
+    def prefetch(self, *shards: int) -> None:
+        self.asked.append(shards)
 
 
 def test_a_streamed_dataset_is_drawn_a_few_shards_at_a_time(stores):
@@ -239,6 +243,13 @@ def test_a_streamed_dataset_is_drawn_a_few_shards_at_a_time(stores):
     for at in range(0, size - 30, 10):  # any 30 draws in a row touch at most two groups of shards
         assert len(set(shards[at : at + 30])) <= 2 * SHARDS_AT_ONCE
     assert len(set(shards[:60])) > 1 and shards[:60] != sorted(shards[:60])
+    for n in range(size):  # what `window` does before it reads
+        mixture._look_ahead(0, n)
+    assert len(store.asked) == -(-len(set(shards)) // SHARDS_AT_ONCE)  # pyright: ignore[reportAttributeAccessIssue]
+    for at, group in enumerate(store.asked[:-1]):  # pyright: ignore[reportAttributeAccessIssue]
+        assert set(group) == set(dict.fromkeys(shards).keys() & set(group)) and len(group) <= SHARDS_AT_ONCE
+        first = min(i for i, shard in enumerate(shards) if shard in group)
+        assert first > at * 30  # asked for before the first of its frames is drawn
 
 
 def test_preview_counts_what_is_really_drawn(opened, stores):

@@ -349,7 +349,7 @@ def test_a_mixture_draws_all_frames_of_a_stream_from_a_few_files_at_a_time(
         assert np.array_equal(window.images["wrist"], here.frame("wrist", at))
         sent.append(hub.videos_sent())
     assert len(seen) == store.num_frames, "every frame once in an epoch"
-    assert sent[len(sent) // 5] < 0.6 * videos and sent[-1] == videos, "fetched as it goes, each file once"
+    assert sent[len(sent) // 5] < 0.8 * videos and sent[-1] == videos, "fetched as it goes, each file once"
 
 
 def test_version_2_streams_too(hub: HubStandIn, dataset: Path, tmp_path: Path):  # noqa: F811

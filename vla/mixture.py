@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -29,6 +29,7 @@ from vla.embodiment import EmbodimentSpec, explain, load_embodiment
 from vla.episodes import EpisodeStore
 from vla.episodes.hub import resolve
 from vla.episodes.streaming import StreamingStore
+from vla.episodes.surface import Store
 from vla.errors import DataError, UsageError, VLAError
 from vla.randomness import Purpose, generator, mix, permute
 from vla.resample import native_steps, to_policy_steps
@@ -123,7 +124,7 @@ class Mixture:
     """
 
     def __init__(
-        self, stores: Sequence[EpisodeStore], weights: Sequence[float], horizon: int, seed: int,
+        self, stores: Sequence[Store], weights: Sequence[float], horizon: int, seed: int,
         holdout: float = 0.0, part: str = "train", *, seconds: float | None = None, temperature: float | None = None,
         specs: Sequence[EmbodimentSpec] | None = None, cameras: Sequence[Mapping[str, str | None]] | None = None,
         answers: tuple[Answers, float] | None = None,
@@ -164,10 +165,11 @@ class Mixture:
             raise UsageError(where, found=f"share {self.shares[d]:.1e} of the samples",
                              expected=f"{2 / LARGEST_BLOCK:.1e} or more",
                              fix="raise its weight, or leave it out")  # fmt: skip
-        self._shards = [_shard_starts(store, chosen, starts)
+        self._shards = [_shards_of(store, chosen, starts)
                         for store, chosen, starts in zip(self.stores, self.episodes, self._starts, strict=True)]  # fmt: skip
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._fetching: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         """Frames in one pass over every dataset."""
@@ -179,33 +181,61 @@ class Mixture:
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """Stream position -> (dataset, episode of its store, frame inside the episode); (-1, pair, 0) for a question."""
+        dataset, draw = self._owner(n)
+        size = len(self.answers) if dataset == len(self.stores) and self.answers is not None else self.sizes[dataset]
+        epoch, i = divmod(draw, size)
+        key = mix(self.seed, Purpose.EPOCH, dataset, epoch)
+        if dataset == len(self.stores):
+            return -1, permute(i, size, key), 0
+        found = self._shards[dataset]
+        frame = permute(i, size, key) if found is None else self._streamed(dataset, epoch, i, key, found[0])
+        return dataset, *self.place(dataset, frame)
+
+    def _owner(self, n: int) -> tuple[int, int]:
+        """(whose position n is, the how-manieth of its draws)."""
         block, position = divmod(n, self.block)
         owner, rank, before = self._block(block)
         dataset = int(owner[position])
-        draw = int(before[dataset]) + int(rank[position])
-        if dataset == len(self.stores):
-            assert self.answers is not None
-            epoch, i = divmod(draw, len(self.answers))
-            return -1, permute(i, len(self.answers), mix(self.seed, Purpose.EPOCH, dataset, epoch)), 0
-        epoch, i = divmod(draw, self.sizes[dataset])
-        key = mix(self.seed, Purpose.EPOCH, dataset, epoch)
-        shards = self._shards[dataset]
-        frame = permute(i, self.sizes[dataset], key) if shards is None else self._streamed(dataset, epoch, i, key, shards)
-        return dataset, *self.place(dataset, frame)
+        return dataset, int(before[dataset]) + int(rank[position])
 
     def _streamed(self, dataset: int, epoch: int, i: int, key: int, shards: np.ndarray) -> int:
         """The i-th frame of an epoch over shards: groups of shuffled shards one after the other, frames shuffled inside one."""
-        if (dataset, epoch) not in self._orders:
-            order = np.array([permute(p, len(shards) - 1, key) for p in range(len(shards) - 1)])
-            if len(self._orders) > 2 * len(self.stores):
-                self._orders.clear()
-            self._orders[dataset, epoch] = order, np.concatenate([[0], np.cumsum(np.diff(shards)[order])])
-        order, ends = self._orders[dataset, epoch]
-        group = (int(np.searchsorted(ends, i, "right")) - 1) // SHARDS_AT_ONCE * SHARDS_AT_ONCE
+        order, ends = self._order(dataset, epoch)
+        group = self._group(ends, i)
         first, last = int(ends[group]), int(ends[min(group + SHARDS_AT_ONCE, len(order))])
         at = first + permute(i - first, last - first, mix(key, group))
         shard = int(np.searchsorted(ends, at, "right")) - 1
         return int(shards[order[shard]]) + at - int(ends[shard])
+
+    def _order(self, dataset: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the shards of a dataset as an epoch has them, where each begins and the last ends in it)."""
+        if (dataset, epoch) not in self._orders:
+            found = self._shards[dataset]
+            assert found is not None
+            key, lengths = mix(self.seed, Purpose.EPOCH, dataset, epoch), np.diff(found[0])
+            order = np.array([permute(p, len(lengths), key) for p in range(len(lengths))])
+            if len(self._orders) > 2 * len(self.stores):
+                self._orders.clear()
+            self._orders[dataset, epoch] = order, np.concatenate([[0], np.cumsum(lengths[order])])
+        return self._orders[dataset, epoch]
+
+    def _group(self, ends: np.ndarray, i: int) -> int:
+        return (int(np.searchsorted(ends, i, "right")) - 1) // SHARDS_AT_ONCE * SHARDS_AT_ONCE
+
+    def _look_ahead(self, dataset: int, draw: int) -> None:
+        """Of a streamed dataset: when a group of shards begins, the next one is fetched in the background."""
+        found = self._shards[dataset]
+        assert found is not None
+        epoch, i = divmod(draw, self.sizes[dataset])
+        order, ends = self._order(dataset, epoch)
+        group = self._group(ends, i)
+        if self._fetching.get(dataset) == (epoch, group):
+            return
+        self._fetching[dataset] = epoch, group
+        following = order[group + SHARDS_AT_ONCE : group + 2 * SHARDS_AT_ONCE]
+        if not len(following):
+            following = self._order(dataset, epoch + 1)[0][:SHARDS_AT_ONCE]
+        self.stores[dataset].prefetch(*found[1][following].tolist())
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each position of a block: whose it is, and how many earlier positions are the same dataset's."""
@@ -234,6 +264,8 @@ class Mixture:
         if dataset < 0:
             assert self.answers is not None
             return self.answers.question(episode, n)
+        if self._shards[dataset] is not None:
+            self._look_ahead(dataset, self._owner(n)[1])
         return self.window_at(dataset, episode, t, n=n)
 
     def window_at(self, dataset: int, episode: int, t: int, n: int = -1) -> Window:
@@ -276,13 +308,15 @@ def _shares(weights: Sequence[float], sizes: Sequence[int], temperature: float |
     return [*shares, answers] if answers else shares
 
 
-def _shard_starts(store: EpisodeStore, chosen: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
-    """Where a streamed dataset's shards begin among the frames of the chosen episodes; None for one that lies here whole."""
-    shards = getattr(store, "shards", None)
-    if shards is None:
+def _shards_of(store: Store, chosen: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """(where a streamed dataset's shards begin among the frames of the chosen episodes (P + 1,), their numbers (P,)); shards
+    without a chosen episode are left out. None for a dataset that lies here whole."""
+    if store.shards is None:
         return None
-    episodes = np.searchsorted(store.episode_starts, shards)  # a shard begins with an episode
-    return np.unique(starts[np.searchsorted(chosen, episodes)])
+    episodes = np.searchsorted(store.episode_starts, store.shards)  # a shard begins with an episode
+    begins = starts[np.searchsorted(chosen, episodes)]
+    kept = np.flatnonzero(np.diff(begins))
+    return np.append(begins[kept], begins[-1]), kept
 
 
 def split_episodes(count: int, holdout: float, part: str) -> np.ndarray:
@@ -300,7 +334,7 @@ def open_mixture(
 
     All datasets that cannot be opened are reported in one `DataError`.
     """
-    stores: list[EpisodeStore] = []
+    stores: list[Store] = []
     specs: list[EmbodimentSpec] = []
     cameras: list[Mapping[str, str | None]] = []
     problems: list[VLAError] = []
@@ -356,7 +390,7 @@ def recorded_as(entry: DatasetConfig) -> tuple[EmbodimentSpec | None, dict[str, 
 
 def _open(
     entry: DatasetConfig, config: MixtureConfig, progress: bool
-) -> tuple[EpisodeStore, EmbodimentSpec, dict[str, str | None]]:  # fmt: skip
+) -> tuple[Store, EmbodimentSpec, dict[str, str | None]]:  # fmt: skip
     """(store, the robot it shows, that robot's cameras -> the dataset's names) of one dataset."""
     cache = Path(config.cache_dir) if config.cache_dir else None
     spec, names = recorded_as(entry)
@@ -370,10 +404,9 @@ def _open(
 
 def _reach(
     entry: DatasetConfig, config: MixtureConfig, cache: Path | None, spec: EmbodimentSpec | None, progress: bool
-) -> EpisodeStore:  # fmt: skip
+) -> Store:  # fmt: skip
     """The dataset wherever it lies: here, or on the Hub, fetched whole or as it is needed."""
     if entry.stream:
-        stream = StreamingStore.open(entry.path, cache, entry.stream_gb, progress, embodiment=spec)
-        return cast(EpisodeStore, stream)  # reads alike; its `shards` say which frames lie together
+        return StreamingStore.open(entry.path, cache, entry.stream_gb, progress, embodiment=spec)
     folder = resolve(entry.path, cache, progress=progress)
     return EpisodeStore.open(folder, cache, config.frames, progress, embodiment=spec)

@@ -52,7 +52,7 @@ def preview(config: TrainConfig, mixture: Mixture, base: VLAPolicy | None = None
                       for d, share in enumerate(clipped[part]) if share > CLIPPED_MUCH]  # fmt: skip
             constant = [names[d] for d in np.flatnonzero(normalizers[spec.key][part].constant)]
             if constant:
-                notes.append(f"{line['dataset']}: {part} {', '.join(constant)} never changes: 0 to the policy, the constant after")
+                notes.append(f"{line['dataset']}: {part} {', '.join(constant)} never changes: 0 to the policy, itself after")
         span = native / spec.control_hz
         if mixture.seconds and abs(span / mixture.seconds - 1) > 0.05:
             notes.append(f"{line['dataset']}: a chunk of {mixture.seconds:g} s is {native} of its steps, {span:g} s")
