@@ -205,6 +205,30 @@ def gripper_polarity(data: Dataset) -> Iterator[Finding]:
                 )
 
 
+@register("gripper-range", "grippers that use one half of their declared range only")
+def gripper_range(data: Dataset) -> Iterator[Finding]:
+    """0 to 1 where -1 to 1 is declared: what is meant as closed (or open) is then half of it. Said only where the values
+    span one half from end to end and never enter the other."""
+    for run in data.runs("action") if data.declared else ():
+        if run.channel.convention not in ("gripper_open_positive", "gripper_closed_positive"):
+            continue
+        values = data.finite("action")[:, run.columns]
+        for d, name in enumerate(run.names):
+            low, high = float(run.channel.low[d]), float(run.channel.high[d])
+            if len(values) < LEAST_ROWS or not np.isfinite(high - low):
+                continue
+            ends, middle, slack = (values[:, d].min(), values[:, d].max()), (low + high) / 2, 0.02 * (high - low)
+            if any(np.allclose(ends, half, rtol=0, atol=slack) for half in ((low, middle), (middle, high))):
+                yield Finding(
+                    "warning",
+                    ACTION,
+                    f"{ends[0]:g} to {ends[1]:g} over all {len(values)} rows",
+                    f"both halves of the declared range, {low:g} to {high:g}",
+                    f"if {ends[0]:g} means the one end and {ends[1]:g} the other, {CARD}",
+                    dimension=name,
+                )
+
+
 def _grippers(data: Dataset) -> Iterator[tuple[Run, Run, int]]:
     """(command, measured opening, +1 when both are declared in the same sense, -1 in opposite ones, 0 undeclared)."""
     senses = {"gripper_open_positive": 1, "gripper_closed_positive": -1}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from data_tools.check.dataset import Dataset
 from data_tools.check.finding import Finding, register
+from data_tools.check.scales import in_degrees
 from vla.episodes.layout import ACTION, RECOMPUTE, STATE
 
 KEYS = {"state": STATE, "action": ACTION}
@@ -123,7 +125,11 @@ def degrees(data: Dataset) -> Iterator[Finding]:
             size = np.quantile(np.abs(values[:, run.columns]), 0.99, axis=0)
             most = np.pi if "delta" in convention else 4 * np.pi
             whole = not unit[:1].isdigit() or unit.startswith("1 ")  # "0.1 rad/step" says what 1 means, not what is stored
-            for d in np.flatnonzero(size > most) if "rad" in unit and whole else ():
+            odd = in_degrees(data, part, run) if "rad" in unit and whole else {}
+            for e, largest in odd.items():
+                found = f"up to {largest:.1f}, {_DEGREE:.0f} times the other episodes"
+                yield replace(_angle(part, run.channel.name, found, "radians, as they are", "deg", "rad"), episode=e)
+            for d in np.flatnonzero(size > most) if "rad" in unit and whole and not odd else ():
                 said.add(run.names[d])
                 yield _angle(part, run.names[d], f"99 % up to {size[d]:.1f}", f"radians, below {most:.1f}", "deg", "rad")
             if unit.startswith("deg") and "delta" not in convention and len(size) > 2 and 0.05 < size.max() <= 2 * np.pi:

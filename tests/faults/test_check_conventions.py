@@ -79,6 +79,11 @@ def interleaved(folder: Path) -> Path:
     return bare(folder, change, form="rot6d")
 
 
+def interleaved_in_one(folder: Path) -> Path:
+    change = each(lambda e: with_state(e, slice(3, 9), convert(e.state[:, 3:9], "rot6d", "rot6d_interleaved")), [5])
+    return bare(folder, change, form="rot6d")
+
+
 def skewed(folder: Path) -> Path:
     return bare(folder, each(lambda e: with_state(e, slice(6, 9), 0.7 * e.state[:, 6:9] + 0.3)), form="rot6d")
 
@@ -206,6 +211,29 @@ def degrees_against_radians(folder: Path) -> Path:
     return bare(folder, each(as_joints(1, 57.29578)), joints("1", -200, 200))
 
 
+def one_in_degrees(folder: Path) -> Path:
+    def change(made: list[Episode]) -> list[Episode]:
+        return [as_joints(57.29578 if n == 6 else 1, 57.29578 if n == 6 else 1)(e) for n, e in enumerate(made)]
+
+    return bare(folder, change, joints("rad", -200, 200))
+
+
+def half_gripper(low: float, high: float) -> Callable[[Path], Path]:
+    """Commands of 0 and 1 where more is declared."""
+    return lambda folder: bare(folder, None, redeclared(sound_spec(cameras=()), "action", 2, low=(low,), high=(high,)))
+
+
+def share_outside(share: float) -> Callable[[Path], Path]:
+    """This share of all rows beyond a limit that the others keep, in every episode."""
+
+    def change(e: Episode) -> Episode:
+        values = e.action[:, :1].copy()
+        values[: round(share * len(e))] = 0.3
+        return with_action(e, slice(0, 1), values)
+
+    return lambda folder: bare(folder, each(change))
+
+
 def outside(limit: float) -> Callable[[Path], Path]:
     def plant(folder: Path) -> Path:
         return bare(folder, None, redeclared(sound_spec(cameras=()), "action", 0, low=(-limit,) * 3, high=(limit,) * 3))
@@ -311,6 +339,7 @@ FAULTS = [
     Fault("quaternions that are not unit", "rotation-shape", not_unit, said="length 0.8", place={"episode": 4, "frame": 0}),
     Fault("antipodal flips", "rotation-jumps", antipodal, "warning", said="2 times", place={"episode": 3, "frame": 17}),
     Fault("6D interleaved", "rotation-shape", interleaved, said="interleaved"),
+    Fault("6D interleaved in an episode", "rotation-shape", interleaved_in_one, said="interleaved", place={"episode": 5}),
     Fault("6D not orthonormal", "rotation-shape", skewed, said="not orthonormal"),
     Fault("Euler declared axis-angle", "rotation-layout", euler_for_axis_angle, said="euler"),
     Fault("w < 0 not turned", "rotation-shape", long_vectors, "warning", said="above pi"),
@@ -327,6 +356,12 @@ FAULTS = [
     Fault("degrees declared radians", "degrees", degrees_for_radians, said="looks like degrees"),
     Fault("radians declared degrees", "degrees", radians_for_degrees, said="looks like radians"),
     Fault("degrees against radians", "degrees", degrees_against_radians, said="times the state"),
+    Fault("one episode in degrees", "degrees", one_in_degrees, said="looks like degrees", place={"episode": 6}),
+    Fault("gripper 0 to 1 for -1 to 1", "gripper-range", half_gripper(-1, 1), "warning", place={"dimension": "gripper.close"}),
+    Fault("gripper 0 to 1 for 0 to 2", "gripper-range", half_gripper(0, 2), "warning", said="0 to 1 over"),
+    Fault("5 % outside the limits", "outside-limits", share_outside(0.05), "warning", said="5.00%", place={"frame": 0}),
+    Fault("12.5 % outside the limits", "outside-limits", share_outside(0.125), said="12.50%", place={"dimension": "eef.x"}),
+    Fault("25 % outside the limits", "outside-limits", share_outside(0.25), said="25.00%", place={"dimension": "eef.x"}),
     Fault("much outside the limits", "outside-limits", outside(0.02), place={"dimension": "eef.x"}),
     Fault("some outside the limits", "outside-limits", outside(0.0585), "warning"),
     Fault("constant dimension", "constant-dimension", constant, "warning", said="always 0.25", place={"dimension": "turn.y"}),
@@ -371,3 +406,15 @@ def test_the_next_state_as_action_is_worth_a_note_only(tmp_path: Path):
         bare(tmp_path, each(lambda e: dataclasses.replace(e, action=np.concatenate([e.state[1:], e.state[-1:]]))), spec)
     )
     assert [(f.severity, f.code) for f in found] == [("note", "action-is-state")]
+
+
+def test_one_episode_that_moves_more_is_not_in_degrees(tmp_path: Path):
+    """Six times the others' angles, and a single joint that has turned often: both are radians."""
+
+    def change(made: list[Episode]) -> list[Episode]:
+        made = [as_joints(6, 6)(e) if n == 6 else as_joints(1, 1)(e) for n, e in enumerate(made)]
+        made[2].state[:, 0] *= 57
+        return made
+
+    found = check(bare(tmp_path, change, joints("rad", -200, 200)))
+    assert not [f for f in found if f.code == "degrees" and f.episode is not None]
