@@ -49,6 +49,22 @@ def test_constant_dimensions_become_zero_and_come_back(value):
     assert np.allclose(normalizer.from_unit(np.ones((1, 2), np.float32))[0, 0], value)
 
 
+@pytest.mark.parametrize("scheme", ["q99", "bounds", "meanstd"])
+@pytest.mark.parametrize(("spread", "constant"), [(4e-7, True), (4e-6, False)])
+def test_a_range_near_rounding_is_a_constant(scheme, spread, constant):
+    """A held joint that trembles in its last digits (openpi #814): stretched to [-1, 1] it would be noise at full size.
+
+    Values from 0.5 to 0.5 (1 + spread); float32 tells the two apart, so neither range is exactly 0.
+    """
+    low, high = np.float32(0.5), np.float32(0.5 * (1 + spread))
+    assert high > low
+    values = {"min": low, "max": high, "q01": low, "q99": high, "mean": (float(low) + float(high)) / 2,
+              "std": (float(high) - float(low)) / 6}  # fmt: skip
+    normalizer = Normalizer(Stats({name: np.array([v], np.float64) for name, v in values.items()}, 100), scheme)
+    assert normalizer.constant.tolist() == [constant]
+    assert (np.abs(normalizer.to_unit(np.array([[low], [high]]))) > 0.5).all() != constant
+
+
 def test_nan_and_wrong_width_are_refused_both_ways():
     normalizer = Normalizer(Stats.of(np.random.default_rng(0).normal(size=(10, 3))), "q99")
     for way in (normalizer.to_unit, normalizer.from_unit):
