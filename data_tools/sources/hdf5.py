@@ -6,7 +6,8 @@
 Values stay as the file holds them: dtypes kept, pictures RGB but not turned. What has to be done to them is said in
 `info.attributes`: `pairing` (`observation_before_action` or `observation_after_action`), `image_orientation`
 (`upright` or `bottom_up`), `left_out` (arrays that are no per-step numbers, and why), `masks` (robomimic's filter lists:
-name -> keys), `env_args`. Nothing but metadata is read on opening; `read` opens the file, reads one episode, closes it.
+name -> keys), `mask_strangers` (list -> how many names it holds of demonstrations that are in no file), `env_args`.
+Nothing but metadata is read on opening; `read` opens the file, reads one episode, closes it.
 """
 
 from __future__ import annotations
@@ -338,10 +339,14 @@ def _info(facts: dict[str, FileFacts], schema: _Schema) -> SourceInfo:
     first = next(iter(facts.values()))
     attributes = {k: v for k, v in first.attributes.items() if k not in ("num_demos", "total", "problem_info", "bddl_file_name")}
     masks: dict[str, list[str]] = {}
+    strangers: dict[str, int] = {}
     for name, found in facts.items():
         for mask, demos in found.masks.items():
             masks.setdefault(mask, []).extend(_key(name, demo) for demo in demos)
-    attributes |= {"layout": first.kind, "files": len(facts), "masks": masks, "left_out": schema.left_out}
+        for mask, count in found.strangers.items():
+            strangers[mask] = strangers.get(mask, 0) + count
+    attributes |= {"layout": first.kind, "files": len(facts), "masks": masks, "mask_strangers": strangers,
+                   "left_out": schema.left_out}  # fmt: skip
     if any(f.instruction for f in facts.values()):
         attributes["instructions"] = {name: f.instruction for name, f in facts.items()}
     return SourceInfo(first.fps, schema.fields, schema.images, attributes)
