@@ -6,6 +6,8 @@ checks here only look at what it lets through.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.check.pictures import Film, watch
+from data_tools.standardise.fitting import UNLIMITED
 from vla.embodiment import Channel, EmbodimentSpec
 from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, read_layout
 from vla.episodes.rows import Rows, read_rows
@@ -70,7 +73,7 @@ class Dataset:
     complaints: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(where, found, expected, fix) of everything the readers refused."""
     declared: bool = False
-    """Whether the conventions of the channels are declared, and not made up from the features."""
+    """Whether the conventions of any channel are declared, and not made up from the features: see `is_declared`."""
     films: dict[str, list[Film | None]] = field(default_factory=dict)
     """Camera -> one `Film` per episode; empty without pictures."""
     holdout: float = MixtureConfig.model_fields["holdout"].default
@@ -122,6 +125,14 @@ class Dataset:
     def names(self, part: str) -> list[str]:
         return self.spec.state_names if part == "state" else self.spec.action_names
 
+    def bounds(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Declared low and high of every dimension, float64; infinite where nobody declared any."""
+        low, high = (np.array(limit, np.float64) for limit in self.spec.limits(part))
+        for run in self.runs(part):
+            if not (self.declared and is_declared(run.channel)):
+                low[run.columns], high[run.columns] = -np.inf, np.inf
+        return low, high
+
     def runs(self, part: str) -> Iterator[Run]:
         """The channels of a part with their columns."""
         at = 0
@@ -166,6 +177,12 @@ class Dataset:
         return a, now, later
 
 
+def is_declared(channel: Channel) -> bool:
+    """False for what a conversion without a card writes of numbers whose meaning it does not know."""
+    without_limits = all(low == -UNLIMITED for low in channel.low) and all(high == UNLIMITED for high in channel.high)
+    return channel.convention != "scalar" or not without_limits
+
+
 def open_dataset(
     root: Path,
     embodiment: EmbodimentSpec | None = None,
@@ -178,6 +195,7 @@ def open_dataset(
     data = Dataset(root, declared=embodiment is not None or (root / "meta" / "embodiment.json").is_file())
     if holdout is not None:
         data.holdout = holdout
+    data.complaints += _unfinished(root)
     try:
         layout, problems = read_layout(root, embodiment, need_stats=True)
     except (DataError, RecursionError) as error:
@@ -186,6 +204,7 @@ def open_dataset(
     fits = True
     try:
         data.layout = layout
+        data.declared = data.declared and any(map(is_declared, (*layout.spec.state, *layout.spec.action)))
         rows = None if _misfit_columns(layout, problems) else read_rows(layout, problems)
         if rows is not None:
             fits = (rows.state.shape[1], rows.action.shape[1]) == (layout.spec.state_dim, layout.spec.action_dim)
@@ -203,6 +222,27 @@ def open_dataset(
         data.complaints.append(_complaint(root, error))
     data.complaints = problems.found + data.complaints
     return data
+
+
+def _unfinished(root: Path) -> list[tuple[str, str, str, str]]:
+    """The complaint about a conversion that was interrupted, refused, or whose proof has failed, by its own report."""
+    name = "meta/conversion.json"
+    try:
+        report = json.loads((root / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        return []  # recorded, not converted; or by a version that did not say
+    if not isinstance(report, dict) or report.get("complete") is not False:
+        return []
+    where, proof = str(root / name), report.get("verified")
+    if isinstance(proof, dict) and proof.get("differences"):
+        found, expected = f"{len(proof['differences'])} differences between the source and what was written", "none"
+        return [(where, found, expected, "convert again, into another folder")]
+    options = [str(word) for word in report.get("options") or ()]
+    fix = f"vla data convert SRC {shlex.join([str(root), *options])} where SRC is the source, {report.get('source_name')!r}" + (
+        f", and CARD.yaml the card {report.get('card')!r}" if "CARD.yaml" in options else ""
+    )
+    said = "a conversion that was not finished: interrupted, or refused for damage (--strict)"
+    return [(where, said, "a finished one, read back and compared", fix)]
 
 
 def _misfit_columns(layout: Layout, problems: Problems) -> bool:

@@ -14,10 +14,12 @@ from vla.embodiment import explain
 def undeclared(data: Dataset) -> Iterator[Finding]:
     """Without conventions nothing can be said about delta and absolute, grippers, rotations and limits."""
     if not data.declared:
+        described = (data.root / "meta" / "embodiment.json").is_file()  # by a conversion without a card
         yield Finding(
             "note",
             "meta/embodiment.json",
-            "no such file: units, frames, signs and limits are unknown, and the checks on them were left out",
+            f"{'no channel with a convention or limits' if described else 'no such file'}: units, frames, signs and limits are "
+            "unknown, and the checks on them were left out",
             "an embodiment",
             f"vla data check {data.root} --embodiment configs/embodiments/ROBOT.yaml, or convert with a "
             "dataset card (`vla data convert --help`)",

@@ -34,7 +34,7 @@ def constant_dimension(data: Dataset) -> Iterator[Finding]:
         if len(values) < 3:
             continue
         low, q01, q99, high = ranges(values)
-        declared = np.subtract(*data.spec.limits(part)[::-1]).astype(float) if data.declared else np.full(len(low), np.nan)
+        declared = np.subtract(*data.bounds(part)[::-1])
         for d, name in enumerate(names):
             size = max(abs(low[d]), abs(high[d]))
             fix = (
@@ -61,7 +61,7 @@ def constant_dimension(data: Dataset) -> Iterator[Finding]:
                     "normalise it by min and max (`policy.normalization.action=bounds`)",
                     dimension=name,
                 )
-            elif q99[d] - q01[d] < _NEAR * declared[d]:
+            elif np.isfinite(declared[d]) and q99[d] - q01[d] < _NEAR * declared[d]:
                 yield Finding(
                     "warning",
                     KEYS[part],
@@ -79,8 +79,9 @@ def outside_limits(data: Dataset) -> Iterator[Finding]:
         return
     for part in ("state", "action"):
         values, names = data.finite(part), data.names(part)
-        low, high = (limit.astype(float) for limit in data.spec.limits(part))
+        low, high = data.bounds(part)
         slack = 1e-5 * np.maximum(np.maximum(np.abs(low), np.abs(high)), high - low)
+        slack[~np.isfinite(slack)] = 0.0  # without limits: inf - inf would be no number
         outside = (values < low - slack) | (values > high + slack)
         for d in np.flatnonzero(outside.any(0)):
             share = float(outside[:, d].mean())
