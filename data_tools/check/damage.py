@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.check.dataset import Dataset
 from data_tools.check.finding import Finding, register
-
-MOST_METADATA = 256 * 2**20
-"""Bytes of one JSON file of metadata; the largest honest ones seen are a few MB."""
+from data_tools.sources.inside import leads_out
 
 
 @register("foreign-path", "links and paths that lead out of the dataset", "folder")
 def foreign_path(root: Path) -> Iterator[Finding]:
     """A downloaded archive may hold links to, or name, any file of this machine. Looks before anything is read."""
-    inside = [root.resolve()]
-    if root.resolve().parent.name == "snapshots":  # a Hub cache keeps its files next door and links to them
-        inside.append(root.resolve().parent.parent / "blobs")
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
-            yield Finding(
-                "error",
-                name,
-                f"a link to {path.resolve()}",
-                "files of the dataset only",
-                f"rm '{path}' and restore the file itself; do not unpack archives that hold such links",
-            )
-        elif not path.is_dir() and not stat.S_ISREG(path.stat().st_mode if path.exists() else stat.S_IFREG):
-            yield Finding("error", name, "a pipe, socket or device", "regular files only", f"rm '{path}'")
-        elif path.suffix == ".json" and path.is_file() and path.stat().st_size > MOST_METADATA:
-            yield Finding(
-                "error", name, f"{path.stat().st_size:,} bytes", f"at most {MOST_METADATA:,}", "restore this file from its source"
-            )
-    try:
-        info = json.loads((root / "meta" / "info.json").read_text())
-        templates = {key: info.get(key) for key in ("data_path", "video_path")} if isinstance(info, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return  # said by `metadata`
-    for key, template in templates.items():
-        if isinstance(template, str) and (template.startswith(("/", "~")) or ".." in Path(template).parts or "\\" in template):
-            yield Finding(
-                "error",
-                "meta/info.json",
-                f"{key} {template!r}",
-                "a path inside the dataset",
-                f"restore {key} from its source, e.g. data/chunk-{{chunk_index:03d}}/file-{{file_index:03d}}.parquet",
-            )
+    for path, found, expected, fix in leads_out(root):
+        yield Finding("error", str(path.relative_to(root)), found, expected, fix)
+
+
+@register("no-camera", "datasets without any picture")
+def no_camera(data: Dataset) -> Iterator[Finding]:
+    """A policy that sees nothing is hardly what was meant; most often a converter was told of other cameras than there were."""
+    if data.layout is not None and not data.layout.cameras:
+        fix = "convert it again with a dataset card that names the cameras of the source (`vla data convert --help`); or, if "
+        fix += "numbers alone are meant, --skip no-camera"
+        yield Finding("error", "meta/info.json", "no camera", "pictures of at least one camera", fix)
 
 
 _EPISODE = re.compile(r"episode (\d+)")
@@ -58,6 +32,7 @@ _FRAME = re.compile(r"frame (\d+)")
 _DIMENSION = re.compile(r"\[(\d+)\] \(([^)]*)\)")
 
 KINDS: dict[str, tuple[str, str]] = {
+    "unfinished-conversion": ("conversions that were interrupted or refused, or failed their proof", r"meta/conversion\.json"),
     "not-finite": ("NaN or infinite values", r"finite number"),
     "timestamps": ("rows that do not follow each other by 1 / fps", r", timestamp|fps in meta/info"),
     "statistics": ("statistics missing, of another width, or of other data", r"stats\.json|episodes_stats"),

@@ -207,6 +207,24 @@ def nobody_declared(folder: Path) -> Path:
     return root
 
 
+def no_camera(folder: Path) -> Path:
+    return write_sound(folder / "d", None, sound_spec(cameras=()), cameras=())
+
+
+def unfinished(folder: Path) -> Path:
+    root = sound(folder)
+    said = {"complete": False, "source_name": "lift", "card": "mine", "options": ["--card", "CARD.yaml", "--fps", "20"]}
+    (root / "meta" / "conversion.json").write_text(json.dumps(said))
+    return root
+
+
+def unproven(folder: Path) -> Path:
+    root = sound(folder)
+    said = {"complete": False, "verified": {"differences": [{"where": "action[0, 0]"}]}}
+    (root / "meta" / "conversion.json").write_text(json.dumps(said))
+    return root
+
+
 FAULTS = [
     Fault("NaN in an action", "not-finite", nan_in_action, place={"episode": 2, "frame": 7, "dimension": "turn.x"}),
     Fault("infinite state", "not-finite", infinite_state, place={"episode": 0, "frame": 5, "dimension": "eef.x"}),
@@ -233,6 +251,9 @@ FAULTS = [
     Fault("a link that leads out", "foreign-path", link_outside, said="secret.parquet"),
     Fault("a path that leads out", "foreign-path", template_outside, said="../file.parquet"),
     Fault("an older format", "older-format", written_as_v21, "note", said="v2.1"),
+    Fault("no camera at all", "no-camera", no_camera),
+    Fault("an interrupted conversion", "unfinished-conversion", unfinished, said="not finished"),
+    Fault("a conversion that is not its source", "unfinished-conversion", unproven, said="1 differences"),
     Fault("conventions nobody declared", "undeclared", nobody_declared, "note"),
 ]
 
@@ -287,6 +308,15 @@ def test_a_folder_of_the_hub_cache_may_link_to_its_own_blobs(tmp_path: Path):
     shutil.move(root / DATA, blob)
     (root / DATA).symlink_to(blob)
     assert not check(root, frames=False)
+
+
+def test_the_command_that_finishes_a_conversion_can_be_typed(tmp_path: Path):
+    root = unfinished(tmp_path)
+    (found,) = check(root)
+    assert found.fix == (f"vla data convert SRC {root} --card CARD.yaml --fps 20 where SRC is the source, 'lift', "
+                         "and CARD.yaml the card 'mine'")  # fmt: skip
+    edit_json(root / "meta" / "conversion.json", complete=True)
+    assert check(root) == []
 
 
 def test_nothing_is_read_through_a_link_that_leads_out(tmp_path: Path):
