@@ -24,11 +24,13 @@ from data_tools.standardise.card import (
     shipped_cards,
 )
 from data_tools.standardise.channels import meaning_kind, problems_of
+from vla.config import CONFIGS
 from vla.embodiment import Camera, Channel, EmbodimentSpec
 from vla.errors import UsageError
 
 UNLIMITED = 1e6
-"""Limits of a derived channel: nothing is known, so nothing is clipped. A converter that has seen the data may tighten them."""
+"""Limits of a derived channel: nothing is known, so nothing is clipped. `vla data check` takes a `scalar` with these limits for
+undeclared. A converter that has seen the data may tighten them."""
 _WIDEST = 64
 """A numeric observation with more numbers than this (a sentence embedding, a flattened image) is not taken for a state."""
 
@@ -36,8 +38,14 @@ _WIDEST = 64
 def fit(card: Card, info: SourceInfo) -> Card:
     """`card` completed by what the dataset says of itself: `fps`, and a `spec` with the sizes of its cameras.
 
-    Raises `UsageError` with every line of the card that does not fit, and the nearest names.
+    Raises `UsageError` with every line of the card that does not fit, and the nearest names; also where the dataset has
+    pictures, the card takes none, and has not said so by `cameras: {}`.
     """
+    return _with_pictures(card, _meet(card, info), info)
+
+
+def _meet(card: Card, info: SourceInfo) -> Card:
+    """As `fit`, without asking whether any picture is taken."""
     if card.embodiment == DERIVED:
         card = _derived(card, info)
     robot, problems = card.robot, _Problems(card)
@@ -71,12 +79,14 @@ def card_for(source: Source, fps: float | None = None) -> Card:
             if bool(match.names) == by_name and _matches(match, source):
                 card = load_card(shipped)
                 try:
-                    return fit(card, source.info)
+                    fitted = _meet(card, source.info)
                 except UsageError as error:
                     if by_name:
                         raise
                     reasons = " | ".join(line.strip() for line in error.found.splitlines())
                     passed.append(f"the shipped card {card.name!r} does not fit: {reasons}")
+                else:  # it knows what the numbers mean: not to be given up for other cameras
+                    return _with_pictures(card, fitted, source.info)
     name = str(source.info.attributes.get("name") or source.root.stem)
     card = Card(name=name, about="; ".join(["derived from the fields, meanings not known", *passed]), fps=fps)
     return fit(card, source.info)
@@ -112,6 +122,23 @@ class _Problems:
             raise UsageError(f"card {self.card.name!r}", found=pad.join(f for f, _ in self.lines),
                              expected=pad.join(dict.fromkeys(e for _, e in self.lines)),
                              fix="correct the lines named above, or give another card with --card")  # fmt: skip
+
+
+def _with_pictures(card: Card, fitted: Card, info: SourceInfo) -> Card:
+    """`fitted`, unless pictures are there and it takes none: optional cameras are some, not none at all."""
+    asked_for_none = not card.cameras and "cameras" in card.model_fields_set
+    if not info.images or fitted.cameras or asked_for_none:
+        return fitted
+    wanted = [entry.field for entry in card.cameras.values()]
+    there = {name: f"{{field: {path}, flip: as_source}}" for name, path in _camera_names(info.images).items()}
+    named = ", ".join(f"{name}: {entry}" for name, entry in there.items())
+    file = CONFIGS / card.at()
+    raise UsageError(
+        card.at("cameras"), found=f"pictures {sorted(info.images)}, of which the card takes none",
+        expected=f"one of {wanted}, as the card names them" if wanted else "a camera for at least one of them",
+        fix=f"copy {file if file.is_file() else card.at()} to my_card.yaml, write `cameras: {{{named}}}` in the copy "
+        "(`cameras: {}` for numbers without pictures), and pass --card my_card.yaml",
+    )  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -233,11 +260,13 @@ def _derived(card: Card, info: SourceInfo) -> Card:
         channels[part] = tuple(_channel(path, info) for path in paths)
         entries[part] = tuple(ChannelCard(channel=_short(path), field=path) for path in paths)
     found = {name: CameraCard(field=path, flip="as_source") for name, path in _camera_names(info.images).items()}
+    if "cameras" in card.model_fields_set:
+        found = card.cameras  # none at all, if it says so
     pairing = card.pairing if "pairing" in card.model_fields_set else "as_source"
     name = str(info.attributes.get("robot_type") or card.name)
     spec = EmbodimentSpec(name=name, cameras={}, control_hz=float(fps or 0), **channels)
     left = f"; left out as too wide for a state: {wide}" if wide else ""
-    return card.with_robot(spec, about=card.about + left, cameras=card.cameras or found, pairing=pairing, **entries)
+    return card.with_robot(spec, about=card.about + left, cameras=found, pairing=pairing, **entries)
 
 
 def _sliced(channels: tuple[Channel, ...], field: str) -> tuple[ChannelCard, ...]:
