@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.convert_pool import Job, Pool
-from data_tools.convert_report import REPORT, Tally, card_digest, fingerprint, keep, report_of, sentence
+from data_tools.convert_report import COVERS, REPORT, Tally, begin, card_digest, fingerprint, keep, report_of, sentence
 from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
 from data_tools.lerobot_v21 import refuse_other_things
 from data_tools.sources import Source, open_source
@@ -74,6 +74,7 @@ def convert(
     as_it_is = card is None and video == "lossless" and not (episodes or fps or instruction)
     if to == FORMATS[1] and source.kind.startswith("lerobot") and as_it_is:
         return _lerobot_to_v21(source, dst, workers, verify, progress)
+    options = _options(kind, card, to, video, episodes, fps, instruction)
     card = _fitted(card, source, fps, instruction)
     spec, rate = card.spec, max(1, round(card.spec.control_hz))
     _check_sizes(spec, video)
@@ -84,7 +85,8 @@ def convert(
                         fix="check the path, or --episodes")  # fmt: skip
     tally = Tally(source, len(listed), len(keys), strict)
     tally.judge_listing()
-    header = {"source_name": _name(source), "source_kind": source.kind, "source_sha256": fingerprint(source.root),
+    _ask_for_words(Job(source, card, rate, video), keys)
+    header = {"source_name": _name(source), "source_kind": source.kind, "source_listing_sha256": fingerprint(source.root),
               "card": card.name, "card_sha256": card_digest(card), "selected": episodes or ":"}  # fmt: skip
     work = dst if to == FORMATS[0] else dst.with_name(f".{dst.name}.v30")
     if work != dst:
@@ -94,6 +96,7 @@ def convert(
                              "raw_megabytes": 0.0, "seconds": 0.0, "verify_seconds": 0.0}  # fmt: skip
     with Pool(workers, Job(source, card, rate, video)) as pool:
         with LeRobotWriter(work, spec, fps=rate, video=video, header=header, resume=True) as writer:
+            begin(work, writer.header, options)
             already, raw = writer.num_episodes, _append(writer, pool, spec, keys, tally, progress)
         report = report_of(source, card, writer, tally)
         written = time.monotonic()
@@ -120,7 +123,8 @@ def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progr
     done, proof = to_v21(source.root, dst, workers=workers, verify=verify, progress=progress)
     notes = [f"{done['clips_encoded']} clips could not be cut out as they are and were encoded anew, without loss"]
     report = {
-        "source_name": _name(source), "source_kind": source.kind, "source_sha256": fingerprint(source.root), "card": None,
+        "source_name": _name(source), "source_kind": source.kind, "card": None, "complete": True,
+        "source_listing_sha256": fingerprint(source.root), "source_listing_covers": COVERS,
         "robot": source.info.attributes.get("robot_type"), "fps": source.info.fps, "episodes": done["episodes"],
         "frames": done["frames"], "damaged_files": [], "quarantined": [], "not_carried": done["left_out"],
         "notes": notes if done["clips_encoded"] else [], "verified": proof,
@@ -128,6 +132,39 @@ def _lerobot_to_v21(source: Source, dst: Path, workers: int, verify: bool, progr
     keep(dst, report)
     return report | {"out": str(dst), "format": FORMATS[1], "converted_now": done["episodes"] - done["resumed"],
                      "megabytes": _megabytes(dst), "seconds": done["seconds"]}  # fmt: skip
+
+
+def _ask_for_words(job: Job, keys: list[str]) -> None:
+    """Raise `DataError` when a source has no instructions, by its first episode, and if that is mute or damaged, two others."""
+    if job.card is not None and job.card.instruction.text is not None:
+        return
+    mute: list[DataError] = []
+    for key in dict.fromkeys((keys[0], keys[len(keys) // 2], keys[-1])):
+        try:
+            job.read(key)
+        except DataError as damage:
+            if damage.where.endswith(", instruction"):
+                mute.append(damage)
+            continue  # other damage is told when its turn comes
+        return
+    if mute:
+        raise DataError(mute[0].where, found=f"{mute[0].found}, nor in any other episode looked at", expected=mute[0].expected,
+                        fix="pass --instruction TEXT, what every episode is told to do, or say in a card which field holds "
+                        "the words (instruction: {field: ...})")  # fmt: skip
+
+
+def _options(
+    kind: str | None, card: Any, to: str, video: str, episodes: str | None, fps: float | None, instruction: str | None
+) -> list[str]:
+    """What is typed after `vla data convert SRC DST` to get these settings again."""
+    from data_tools.standardise import shipped_cards
+
+    # A file of this machine is nobody else's business; which card it was, `card` in the header says.
+    named = card if card is None or card in shipped_cards() else "CARD.yaml"
+    pairs = (("--from", kind), ("--card", named), ("--fps", fps), ("--instruction", instruction), ("--episodes", episodes))
+    said = [word for flag, value in pairs if value is not None for word in (flag, str(value))]
+    said += ["--to", to] if to != FORMATS[0] else []
+    return said + (["--video", video] if video != "lossless" else [])
 
 
 def _name(source: Source) -> str:

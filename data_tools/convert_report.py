@@ -16,6 +16,8 @@ from vla.durable import replace_file
 from vla.errors import DataError
 
 REPORT = "meta/conversion.json"
+COVERS = "names and sizes of the files, and the first and last 64 KiB of each; not what lies between"
+"""What `source_listing_sha256` depends on, see `fingerprint`."""
 RECOMPUTED = {"timestamp", "frame_index", "episode_index", "index", "task_index", "next.done", "next.success"}
 """LeRobot's own columns, written anew: they follow from the episodes."""
 _MOST_NAMED = 20
@@ -74,8 +76,9 @@ def card_digest(card: Any) -> str:
 
 
 def fingerprint(root: Path) -> str:
-    """sha256 over the names and sizes of a dataset's files and both ends (64 KiB) of each: it tells sources apart
-    without reading 50 GB, and is the same for a copy elsewhere."""
+    """`source_listing_sha256`: over the names and sizes of a dataset's files and both ends (64 KiB) of each, without hidden
+    ones. It tells sources apart without reading 50 GB, and is the same for a copy elsewhere. It is no checksum of the
+    content: what changes in the middle of a file, sizes kept, is not seen."""
     files = [root]
     if root.is_dir():  # without hidden ones: `.cache` of a download holds times
         files = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s[0] == "." for s in p.relative_to(root).parts)]
@@ -90,6 +93,12 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
+def begin(root: Path, header: dict[str, Any], options: Sequence[str]) -> None:
+    """Say beside the data that this conversion is not finished, and what to add to `vla data convert SRC DST` to finish it."""
+    unfinished = {**header, "complete": False, "options": list(options)}
+    replace_file(root / REPORT, json.dumps(unfinished, indent=2), "the episodes written so far are whole")
+
+
 def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) -> dict[str, Any]:
     """What `meta/conversion.json` holds, before the proof. No paths of this machine, no times: equal for equal conversions."""
     rate, notes = card.spec.control_hz, []
@@ -101,17 +110,32 @@ def report_of(source: Source, card: Any, writer: LeRobotWriter, tally: Tally) ->
         notes.append(f"splits of the source, as episodes of this dataset: {ranges}; pass --episodes to convert one of them")
     if masks := source.info.attributes.get("masks"):
         notes.append(f"filter lists of the source are not carried over: {sorted(masks)}")
+    if strangers := source.info.attributes.get("mask_strangers"):
+        listed = ", ".join(f"{count} in {name!r}" for name, count in sorted(strangers.items()))
+        notes.append(f"filter lists of the source name demonstrations that are in none of its files: {listed}")
     if source.missing:
         notes.append(f"{source.missing} episodes that the source promises are in none of its files that can be listed")
-    if several := sum(entry.get("several", False) for entry in writer.recorded):
+    several = sum(entry.get("several", False) for entry in writer.recorded)
+    if several:
         notes.append(f"{several} episodes change their instruction midway; the first was kept for all of each")
-    there = source.info.fields.keys() | source.info.images.keys() | set(source.info.attributes.get("left_out", ()))
+    used, images = fields_used(card), source.info.images.keys()
+    there = source.info.fields.keys() | set(source.info.attributes.get("left_out", ()))
     return {
-        **writer.header, "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,
+        **writer.header, "complete": True, "source_listing_covers": COVERS,
+        "robot": writer.spec.key, "episodes": writer.num_episodes, "frames": writer.num_frames,
         "damaged_files": [_placeless(finding, source.root) for finding in _findings(source.damage)],
         "quarantined": [_placeless({"key": key, **_findings([d])[0]}, source.root) for key, d in tally.quarantined],
-        "splits": ranges, "not_carried": sorted(there - fields_used(card) - RECOMPUTED), "notes": notes, "verified": None,
+        "splits": ranges, "not_carried": sorted(there - images - used - RECOMPUTED),
+        "pictures_not_carried": sorted(images - used), "rounded": _rounded(source, card),
+        "instructions_changing": several, "notes": notes, "verified": None,
     }  # fmt: skip
+
+
+def _rounded(source: Source, card: Any) -> list[str]:
+    """Fields that hold float64 and are stored as float32, by their declared type: whether a value changed is not asked."""
+    columns = [*card.state, *card.action, *(c.relative_to for c in (*card.state, *card.action) if c.relative_to)]
+    wide = {c.field for c in columns if source.info.fields.get(c.field, ("",))[0] == "float64"}
+    return sorted(wide)
 
 
 def _findings(damage: Sequence[DataError]) -> list[dict[str, str]]:
@@ -131,9 +155,10 @@ def all_of(findings: Sequence[dict[str, str]], where: object, found: str, expect
 
 
 def keep(root: Path, report: dict[str, Any]) -> None:
-    """Write the report beside the data. Raises `DataError` when the proof has failed."""
-    replace_file(root / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
+    """Write the report beside the data, `complete` unless the proof has failed: then raises `DataError`."""
     differing = (report["verified"] or {}).get("differences") or []
+    report = report | {"complete": not differing}
+    replace_file(root / REPORT, json.dumps(report, indent=2, allow_nan=False), "the dataset itself is complete")
     if differing:
         raise all_of(differing, root, f"{len(differing)} differences between the source and what was written", "none",
                      "remove the folder and convert again; if it happens again, report it with this message")  # fmt: skip
@@ -148,18 +173,30 @@ def sentence(summary: dict[str, Any]) -> str:
     if proof is None:
         lines.append("NOT verified (--no-verify)")
     elif proof["pictures_identical"]:
-        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures identical; "
-                     "states, actions, instructions, timestamps identical")  # fmt: skip
+        lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures identical; {_equal(summary)}")
     else:
         lines.append(f"verified: {proof['episodes']} episodes, {proof['pictures']:,} pictures, worst PSNR "
-                     f"{proof['worst_psnr']} dB (limit {proof['psnr_limit']}); states, actions, instructions, "
-                     "timestamps identical")  # fmt: skip
+                     f"{proof['worst_psnr']} dB (limit {proof['psnr_limit']}); {_equal(summary)}")  # fmt: skip
     lines += [f"note: {note}" for note in summary["notes"]]
     if summary["not_carried"]:
         lines.append(f"not carried over: {', '.join(summary['not_carried'])}")
+    if pictures := summary.get("pictures_not_carried"):
+        lines.append(f"WARNING: pictures left out, no camera of the card takes them: {', '.join(pictures)}")
     for name, words in (("damaged_files", "files that cannot be listed"), ("quarantined", "damaged episodes left out")):
         found = summary[name]
         if found:
             lines.append(f"WARNING: {words}: {len(found)} (all in {REPORT})")
             lines += [f"  {f['where']}: {f['found']}" for f in found[:_MOST_NAMED]]
     return "\n".join(lines)
+
+
+def _equal(summary: dict[str, Any]) -> str:
+    """What the proof found equal, beside the pictures, and equal to what."""
+    rounded, changing = summary.get("rounded") or [], summary.get("instructions_changing", 0)
+    numbers = "states, actions identical"
+    if rounded:
+        numbers += f" as float32 ({len(rounded)} float64 field{'s' * (len(rounded) != 1)} rounded: {', '.join(rounded)})"
+    words = "instructions identical"
+    if changing:
+        words += f" (the first of an episode; {changing} episode{'s change theirs' if changing != 1 else ' changes its own'})"
+    return f"{numbers}; {words}; timestamps identical"

@@ -18,6 +18,7 @@ from toy_source import ToySource, write_toy
 
 import data_tools.convert as conversion
 import data_tools.lerobot as lerobot
+from data_tools.check import check
 from data_tools.convert import convert
 from data_tools.convert_pool import Job
 from data_tools.convert_report import sentence
@@ -62,6 +63,8 @@ def test_every_value_arrives_and_the_proof_is_written_down(src: Path, tmp_path: 
             for t, frame in enumerate(raw.images[f"obs/{camera}"]):
                 assert np.array_equal(store.frame(camera, rows.start + t), frame)
     said, pictures = report(tmp_path / "ds"), 2 * store.num_frames
+    assert said["complete"] is True and said["pictures_not_carried"] == [] and said["rounded"] == ["actions"]
+    assert "identical as float32 (1 float64 field rounded: actions); instructions identical;" in sentence(summary)
     assert said["verified"] == {"episodes": 9, "pictures": pictures, "pictures_identical": True, "worst_psnr": None,
                                 "psnr_limit": None, "differences": []} == summary["verified"]  # fmt: skip
     assert said["not_carried"] == ["obs/flag", "rewards"] and not said["quarantined"] and not said["damaged_files"]
@@ -124,7 +127,11 @@ def test_strict_stops_at_the_first_damage_and_names_it(src: Path, tmp_path: Path
     assert main(["data", "convert", str(src), str(tmp_path / "ds"), "--workers", "0", "--strict", "--json"]) == 3
     err = capsys.readouterr().err
     assert "ep-006" in err and "flipped bit" in err and "--strict" in err
-    assert not (tmp_path / "ds/meta/conversion.json").exists()
+    assert report(tmp_path / "ds")["complete"] is False
+    (finding,) = [f for f in check(tmp_path / "ds") if f.code == "unfinished-conversion"]
+    assert finding.severity == "error" and f"vla data convert SRC {tmp_path / 'ds'} where SRC" in finding.fix
+    run(src, tmp_path / "ds")
+    assert not [f for f in check(tmp_path / "ds") if f.code == "unfinished-conversion"]
 
 
 def test_damage_in_the_listing(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -298,7 +305,7 @@ def test_killed_in_the_middle_and_run_again_equals_never_killed(tmp_path: Path, 
     process.kill()
     process.wait()
     stopped = json.loads(info.read_text())["total_episodes"]
-    assert 0 < stopped < 22 and not (out / "meta/conversion.json").exists()
+    assert 0 < stopped < 22 and report(out)["complete"] is False
     assert content(out, tmp_path / "cache") == expected[:stopped]
     summary = run(src, out)
     assert summary["converted_now"] == 22 - stopped and [q["key"] for q in summary["quarantined"]] == ["ep-001", "ep-013"]
@@ -347,7 +354,7 @@ def test_another_card_source_or_setting_is_refused(src: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="video"):
         run(src, tmp_path / "ds", episodes="0:4", video="rgb")
     write_toy(src, 10)
-    with pytest.raises(UsageError, match="source_sha256"):
+    with pytest.raises(UsageError, match="source_listing_sha256"):
         run(src, tmp_path / "ds", episodes="0:4")
     assert before == {p: p.read_bytes() for p in (tmp_path / "ds").rglob("*") if p.is_file()}
 
