@@ -100,6 +100,18 @@ def test_a_clean_dataset_converted_without_a_card_has_no_warning(scale: float, t
     assert "no channel with a convention or limits" in found[0].found
 
 
+def test_a_derived_robot_of_several_fields_is_judged_too(tmp_path: Path):
+    """RLDS and HDF5 have one channel per field, where a LeRobot dataset without a description has one in all."""
+    spec, unknown = sound_spec(), {}
+    for part in ("state", "action"):
+        unknown[part] = tuple(
+            c.model_copy(update={"convention": "scalar", "unit": "-", "low": (-1e6,) * len(c.dims), "high": (1e6,) * len(c.dims)})
+            for c in getattr(spec, part)
+        )
+    found = check(write_sound(tmp_path / "ds", None, spec.model_copy(update=unknown)), frames=False)
+    assert [(f.severity, f.code) for f in found] == [("note", "undeclared")]
+
+
 def test_limits_of_the_channels_that_are_declared_still_hold(tmp_path: Path):
     """One scalar without limits takes nothing from the others."""
     spec = sound_spec()

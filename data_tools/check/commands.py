@@ -246,9 +246,7 @@ def _grippers(data: Dataset) -> Iterator[tuple[Run, Run, int]]:
         return
     found = []
     for part in ("action", "state"):
-        (whole,) = list(data.runs(part)) or [None]
-        grips = [n for n, dim in enumerate(whole.channel.dims) if "grip" in dim.lower()] if whole else []
-        found.append([(whole, n) for n in grips])
+        found.append([(run, n) for run in data.runs(part) for n, dim in enumerate(run.channel.dims) if "grip" in dim.lower()])
     for (a, i), (s, j) in zip(*found, strict=False) if len(found[0]) == len(found[1]) else ():
         yield _one(a, i), _one(s, j), 0
 
