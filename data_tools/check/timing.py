@@ -23,7 +23,7 @@ _TIGHT = 1e-4
 def wrong_fps(data: Dataset) -> Iterator[Finding]:
     """Velocities and chunks in seconds are wrong by the same factor."""
     assert data.rows is not None and data.layout is not None
-    if data.declared and abs(data.spec.control_hz / data.fps - 1) > 0.02:
+    if abs(data.spec.control_hz / data.fps - 1) > 0.02:
         yield Finding(
             "error",
             "meta/embodiment.json",

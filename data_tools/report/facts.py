@@ -87,7 +87,7 @@ def facts_of(data: Dataset) -> Facts:
 def spreads(data: Dataset, part: str) -> list[Spread]:
     """One `Spread` per dimension, over what the values or the limits span, whichever is wider (but not ten times wider)."""
     values, out = data.finite(part), []
-    low, high = (limit.astype(float) for limit in data.spec.limits(part))
+    low, high = data.bounds(part)
     for run in data.runs(part):
         for d, name in zip(range(run.columns.start, run.columns.stop), run.names, strict=True):
             column = values[:, d]
@@ -95,7 +95,7 @@ def spreads(data: Dataset, part: str) -> list[Spread]:
                 zip(("min", "q01", "q50", "q99", "max"), np.quantile(column, [0, 0.01, 0.5, 0.99, 1]).tolist(), strict=True)
             )
             edges = (q["min"], q["max"])
-            limits = (float(low[d]), float(high[d])) if data.declared else None
+            limits = (float(low[d]), float(high[d])) if np.isfinite([low[d], high[d]]).all() else None
             if limits and limits[1] - limits[0] < 10 * max(edges[1] - edges[0], 1e-9):
                 edges = (min(edges[0], limits[0]), max(edges[1], limits[1]))
             if edges[1] - edges[0] < 1e-9:
