@@ -126,7 +126,7 @@ def _batches(mixture: Mixture, workers: int, batch: int) -> Iterator[Iterator[No
         yield _received(started)
     finally:
         for process, here, _ in started:
-            process.terminate()
+            process.kill()  # not SIGTERM: a forked child has its parent's handlers, and one that only takes note would wait on
             process.join()
             here.close()
 

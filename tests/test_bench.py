@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +82,13 @@ def test_numbers_that_make_no_sense_are_refused(root: Path):
             bench(root, ["raw"], [0], progress=False, **wrong)
     with pytest.raises(UsageError, match="workers"):
         bench(root, ["raw"], [-1], progress=False)
+
+
+def test_workers_end_whatever_their_parent_does_with_signals(root: Path, tmp_path: Path):
+    """A training run in the same process leaves a handler behind that only takes note; forked workers inherit it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        records = bench(root, ["raw"], [2], batch=3, seconds=0.05, cache_dir=tmp_path / "cache", progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert records and not multiprocessing.active_children()
