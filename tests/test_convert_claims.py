@@ -19,6 +19,7 @@ from data_tools.convert import convert
 from data_tools.convert_report import fingerprint, sentence
 from data_tools.sources import RawEpisode
 from data_tools.standardise import Card
+from vla.config import CONFIGS
 from vla.errors import DataError, UsageError
 from vla.schema import Episode
 
@@ -57,7 +58,7 @@ def test_a_card_that_would_take_no_picture_is_refused_and_says_how_to_name_them(
 
 def shipped(changed: str) -> str:
     """The shipped card with other cameras."""
-    text = (Path(__file__).parents[1] / "configs/datasets/robomimic.yaml").read_text().splitlines()
+    text = (CONFIGS / "datasets" / "robomimic.yaml").read_text().splitlines()
     kept = [line for line in text if not line.startswith(("  agentview:", "  wrist:"))]
     return "\n".join(f"cameras: {changed}" if line == "cameras:" else line for line in kept)
 

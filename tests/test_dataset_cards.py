@@ -11,6 +11,7 @@ import pytest
 
 from data_tools.sources import RawEpisode, Source, SourceInfo, open_source
 from data_tools.standardise import Card, card_for, fit, load_card, shipped_cards, standardise
+from vla.config import CONFIGS
 from vla.embodiment import load_embodiment
 from vla.rotation import convert, from_quat, relative, to_quat, width
 from vla.schema import Episode
@@ -221,7 +222,7 @@ def test_every_card_says_what_it_is_and_what_was_checked(name):
 
 def test_no_two_cards_and_no_embodiment_share_a_robot():
     robots = [card.robot.key for card in map(load_card, shipped_cards()) if card.robot is not None]
-    root = Path(__file__).parents[1] / "configs" / "embodiments"
+    root = CONFIGS / "embodiments"
     robots += [load_embodiment(p.stem).key for p in root.glob("*.yaml")]
     assert len(set(robots)) == len(robots), sorted(robots)
 

@@ -32,7 +32,6 @@ from vla.episodes.rows import find_frames, read_rows
 from vla.errors import DataError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden" / "lerobot_v21"
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "foreign" / "lerobot.py"
 DATA, VIDEO = "data/chunk-000/episode_000001.parquet", "videos/chunk-000/observation.images.wrist/episode_000001.mp4"
 
 
@@ -48,9 +47,10 @@ def v21(tmp_path: Path) -> Path:
 
 
 @pytest.fixture()
-def v20(tmp_path: Path) -> Path:
+def v20(tmp_path: Path, checkout: Path) -> Path:
     """Derived by hand from the v2.1 files, by the format's description; no release that writes v2.0 was run."""
-    spec = importlib.util.spec_from_file_location("foreign_lerobot", SCRIPT)
+    script = checkout / "benchmarks" / "foreign" / "lerobot.py"
+    spec = importlib.util.spec_from_file_location("foreign_lerobot", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
