@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from data_tools.lerobot_v21 import refuse_other_things
 from data_tools.sources import Source, open_source
 from data_tools.verify import verify_episodes
 from data_tools.video import VIDEO
+from data_tools.working import terminable
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, UsageError
 
@@ -292,18 +292,16 @@ def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `vla data convert`. Returns 0, or 130 after Ctrl-C or SIGTERM (what was committed is kept)."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        summary = convert(
-            args.src, args.dst, kind=args.kind, card=args.card, to=args.to, workers=args.workers, video=args.video,
-            strict=args.strict, episodes=args.episodes, fps=args.fps,
-            instruction=args.instruction, verify=not args.no_verify, progress=not args.json,
-        )  # fmt: skip
+        with terminable():
+            summary = convert(
+                args.src, args.dst, kind=args.kind, card=args.card, to=args.to, workers=args.workers, video=args.video,
+                strict=args.strict, episodes=args.episodes, fps=args.fps,
+                instruction=args.instruction, verify=not args.no_verify, progress=not args.json,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.dst} holds what was converted so far. Run the same command again to continue.",
               file=sys.stderr)  # fmt: skip
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(json.dumps(summary) if args.json else sentence(summary))
     return 0

@@ -6,9 +6,6 @@ Spawned, not forked, so that neither threads nor open files are inherited. A wor
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +16,7 @@ from typing import Any
 
 from data_tools.sources import RawEpisode, Source
 from data_tools.standardise import SUCCESS, Card, standardise
+from data_tools.working import begin_worker, one_thread_each
 from vla.errors import DataError, MachineError
 from vla.schema import Episode
 
@@ -60,24 +58,20 @@ class Pool:
     """Calls `function(job, *arguments)` in `workers` processes, or in this one when there are none."""
 
     def __init__(self, workers: int, job: Job) -> None:
-        self._job, self._pool = job, None
+        self._job, self._pool, self._threads = job, None, one_thread_each()
         self.window = 2 * workers + 1
         """Results that may lie ready or be under way, beside the one in hand: it bounds the memory."""
         if workers:
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (os.getpid(), job))
 
     def __enter__(self) -> Pool:
-        self._threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the children as they start
+        self._threads.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._threads is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        else:
-            os.environ["OMP_NUM_THREADS"] = self._threads
+        self._threads.__exit__(None, None, None)
 
     def ordered(self, function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[Any]:
         """Results of `function(job, *call)` in the order of `calls`, computed ahead by at most `window`.
@@ -111,17 +105,8 @@ _JOB: list[Job] = []
 
 
 def _start(parent: int, job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    begin_worker(parent)
     _JOB[:] = [job]
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    # A pool's worker waits for ever on a queue whose other end it holds itself, even after the parent was killed.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _call(function: Callable[..., Any], arguments: tuple) -> Any:

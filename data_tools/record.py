@@ -15,8 +15,6 @@ import argparse
 import atexit
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,6 +28,7 @@ from tqdm import tqdm
 
 from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
 from data_tools.video import VIDEO
+from data_tools.working import begin_worker, one_thread_each, terminable
 from vla.embodiment import EmbodimentSpec, load_embodiment
 from vla.errors import DataError, MachineError, UsageError
 from vla.schema import Episode
@@ -152,7 +151,7 @@ class _runner:
 
     def __init__(self, workers: int, *worker_arguments: Any) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._arguments = worker_arguments
+        self._arguments, self._threads = worker_arguments, one_thread_each()
         if workers:
             # Spawned, not forked: a child must not inherit an OpenGL context or threads.
             arguments = (os.getpid(), *worker_arguments)
@@ -162,8 +161,7 @@ class _runner:
         if self._pool is None:
             _WORKER.update(zip(_WORKER_KEYS, self._arguments, strict=True), sims={})
             return _run_here
-        self._threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the children as they start
+        self._threads.__enter__()
         return self._submit
 
     def _submit(self, task: str, seed: int) -> Future:
@@ -178,10 +176,7 @@ class _runner:
             _close_sims()
             return
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._threads is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        else:
-            os.environ["OMP_NUM_THREADS"] = self._threads
+        self._threads.__exit__(None, None, None)
 
 
 class _Named(Future):
@@ -210,17 +205,9 @@ _WORKER: dict[str, Any] = {}
 
 
 def _start_worker(parent: int, *arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    begin_worker(parent)
     _WORKER.update(zip(_WORKER_KEYS, arguments, strict=True), sims={})
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     atexit.register(_close_sims)
-
-
-def _die_with(parent: int) -> None:
-    # A pool's worker waits for ever on a queue whose other end it holds itself, even after the parent was killed.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _close_sims() -> None:
@@ -318,17 +305,15 @@ def add_record_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `vla data record`. Returns 0, or 130 after Ctrl-C or SIGTERM (what was recorded is kept)."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        summary = record(
-            args.suite, args.task, args.episodes, args.seed, args.out, noise=args.noise, workers=args.workers,
-            image_size=args.size, video=args.video, resume=not args.no_resume, progress=not args.json,
-        )  # fmt: skip
+        with terminable():
+            summary = record(
+                args.suite, args.task, args.episodes, args.seed, args.out, noise=args.noise, workers=args.workers,
+                image_size=args.size, video=args.video, resume=not args.no_resume, progress=not args.json,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.out} holds what was recorded so far. Run the same command again to continue.")
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if args.json:
         print(json.dumps(summary))
         return 0

@@ -1,6 +1,6 @@
 """YAML plus `a.b=c` overrides -> frozen pydantic models, or one error that names every line and the nearest key.
 
-Types live beside what they configure (`MixtureConfig` in `vla/mixture.py`, ...); this file only reads and checks. Files
+Types live beside what they configure (`MixtureConfig` in `vla/mixture/config.py`, ...); this file only reads and checks. Files
 hold values and nothing else: no code paths, no interpolation, no tags (`yaml.safe_load`).
 """
 

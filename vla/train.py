@@ -2,7 +2,7 @@
 
     accelerate launch -m vla.train CONFIG [a.b=c ...] [--resume]
 
-One process per device. Every rank reads its slice of one global stream (`vla/mixture.py`), so a run is the same run on
+One process per device. Every rank reads its slice of one global stream (`vla/mixture/`), so a run is the same run on
 one process or four, with any number of loader workers, and after any restart: order, augmentation and dropout are
 functions of (seed, n) or (seed, step, rank), and no random state is ever saved.
 """

@@ -17,20 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from vla.answers import Answers, AnswersConfig, Question
-from vla.config import Config, load_config
-from vla.embodiment import EmbodimentSpec, explain, load_embodiment
-from vla.episodes import EpisodeStore
-from vla.episodes.hub import resolve
-from vla.episodes.streaming import StreamingStore
+from vla.answers import Answers, Question
+from vla.embodiment import EmbodimentSpec, explain
 from vla.episodes.surface import Store
-from vla.errors import DataError, UsageError, VLAError
+from vla.errors import DataError, UsageError
 from vla.randomness import Purpose, generator, mix, permute
 from vla.resample import native_steps, to_policy_steps
 from vla.schema import Window
@@ -41,77 +34,6 @@ LARGEST_BLOCK = 2**20
 
 SHARDS_AT_ONCE = 4
 """Shards of a streamed dataset whose frames are shuffled together."""
-
-
-class DatasetConfig(Config):
-    """One dataset of the mixture."""
-
-    path: str = Field(min_length=1)
-    """Folder of a LeRobot dataset, or `hub:user/name@revision`."""
-    embodiment: str | None = None
-    """Which robot it is: a shipped name or a YAML file. Default: the dataset's own `meta/embodiment.json`, else a spec derived
-    from its features (convention `scalar`)."""
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Share of the samples, relative to the other datasets' weights; multiplied by size where `mixture.temperature` is set."""
-    cameras: dict[str, str | None] = Field(default_factory=dict)
-    """The embodiment's camera -> this dataset's name for it; `null`: it was not recorded, and is masked."""
-    stream: bool = False
-    """Of a Hub dataset, fetch videos file by file while training instead of everything before it."""
-    stream_gb: float = Field(default=20.0, gt=0)
-    """Room for streamed videos on this machine; the least recently used go first."""
-
-
-class MixtureConfig(Config):
-    """What is drawn, and in which shares."""
-
-    datasets: list[DatasetConfig] = Field(default_factory=list)
-    named: str | None = None
-    """A shipped list of datasets and weights (`oxe_magic_soup_plus_minus`) or a YAML file of that form, read from `root`."""
-    root: str = "data"
-    """Where the datasets of `named` lie, each in a folder of its name."""
-    temperature: float | None = Field(default=None, ge=0.1, le=1e6)
-    """None: weights alone decide. T: weight times frames ** (1 / T). 1 is every frame alike (OpenVLA's balancing, where a weight
-    multiplies a dataset's natural share); larger is flatter."""
-    answers: AnswersConfig | None = None
-    """Image-text data to train on beside the robots'."""
-    holdout: float = Field(default=0.02, ge=0, lt=1)
-    """Share of each dataset's episodes kept out of training (at least one), chosen by a keyed hash; for open-loop figures."""
-    frames: Literal["raw", "jpeg", "video", "none"] = "raw"
-    """How pictures are kept for training: decoded, as JPEG (about ten times smaller), or not at all (videos are read). `none`
-    opens the numbers alone, to look at a mixture."""
-    cache_dir: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> MixtureConfig:
-        if not self.datasets and not self.named:
-            raise ValueError("no datasets: give `datasets`, `named`, or both")
-        return self
-
-
-class NamedDataset(Config):
-    """One entry of a named mixture."""
-
-    name: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-
-
-class NamedMixture(Config):
-    """A list of datasets and weights as `configs/mixtures/` ships them."""
-
-    balance: Literal["frames", "weights"] = "weights"
-    """`frames`: weights multiply a dataset's natural share, as OpenVLA means them."""
-    datasets: list[NamedDataset] = Field(min_length=1)
-
-
-def all_datasets(config: MixtureConfig) -> tuple[list[DatasetConfig], float | None]:
-    """Every dataset of a mixture, those of its named list included, and the temperature that holds."""
-    if config.named is None:
-        return config.datasets, config.temperature
-    path = Path(config.named) if config.named.endswith((".yaml", ".yml")) else Path("mixtures") / config.named
-    listed = load_config(path, (), NamedMixture)
-    entries = [DatasetConfig(path=str(Path(config.root) / e.name), weight=e.weight) for e in listed.datasets]
-    natural = 1.0 if listed.balance == "frames" else None
-    return [*entries, *config.datasets], config.temperature or natural
 
 
 class Mixture:
@@ -325,88 +247,3 @@ def split_episodes(count: int, holdout: float, part: str) -> np.ndarray:
     key = mix(Purpose.SPLIT, count)
     out = np.array([permute(i, count, key) for i in range(held)], np.int64)
     return np.sort(out) if part == "holdout" else np.setdiff1d(np.arange(count), out, assume_unique=True)
-
-
-def open_mixture(
-    config: MixtureConfig, horizon: int, seed: int, progress: bool = True, seconds: float | None = None
-) -> tuple[Mixture, Mixture]:
-    """Open every dataset (building caches) and return the training and the held-out mixture.
-
-    All datasets that cannot be opened are reported in one `DataError`.
-    """
-    stores: list[Store] = []
-    specs: list[EmbodimentSpec] = []
-    cameras: list[Mapping[str, str | None]] = []
-    problems: list[VLAError] = []
-    answers: Answers | None = None
-    datasets, temperature = all_datasets(config)
-    for entry in datasets:
-        try:
-            store, spec, names = _open(entry, config, progress)
-            stores.append(store)
-            specs.append(spec)
-            cameras.append(names)
-        except (DataError, UsageError) as error:
-            problems.append(error)
-    try:
-        answers = Answers(config.answers.path, config.answers.images) if config.answers else None
-    except DataError as error:
-        problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise DataError("mixture", found="\n".join(map(str, problems)), expected="datasets that open",
-                        fix="mend each dataset named above")  # fmt: skip
-    weights = [entry.weight for entry in datasets]
-    asked = (answers, config.answers.share) if answers and config.answers else None
-
-    def part(name: str) -> Mixture:
-        return Mixture(stores, weights, horizon, seed, config.holdout, name, seconds=seconds, temperature=temperature,
-                       specs=specs, cameras=cameras, answers=asked)  # fmt: skip
-
-    return part("train"), part("holdout")
-
-
-def recorded_as(entry: DatasetConfig) -> tuple[EmbodimentSpec | None, dict[str, str | None]]:
-    """(the robot `entry` names, with the dataset's own names for its cameras; its cameras -> those names). (None, {}) when the
-    dataset is to speak for itself. Raises `UsageError` for cameras the robot does not have."""
-    spec = load_embodiment(entry.embodiment) if entry.embodiment else None
-    if not entry.cameras:
-        return spec, {}
-    if spec is None:
-        raise UsageError(f"dataset {entry.path}", found="cameras without an embodiment", expected="both",
-                         fix="say which robot it is: embodiment: NAME_OR_YAML")  # fmt: skip
-    if unknown := sorted(entry.cameras.keys() - spec.cameras.keys()):
-        raise UsageError(f"dataset {entry.path}, cameras", found=f"{unknown}",
-                         expected=f"cameras of {spec.key!r}: {sorted(spec.cameras)}",
-                         fix="name the embodiment's camera on the left, the dataset's on the right")  # fmt: skip
-    names = {name: entry.cameras.get(name, name) for name in spec.cameras}
-    recorded = {own: spec.cameras[name] for name, own in names.items() if own is not None}
-    if not recorded:
-        raise UsageError(f"dataset {entry.path}, cameras", found="all of them null", expected="at least one camera",
-                         fix="leave the dataset out: a policy that sees nothing learns nothing")  # fmt: skip
-    return spec.model_copy(update={"cameras": recorded}), names
-
-
-def _open(
-    entry: DatasetConfig, config: MixtureConfig, progress: bool
-) -> tuple[Store, EmbodimentSpec, dict[str, str | None]]:  # fmt: skip
-    """(store, the robot it shows, that robot's cameras -> the dataset's names) of one dataset."""
-    cache = Path(config.cache_dir) if config.cache_dir else None
-    spec, names = recorded_as(entry)
-    store = _reach(entry, config, cache, spec, progress)
-    if not names:
-        return store, store.spec, {name: name for name in store.spec.cameras}
-    whole = load_embodiment(entry.embodiment or "")
-    sizes = {name: store.spec.cameras[own] if own is not None else whole.cameras[name] for name, own in names.items()}
-    return store, store.spec.model_copy(update={"cameras": sizes}), names
-
-
-def _reach(
-    entry: DatasetConfig, config: MixtureConfig, cache: Path | None, spec: EmbodimentSpec | None, progress: bool
-) -> Store:  # fmt: skip
-    """The dataset wherever it lies: here, or on the Hub, fetched whole or as it is needed."""
-    if entry.stream:
-        return StreamingStore.open(entry.path, cache, entry.stream_gb, progress, embodiment=spec)
-    folder = resolve(entry.path, cache, progress=progress)
-    return EpisodeStore.open(folder, cache, config.frames, progress, embodiment=spec)
