@@ -116,9 +116,9 @@ def _batches(mixture: Mixture, workers: int, batch: int) -> Iterator[Iterator[No
     started = []
     try:
         for number in range(workers):
-            shelf, free = context.RawArray("B", _AHEAD * batch * pixels), context.Semaphore(_AHEAD)
+            memory, free = context.RawArray("B", _AHEAD * batch * pixels), context.Semaphore(_AHEAD)
             here, there = context.Pipe(duplex=False)
-            arguments = (mixture, number, workers, batch, shelf, free, there)
+            arguments = (mixture, number, workers, batch, memory, free, there)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -132,7 +132,7 @@ def _batches(mixture: Mixture, workers: int, batch: int) -> Iterator[Iterator[No
 
 
 def _made_here(mixture: Mixture, batch: int) -> Iterator[None]:
-    out, n = _shelves(mixture, batch, None), 0
+    out, n = _pages(mixture, batch, None), 0
     while True:
         _fill(mixture, range(n, n + batch), out[0])
         n += batch
@@ -155,14 +155,14 @@ def _received(started: list[tuple[Any, Any, Any]]) -> Iterator[None]:
         turn += 1
 
 
-def _work(mixture: Mixture, number: int, workers: int, batch: int, shelf: Any, free: Any, there: Any) -> None:
+def _work(mixture: Mixture, number: int, workers: int, batch: int, memory: Any, free: Any, there: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    shelves, turn = _shelves(mixture, batch, shelf), 0
+    pages, turn = _pages(mixture, batch, memory), 0
     try:
         while True:
             free.acquire()
             first = (turn * workers + number) * batch
-            _fill(mixture, range(first, first + batch), shelves[turn % _AHEAD])
+            _fill(mixture, range(first, first + batch), pages[turn % _AHEAD])
             there.send(None)
             turn += 1
     except VLAError as error:
@@ -171,19 +171,19 @@ def _work(mixture: Mixture, number: int, workers: int, batch: int, shelf: Any, f
         pass
 
 
-def _shelves(mixture: Mixture, batch: int, memory: Any) -> list[list[np.ndarray]]:
-    """Per shelf one (batch, h, w, 3) array per camera, in `memory` or, without it, one shelf of its own."""
+def _pages(mixture: Mixture, batch: int, memory: Any) -> list[list[np.ndarray]]:
+    """Per page one (batch, h, w, 3) array per camera, in `memory` or, without it, one page of its own."""
     sizes = [(batch, size.height, size.width, 3) for size in mixture.stores[0].spec.cameras.values()]
     if memory is None:
         return [[np.empty(size, np.uint8) for size in sizes]]
-    flat, at, shelves = np.frombuffer(memory, np.uint8), 0, []
+    flat, at, pages = np.frombuffer(memory, np.uint8), 0, []
     for _ in range(_AHEAD):
-        shelves.append([])
+        pages.append([])
         for size in sizes:
             end = at + int(np.prod(size))
-            shelves[-1].append(flat[at:end].reshape(size))
+            pages[-1].append(flat[at:end].reshape(size))
             at = end
-    return shelves
+    return pages
 
 
 def _fill(mixture: Mixture, positions: range, out: list[np.ndarray]) -> None:

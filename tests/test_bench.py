@@ -42,13 +42,13 @@ def test_every_kind_and_number_of_workers_is_measured(root: Path, capsys: pytest
 def test_what_is_timed_is_the_stream_in_its_order(root: Path, monkeypatch: pytest.MonkeyPatch, workers: int):
     store = EpisodeStore.open(root, root.parent / "cache", progress=False)
     mixture = Mixture([store], [1.0], 4, seed=0)
-    shelves, real = [], bench_module._shelves
+    shelves, real = [], bench_module._pages
 
     def spy(mixture, batch, memory):
         shelves.append(real(mixture, batch, memory))
         return shelves[-1]
 
-    monkeypatch.setattr(bench_module, "_shelves", spy)
+    monkeypatch.setattr(bench_module, "_pages", spy)
     if workers:
         real_array = bench_module.multiprocessing.get_context().RawArray
         arrays = []

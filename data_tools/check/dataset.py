@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_tools.check.pictures import Film, watch
 from data_tools.standardise.fitting import UNLIMITED
 from vla.embodiment import Channel, EmbodimentSpec
-from vla.episodes.layout import ACTION, RESTORE, STATE, Layout, Problems, read_layout
+from vla.episodes.layout import RESTORE, Layout, read_layout
 from vla.episodes.rows import Rows, read_rows
 from vla.errors import DataError
 from vla.mixture import MixtureConfig
@@ -205,7 +204,7 @@ def open_dataset(
     try:
         data.layout = layout
         data.declared = data.declared and any(map(is_declared, (*layout.spec.state, *layout.spec.action)))
-        rows = None if _misfit_columns(layout, problems) else read_rows(layout, problems)
+        rows = read_rows(layout, problems)
         if rows is not None:
             fits = (rows.state.shape[1], rows.action.shape[1]) == (layout.spec.state_dim, layout.spec.action_dim)
         if rows is not None and fits:
@@ -243,29 +242,6 @@ def _unfinished(root: Path) -> list[tuple[str, str, str, str]]:
     )
     said = "a conversion that was not finished: interrupted, or refused for damage (--strict)"
     return [(where, said, "a finished one, read back and compared", fix)]
-
-
-def _misfit_columns(layout: Layout, problems: Problems) -> bool:
-    """Whether a Parquet file holds text, or something else that is no number, where the features say numbers."""
-    wrong = False
-    for path in sorted((layout.root / "data").rglob("*.parquet")):
-        try:
-            schema = pq.read_schema(path)
-        except (OSError, pa.ArrowException):
-            continue  # said by `read_rows`
-        for key in (STATE, ACTION, "timestamp", "episode_index", "index", "task_index"):
-            kind = schema.field(key).type if key in schema.names else pa.float32()
-            while pa.types.is_nested(kind) and kind.num_fields == 1:
-                kind = kind.field(0).type
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                problems.add(
-                    path,
-                    found=f"column {key!r} of type {schema.field(key).type}",
-                    expected="a Parquet column of numbers",
-                    fix=RESTORE,
-                )
-                wrong = True
-    return wrong
 
 
 def _other_format(root: Path) -> tuple[str, str, str, str] | None:
