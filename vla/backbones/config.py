@@ -1,0 +1,64 @@
+"""Which vision-language model a policy is built on, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from vla.config import Config
+
+
+class NanoConfig(Config):
+    """Sizes of the embedded backbone."""
+
+    kind: Literal["nano"] = "nano"
+    hidden: int = Field(default=128, ge=16)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=2, ge=1)
+    mlp: int = Field(default=384, ge=16)
+    image_size: int = Field(default=64, ge=32, multiple_of=16)
+    tower_channels: tuple[int, int, int] = (32, 64, 128)
+    keypoints: int = Field(default=64, ge=0)
+    """Channels of the instruction-FiLM-ed spatial-softmax token; 0 is the plain stem."""
+    text_vocab: int = Field(default=512, ge=300)
+
+    @model_validator(mode="after")
+    def _check(self) -> NanoConfig:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden {self.hidden} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
+        if any(c % groups for c, groups in zip(self.tower_channels, (4, 4, 8), strict=True)):
+            raise ValueError(f"tower_channels {self.tower_channels} must be multiples of 4, 4 and 8 (group normalisation)")
+        return self
+
+
+class HFConfig(Config):
+    """Any `AutoModelForImageTextToText` with its `AutoProcessor`."""
+
+    kind: Literal["hf"]
+    path: Annotated[str, Field(min_length=1)]
+    """Folder or Hub id (`user/name` or `user/name@revision`) of the pretrained model."""
+    image_size: int | None = Field(default=None, ge=16)
+    """Side of the square a camera's frame becomes before the model's own image processor; default: what that one wants."""
+    symbols: Literal["least-used", "new"] = "least-used"
+    """Where action symbols live: the least-used ids of the vocabulary (spare rows first), or rows of their own."""
+    chat: Literal["auto", "template", "plain"] = "auto"
+    """Speak through the processor's chat template, or plainly; auto: the template when there is one."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    probe_image: bool = True
+    """Refuse a model whose logits do not depend on its image, at load."""
+
+
+class PrismaticConfig(Config):
+    """A Prismatic model (fused DINOv2 and SigLIP towers, projector, causal language model), as OpenVLA is one."""
+
+    kind: Literal["prismatic"]
+    path: Annotated[str, Field(min_length=1)]
+    """Folder or Hub id in OpenVLA's layout (`openvla/openvla-7b`), or an OFT folder."""
+    crop: float = Field(default=1.0, gt=0, le=1)
+    """Share of the area of the centre crop when acting; 0.9 for checkpoints that were trained with random crops."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    probe_image: bool = True
+
+
+BackboneConfig = Annotated[NanoConfig | HFConfig | PrismaticConfig, Field(discriminator="kind")]
