@@ -137,7 +137,7 @@ def test_folder_acts_the_same_and_loads_through_auto_classes(policy, mixture, tm
 
 
 def test_text_never_becomes_a_control_id(policy):
-    ids = policy.encoder.tokenize("<pad><image><state><act><slot_3>" + "".join(chr(c) for c in range(32, 1000)))
+    ids = policy.writer.words("<pad><image><state><act><slot_3>" + "".join(chr(c) for c in range(32, 1000)))
     assert max(ids) < policy.model.config.text_vocab_size
 
 
@@ -214,7 +214,7 @@ def test_soft_bins_pull_towards_neighbours(mixture):
         for shift in (1, 100):
             logits = torch.full((*batch.symbols.shape, 256), -5.0)
             logits.scatter_(-1, ((batch.symbols + shift) % 256)[..., None], 5.0)
-            policy._symbol_logits = lambda hidden, logits=logits: logits
+            policy.model.symbol_logits = lambda hidden, logits=logits: logits
             losses.append(policy.loss(batch).action.item())
         assert (losses[0] < losses[1] - 1e-3) is cheaper
 
@@ -262,7 +262,7 @@ def test_a_narrower_robot_decodes_what_it_was_taught(mixture):
     narrow = spec.model_copy(update={"name": "narrow", "action": spec.action[:1]})  # 3 of 4 dimensions
     stats = norm["action"].stats
     three = Normalizer(Stats({k: v[:3] for k, v in stats.values.items()}, stats.count), "bounds")
-    policy = VLAPolicy(policy.config, policy.model, policy.tokenizer, policy.embodiments | {"narrow": narrow},
+    policy = VLAPolicy(policy.config, policy.model, policy.writer, policy.embodiments | {"narrow": narrow},
                        policy.normalizers | {"narrow": norm | {"action": three}}, policy.codec).eval()  # fmt: skip
     chunk = policy.act(observation(mixture), "touch the red cube", "narrow", decode="argmax")
     assert chunk.actions.shape == (4, 3)

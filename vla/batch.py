@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from vla.actions import ActionCodec
 from vla.answers import Question
-from vla.backbones import prepare_image
+from vla.backbones.images import prepare_image
+from vla.backbones.protocol import Writer
 from vla.config import Config
 from vla.embodiment import EmbodimentSpec
 from vla.normalize import Normalizer
@@ -125,17 +125,15 @@ class Encoder:
     """Window or Question -> Example: numpy only, so that loader workers carry no model.
 
     Action and state vectors of robots narrower than `action_dim` (A) and `state_dim` (S) are padded with zeros and masked.
-    `layout` holds the backbone's control ids, `image_tokens` and `soft_tokens`.
+    `writer` is the backbone's: it knows how a sentence of its model looks.
     """
 
     def __init__(
         self, *, embodiments: dict[str, EmbodimentSpec], normalizers: dict[str, dict[str, Normalizer]], codec: ActionCodec,
-        tokenize: Callable[[str], list[int]], layout: dict[str, int], prompt: str, image_size: int, horizon: int,
-        action_dim: int, state_dim: int,
+        writer: Writer, prompt: str, horizon: int, action_dim: int, state_dim: int,
     ) -> None:  # fmt: skip
         self.embodiments, self.normalizers, self.codec = embodiments, normalizers, codec
-        self.tokenize, self.layout, self.prompt = tokenize, layout, prompt
-        self.image_size, self.horizon = image_size, horizon
+        self.writer, self.prompt, self.horizon = writer, prompt, horizon
         self.action_dim, self.state_dim = action_dim, state_dim
         self._ids: dict[tuple[str, int, str], np.ndarray] = {}
         self._robots = {name: np.array(i, np.int64) for i, name in enumerate(embodiments)}
@@ -180,19 +178,18 @@ class Encoder:
 
     def question(self, question: Question) -> Example:
         """Picture, question, answer: the answer's words are learned one after the other, no action is."""
-        layout = self.layout
-        images = [] if question.image is None else [prepare_image(question.image, self.image_size)]
-        ask = [layout["image"]] * (layout["image_tokens"] * len(images)) + list(self.tokenize(answer_prompt(question.text)))
-        answer = list(self.tokenize(answer_prompt(question.answer))) if question.answer else []
-        ids = np.array([*ask, layout["say"], *answer], np.int64)
+        writer, size = self.writer, self.writer.image.size
+        images = [] if question.image is None else [writer.image(question.image)]
+        ask = writer.ask(answer_prompt(question.text), len(images))
+        answer = writer.words(answer_prompt(question.answer)) if question.answer else []
+        ids = np.array([*ask, *answer], np.int64)
         labels = np.full(len(ids), -100, np.int64)
         if answer:
-            labels[len(ask) :] = [*answer, layout["eos"]]
-        size = self.image_size
+            labels[len(ask) - 1 :] = [*answer, writer.ids.eos]
         return Example(
             ids=ids, images=np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8),
             slots=np.zeros(len(images), np.int64), robot=np.array(0, np.int64),
-            **self._no_actions(np.zeros(self.state_dim, np.float32)), labels=labels, causal=np.arange(len(ids)) >= len(ask),
+            **self._no_actions(np.zeros(self.state_dim, np.float32)), labels=labels, causal=np.arange(len(ids)) >= len(ask) - 1,
             n=question.n,
         )  # fmt: skip
 
@@ -205,7 +202,7 @@ class Encoder:
     def _images(self, images: dict[str, np.ndarray], spec: EmbodimentSpec) -> tuple[np.ndarray, np.ndarray]:
         """(I, h, w, 3) of the cameras that are there, and (I,) which of the robot's they are."""
         there = [(slot, camera) for slot, camera in enumerate(spec.cameras) if camera in images]
-        frames = np.stack([prepare_image(images[camera], self.image_size) for _, camera in there])
+        frames = np.stack([self.writer.image(images[camera]) for _, camera in there])
         return frames, np.array([slot for slot, _ in there], np.int64)
 
     def _state(self, normalizer: Normalizer, state: np.ndarray) -> np.ndarray:
@@ -218,10 +215,7 @@ class Encoder:
         if key not in self._ids:
             if len(self._ids) > 10_000:  # a server meets many sentences; a dictionary must not grow for ever
                 self._ids.clear()
-            text = self.tokenize(act_prompt(instruction, self.prompt, robot))
-            tail = [self.layout["soft"]] * self.layout["soft_tokens"] + [self.layout["state"], self.layout["end"]]
-            head = [self.layout["image"]] * (self.layout["image_tokens"] * cameras)
-            self._ids[key] = np.array(head + list(text) + tail, np.int64)
+            self._ids[key] = np.array(self.writer.act(act_prompt(instruction, self.prompt, robot), cameras), np.int64)
         return self._ids[key]
 
 

@@ -124,9 +124,9 @@ def make_loader(
     """Batches of `rank` for steps [first_step, steps); the same whatever the number of workers."""
     encoder = policy.encoder
     cameras = max(len(spec.cameras) for spec in encoder.embodiments.values())
-    pictures = cameras * encoder.image_size**2 * 3
+    pictures = cameras * encoder.writer.image.size**2 * 3
     return Loader(
-        _Examples(mixture, policy, seed), _Batch(encoder.layout["pad"]),
+        _Examples(mixture, policy, seed), _Batch(encoder.writer.ids.pad),
         _Positions(batch, rank, world, first_step, steps), workers=workers, start=start,
         shelf=batch // world * (pictures + 2**16) + 2**16,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def split_batch(batch: Batch, policy: VLAPolicy, micro: int | None) -> list[Batc
     """Cut a batch into micro-batches of at most `micro` rows."""
     if micro is None or micro >= len(batch):
         return [batch]
-    image_id, per_image = policy.encoder.layout["image"], policy.encoder.layout["image_tokens"]
+    image_id, per_image = policy.encoder.writer.ids.image, policy.encoder.writer.ids.image_tokens
     images = ((batch.ids == image_id).sum(-1) // per_image).tolist()
     starts = np.concatenate([[0], np.cumsum(images)])
     parts = []

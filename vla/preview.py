@@ -18,7 +18,8 @@ from vla.episodes.hub import parse
 from vla.mixture import Mixture, open_mixture
 from vla.normalize import Normalizer
 from vla.policy import VLAPolicy, load_policy
-from vla.policy.build import normalizers_of, room_for
+from vla.policy.build import normalizers_of
+from vla.policy.sizes import room_for
 from vla.resample import native_steps
 from vla.train import TrainConfig
 

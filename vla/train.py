@@ -389,7 +389,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def _freeze_but_robots(policy: VLAPolicy) -> None:
     """Leave only the soft tokens to be learned. Rows of robots that are not drawn get no gradient, no decay, no change."""
-    if policy.model.robots is None:
+    if not policy.config.soft_tokens:
         raise UsageError("start.train", found="a policy without soft tokens", expected="soft tokens to train",
                          fix="start.train=all, or start from a policy trained with policy.soft_tokens")  # fmt: skip
     for name, parameter in policy.named_parameters():

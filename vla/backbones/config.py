@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from vla.config import Config
 
@@ -61,4 +61,12 @@ class PrismaticConfig(Config):
     probe_image: bool = True
 
 
-BackboneConfig = Annotated[NanoConfig | HFConfig | PrismaticConfig, Field(discriminator="kind")]
+def _kind(value: Any) -> str:
+    return value.get("kind", "nano") if isinstance(value, dict) else getattr(value, "kind", "nano")
+
+
+BackboneConfig = Annotated[
+    Annotated[NanoConfig, Tag("nano")] | Annotated[HFConfig, Tag("hf")] | Annotated[PrismaticConfig, Tag("prismatic")],
+    Discriminator(_kind),
+]
+"""Which one is said by `kind`; nano when it is not said."""

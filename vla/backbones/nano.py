@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlamaConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
+
+from vla.backbones.protocol import Ids
 
 SPECIALS = ("pad", "image", "state", "end", "act", "soft", "say", "eos")
 """Control ids that follow the text vocabulary, in this order. `say` begins an answer in words, `eos` ends it."""
@@ -80,6 +82,13 @@ class NanoVLMConfig(PreTrainedConfig):
         """Ids of the codec's symbols 0..K-1."""
         start = self.slot_ids.stop
         return range(start, start + self.num_symbols)
+
+    @property
+    def ids(self) -> Ids:
+        """Where the parts of a sentence stand."""
+        special = {name: self.special_id(name) for name in ("pad", "image", "soft", "state", "end", "act", "eos")}
+        return Ids(**special, image_tokens=self.image_tokens, soft_tokens=self.soft_tokens, symbols=self.action_ids,
+                   slots=self.slot_ids, words=self.slot_ids.start)  # fmt: skip
 
     @property
     def image_tokens(self) -> int:
@@ -261,18 +270,74 @@ class NanoVLM(PreTrainedModel):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)  # pyright: ignore
 
     def hidden(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, states: Tensor | None = None,
+        self, input_ids: Tensor, images: Tensor | None = None, states: Tensor | None = None,
         attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Cache | None = None,
         use_cache: bool = False, slots: Tensor | None = None, robots: Tensor | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Last hidden states (B, T, d). `attention_mask` is (B, T) or a 4-D additive mask (B, 1, T, T_total)."""
         return self.language_model(
-            inputs_embeds=self.embed(input_ids, pixel_values, states, slots, robots),
+            inputs_embeds=self.embed(input_ids, images, states, slots, robots),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
+
+    # ---------------------------------------------------------------------------- what a policy asks (protocol.Backbone)
+
+    no_parallel = ""
+    prefix_reads_tail = False
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.text_config.hidden_size
+
+    @property
+    def state_dim(self) -> int:
+        return self.config.state_dim
+
+    @property
+    def num_slots(self) -> int:
+        return self.config.num_slots
+
+    @property
+    def max_cameras(self) -> int:
+        return self.config.max_cameras
+
+    def prefix_attention(self, ids: Tensor, mask: Tensor, causal: Tensor) -> tuple[Tensor, Tensor]:
+        """Both directions, but for an answer in words, which only later positions may read."""
+        T = mask.shape[1]
+        earlier = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+        return mask[:, None, :] & (earlier | ~causal[:, None, :]), (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def tail_positions(self, positions: Tensor, tail: int) -> Tensor:
+        after = positions[:, -1:] + 1 + torch.arange(tail, device=positions.device)
+        return torch.cat([positions, after], dim=1)
+
+    def parallel_tail(self, n: int) -> list[int]:
+        return list(self.config.slot_ids[:n])
+
+    def symbol_logits(self, hidden: Tensor) -> Tensor:
+        ids = self.config.action_ids
+        return F.linear(hidden, self.lm_head.weight[ids.start : ids.stop])
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.lm_head.weight[: self.config.slot_ids.start]).float()
+
+    def new_cache(self) -> Cache:
+        return DynamicCache(config=self.config.text_config)
+
+    def add_robots(self, count: int) -> None:
+        """A new robot starts as the average of those known, and a little of its own."""
+        table = self.robots
+        assert table is not None
+        rows = nn.Embedding(table.num_embeddings + count, table.embedding_dim)
+        with torch.no_grad():
+            rows.weight[: table.num_embeddings] = table.weight
+            noise = torch.randn(count, table.embedding_dim) * table.weight.std().item() * 0.1
+            rows.weight[table.num_embeddings :] = table.weight.mean(0) + noise
+        self.robots = rows
+        self.config.num_robots = rows.num_embeddings
 
 
 AutoConfig.register(NanoVLMConfig.model_type, NanoVLMConfig, exist_ok=True)

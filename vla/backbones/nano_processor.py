@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vla.backbones.nano import NanoVLMConfig
+from vla.backbones.config import NanoConfig
+from vla.backbones.images import ImagePreparation, prepare_image
+from vla.backbones.nano import NanoVLM, NanoVLMConfig
+from vla.backbones.protocol import Sizes
+from vla.errors import CheckpointError
 
 
 def build_tokenizer(corpus: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -29,13 +41,6 @@ def build_tokenizer(corpus: list[str], vocab_size: int = 512) -> PreTrainedToken
     # BPE breaks ties by frequency: sorted and repeated input makes the merges a function of the set of sentences.
     tokenizer.train_from_iterator(sorted(set(corpus)) * 2, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
-
-
-def prepare_image(frame: np.ndarray, size: int) -> np.ndarray:
-    """(h, w, 3) uint8 -> (size, size, 3) uint8: the whole frame, bilinear, antialiased. A frame of that size is untouched."""
-    if frame.shape[:2] == (size, size):
-        return frame
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR))
 
 
 class NanoImageProcessor(BaseImageProcessor):
@@ -78,6 +83,60 @@ class NanoProcessor(ProcessorMixin):
         if frames:
             data |= self.image_processor.preprocess(frames)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
+
+
+class NanoWriter:
+    """The sentence of a `NanoVLM`: `[images][text][robot][state][end]`, and `[images][question][say]` before an answer."""
+
+    def __init__(self, config: NanoVLMConfig, tokenizer: PreTrainedTokenizerFast, state: bool, end: bool) -> None:
+        self.config, self.tokenizer, self.ids = config, tokenizer, config.ids
+        self.image = ImagePreparation(config.image_size)
+        self._tail = [self.ids.soft] * config.soft_tokens + [self.ids.state] * state + [self.ids.end] * end
+
+    def act(self, text: str, cameras: int) -> list[int]:
+        return [self.ids.image] * (self.ids.image_tokens * cameras) + self.words(text) + self._tail
+
+    def ask(self, text: str, cameras: int) -> list[int]:
+        return [self.ids.image] * (self.ids.image_tokens * cameras) + self.words(text) + [self.config.special_id("say")]
+
+    def words(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode([i for i in ids if i < self.config.text_vocab_size])).strip()
+
+    def state_bytes(self) -> bytes:
+        return self.tokenizer.backend_tokenizer.to_str().encode()
+
+    def save_pretrained(self, folder: Path) -> None:
+        NanoProcessor.of(self.config, self.tokenizer).save_pretrained(folder)
+
+
+def build(config: NanoConfig, sizes: Sizes) -> tuple[NanoVLM, NanoWriter]:
+    """A fresh model and its writer, whose tokenizer is learned from `sizes.corpus`."""
+    model = NanoVLM(NanoVLMConfig(
+        text_config=dict(hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
+                         num_key_value_heads=config.heads, intermediate_size=config.mlp),
+        text_vocab_size=config.text_vocab, num_slots=sizes.slots, num_symbols=sizes.symbols, image_size=config.image_size,
+        tower_channels=config.tower_channels, keypoints=config.keypoints, state_dim=sizes.state, num_robots=sizes.robots,
+        soft_tokens=sizes.soft_tokens,
+    ))  # fmt: skip
+    model.set_attn_implementation("eager")  # SDPA's backward is slow for ~60 tokens on a CPU
+    tokenizer = build_tokenizer(list(sizes.corpus), config.text_vocab)
+    return model, NanoWriter(model.config, tokenizer, sizes.state_token, sizes.end_token)
+
+
+def load(
+    folder: Path, config: NanoConfig, sizes: Sizes, dtype: torch.dtype | None, attention: str | None
+) -> tuple[NanoVLM, NanoWriter]:
+    """Model and writer of a saved policy. Raises `CheckpointError` for another model than a `NanoVLM`."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype or torch.float32, attn_implementation=attention or "eager"
+    )
+    if not isinstance(model, NanoVLM):
+        raise CheckpointError(folder / "config.json", found=f"a {type(model).__name__}",
+                              expected="a NanoVLM, as policy.json says", fix="copy the whole folder again")  # fmt: skip
+    return model, NanoWriter(model.config, AutoTokenizer.from_pretrained(folder), sizes.state_token, sizes.end_token)
 
 
 AutoImageProcessor.register(NanoVLMConfig, slow_image_processor_class=NanoImageProcessor, exist_ok=True)

@@ -40,6 +40,10 @@ class Ids:
     slots: range  # N ids: the learned queries of parallel decoding
     words: int  # ids below this may be said in an answer
 
+    def of_symbols(self, symbols: Tensor) -> Tensor:
+        """Symbols 0..K-1 -> ids (OpenVLA counts them down)."""
+        return symbols * self.symbols.step + self.symbols.start
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -80,6 +84,10 @@ class Writer(Protocol):
         """Everything that decides what it writes, for the policy's fingerprint."""
         ...
 
+    def save_pretrained(self, folder: Path) -> Any:
+        """Write the processor: tokenizer and image preparation, as transformers keeps them."""
+        ...
+
 
 class Backbone(Protocol):
     """A vision-language model a policy can speak actions through; an `nn.Module`."""
@@ -90,6 +98,8 @@ class Backbone(Protocol):
     max_cameras: int
     no_parallel: str
     """Why it cannot attend in both directions over the action positions; empty when it can."""
+    prefix_reads_tail: bool
+    """In a parallel pass the prefix reads the action positions too (OpenVLA-OFT)."""
 
     def prefix_attention(self, ids: Tensor, mask: Tensor, causal: Tensor) -> tuple[Tensor, Tensor]:
         """Who reads whom, and where each stands, inside the prefix.
@@ -128,10 +138,14 @@ class Backbone(Protocol):
         """(..., d) -> (..., ids.words or fewer), float: the rows that are words or control ids, never an action."""
         ...
 
+    def get_input_embeddings(self) -> Any:
+        """The language model's embedding table; its weight tells a policy its device and dtype."""
+        ...
+
     def new_cache(self) -> Cache: ...
 
     def add_robots(self, count: int) -> None:
         """Rows of soft tokens for `count` further robots: the mean of those known and a little of their own."""
         ...
 
-    def save_pretrained(self, folder: Path) -> None: ...
+    def save_pretrained(self, folder: Path) -> Any: ...

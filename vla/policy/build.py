@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import nn
 
 from vla.actions import BinCodec
-from vla.backbones import NanoVLM, NanoVLMConfig, build_tokenizer
-from vla.embodiment import EmbodimentSpec, explain
+from vla.backbones import build_backbone
+from vla.embodiment import explain
 from vla.errors import UsageError
 from vla.mixture import Mixture
 from vla.normalize import Normalizer, Stats
 from vla.policy.config import NormalizationConfig, PolicyConfig
 from vla.policy.model import VLAPolicy
+from vla.policy.sizes import check_cameras, sizes_of
 from vla.prompt import PROMPTS, act_prompt
 
 
@@ -30,21 +29,10 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
     corpus = [act_prompt(text, version, key) for key, text in spoken for version in PROMPTS]
     if mixture.answers is not None:
         corpus += [text for _, question, answer in mixture.answers.pairs for text in (question, answer)]
-    tokenizer = build_tokenizer(corpus, config.backbone.text_vocab)
-    _few_cameras(embodiments)
-    A = room_for("action", config.action_dim, embodiments)
-    S = room_for("state", config.state_dim, embodiments)
-    nano = config.backbone
-    model = NanoVLM(NanoVLMConfig(
-        text_config=dict(hidden_size=nano.hidden, num_hidden_layers=nano.layers, num_attention_heads=nano.heads,
-                         num_key_value_heads=nano.heads, intermediate_size=nano.mlp),
-        text_vocab_size=nano.text_vocab, num_slots=config.chunk * A, num_symbols=codec.size, image_size=nano.image_size,
-        tower_channels=nano.tower_channels, keypoints=nano.keypoints, state_dim=S, num_robots=len(embodiments),
-        soft_tokens=config.soft_tokens,
-    ))  # fmt: skip
-    model.set_attn_implementation("eager")  # SDPA's backward is slow for ~60 tokens on a CPU
+    model, writer = build_backbone(config.backbone, sizes_of(config, embodiments, codec, corpus))
+    check_cameras(embodiments, model.max_cameras)
     normalizers = {key: normalizers_of(key, mixture, config.normalization) for key in embodiments}
-    return VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, _provenance(mixture))
+    return VLAPolicy(config, model, writer, embodiments, normalizers, codec, _provenance(mixture))
 
 
 def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
@@ -69,7 +57,7 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     new = [key for key in mixture.embodiments if key not in policy.embodiments]
     if new and not config.soft_tokens:
         problems.append("no soft tokens, so nothing could tell a new robot from the known ones")
-    _few_cameras(mixture.embodiments, model.config.max_cameras)
+    check_cameras(mixture.embodiments, model.max_cameras)
     if problems:
         raise UsageError("start.policy", found="; ".join(problems),
                          expected=f"robots it knows as {sorted(policy.embodiments)}, or new ones of at most {width.action_dim} "
@@ -77,20 +65,11 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
                          fix="train a policy with policy.soft_tokens and room (policy.action_dim, policy.state_dim), or give the "
                          "other robot its own name")  # fmt: skip
     if new:
-        table = model.robots
-        assert table is not None
-        rows = nn.Embedding(table.num_embeddings + len(new), table.embedding_dim)
-        with torch.no_grad():
-            rows.weight[: table.num_embeddings] = table.weight
-            # A new robot starts as the average of those known, and a little of its own.
-            noise = torch.randn(len(new), table.embedding_dim) * table.weight.std().item() * 0.1
-            rows.weight[table.num_embeddings :] = table.weight.mean(0) + noise
-        model.robots = rows
-        model.config.num_robots = rows.num_embeddings
+        model.add_robots(len(new))
     embodiments = policy.embodiments | {key: mixture.embodiments[key] for key in new}
     normalizers = policy.normalizers | {key: normalizers_of(key, mixture, config.normalization) for key in new}
     provenance = _joined(policy.provenance, _provenance(mixture))
-    return VLAPolicy(config, model, policy.tokenizer, embodiments, normalizers, policy.codec, provenance).adopt(policy)
+    return VLAPolicy(config, model, policy.writer, embodiments, normalizers, policy.codec, provenance).adopt(policy)
 
 
 def _sentences(mixture: Mixture) -> dict[str, list[str]]:
@@ -99,21 +78,6 @@ def _sentences(mixture: Mixture) -> dict[str, list[str]]:
     for store, spec in zip(mixture.stores, mixture.specs, strict=True):
         found.setdefault(spec.key, set()).update(store.instructions)
     return {key: sorted(texts) for key, texts in found.items()}
-
-
-def room_for(part: str, asked: int | None, embodiments: dict[str, EmbodimentSpec]) -> int:
-    """Dimensions of `part` ("action" or "state") a policy of these robots has: what was `asked`, or the widest robot's."""
-    needed = {key: getattr(spec, f"{part}_dim") for key, spec in embodiments.items()}
-    if asked is not None and asked < max(needed.values()):
-        raise UsageError(f"policy.{part}_dim", found=asked, expected=f"at least {max(needed.values())}; the robots have {needed}",
-                         fix=f"leave policy.{part}_dim out, or raise it")  # fmt: skip
-    return asked or max(needed.values())
-
-
-def _few_cameras(embodiments: dict[str, EmbodimentSpec], most: int = NanoVLMConfig().max_cameras) -> None:
-    if many := {key: len(spec.cameras) for key, spec in embodiments.items() if len(spec.cameras) > most}:
-        raise UsageError("cameras", found=many, expected=f"at most {most} a robot",
-                         fix="leave some out of the embodiment, or set them to null under the dataset's cameras")  # fmt: skip
 
 
 def _provenance(mixture: Mixture) -> dict:

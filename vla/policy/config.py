@@ -6,35 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from vla.backbones.config import BackboneConfig, NanoConfig
 from vla.batch import AugmentConfig
 from vla.config import Config
 from vla.normalize import Scheme
 
 Decode = Literal["argmax", "mean", "sample"]
 """How a symbol becomes a number: the likeliest bin, the expectation over the bins, or a draw."""
-
-
-class NanoConfig(Config):
-    """Sizes of the embedded backbone."""
-
-    kind: Literal["nano"] = "nano"
-    hidden: int = Field(default=128, ge=16)
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=2, ge=1)
-    mlp: int = Field(default=384, ge=16)
-    image_size: int = Field(default=64, ge=32, multiple_of=16)
-    tower_channels: tuple[int, int, int] = (32, 64, 128)
-    keypoints: int = Field(default=64, ge=0)
-    """Channels of the instruction-FiLM-ed spatial-softmax token; 0 is the plain stem."""
-    text_vocab: int = Field(default=512, ge=300)
-
-    @model_validator(mode="after")
-    def _check(self) -> NanoConfig:
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden {self.hidden} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
-        if any(c % groups for c, groups in zip(self.tower_channels, (4, 4, 8), strict=True)):
-            raise ValueError(f"tower_channels {self.tower_channels} must be multiples of 4, 4 and 8 (group normalisation)")
-        return self
 
 
 class CodecConfig(Config):
@@ -51,7 +29,7 @@ class NormalizationConfig(Config):
 class PolicyConfig(Config):
     """Everything that makes a policy, apart from data."""
 
-    backbone: NanoConfig = NanoConfig()
+    backbone: BackboneConfig = NanoConfig()
     codec: CodecConfig = CodecConfig()
     normalization: NormalizationConfig = NormalizationConfig()
     chunk: int = Field(default=8, ge=1)
@@ -62,15 +40,20 @@ class PolicyConfig(Config):
     execute: int = Field(default=4, ge=1)
     """Steps of a chunk (of its H) that are carried out before looking again."""
     decoding: Literal["parallel", "autoregressive"] = "parallel"
+    head: Literal["symbols", "l1"] = "symbols"
+    """`symbols`: probabilities over the codec's symbols, hence a confidence; `l1`: numbers straight from the hidden states, with
+    an L1 loss (OpenVLA-OFT), parallel decoding only, no confidence."""
     decode: Decode = "mean"
     soft_sigma: float = Field(default=0.02, ge=0)
     """Standard deviation, in unit space, of the Gaussian around the true action that the bins are taught; 0: hard labels."""
     end_weight: float = Field(default=1.0, ge=0)
-    """Weight of the auxiliary loss "where does this episode end", read off the demonstration itself."""
+    """Weight of the auxiliary loss "where does this episode end", read off the demonstration itself; 0: no such query."""
     prompt: Literal["plain-1", "robot-1", "openvla-1"] = "plain-1"
     """Version in `vla/prompt.py`; `robot-1` names the robot."""
     soft_tokens: int = Field(default=0, ge=0, le=64)
     """Learned tokens per embodiment, the other way to tell a policy which robot it is. Needed to add a robot later."""
+    state: Literal["token", "none"] = "token"
+    """Whether the robot's state is a token of the prefix."""
     action_dim: int | None = Field(default=None, ge=1)
     """A: room for action dimensions; default: the widest robot of the mixture. A robot added later must fit."""
     state_dim: int | None = Field(default=None, ge=1)
@@ -83,4 +66,6 @@ class PolicyConfig(Config):
     def _check(self) -> PolicyConfig:
         if self.execute > self.chunk:
             raise ValueError(f"execute {self.execute} is more than the chunk of {self.chunk}")
+        if self.head == "l1" and self.decoding != "parallel":
+            raise ValueError("head: l1 needs decoding: parallel; numbers cannot be fed back as symbols")
         return self

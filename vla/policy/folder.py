@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,31 +10,41 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from vla.actions import codec_from_json
-from vla.backbones import NanoProcessor, NanoVLM
+from vla.backbones import load_backbone
 from vla.config import validate
 from vla.embodiment import EmbodimentSpec
-from vla.errors import CheckpointError, DataError, UsageError
+from vla.errors import CheckpointError, DataError, UsageError, VLAError
 from vla.normalize import Normalizer
 from vla.policy.config import PolicyConfig
 from vla.policy.model import VLAPolicy
+from vla.policy.sizes import sizes_of
 
 
-def save_policy(policy: VLAPolicy, folder: Path) -> None:
-    """Write a policy folder. Not atomic by itself: `checkpoint.publish` wraps it."""
+def save_policy(policy: VLAPolicy, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a policy folder, its weights as `dtype` (default: as they are). Not atomic by itself: `checkpoint.publish` wraps it.
+
+    A policy saved as bfloat16 is that policy rounded, and its fingerprint is the rounded one's.
+    """
+    if dtype is not None and dtype != policy.dtype:
+        policy = copy.deepcopy(policy).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(folder)
-    NanoProcessor.of(policy.model.config, policy.tokenizer).save_pretrained(folder)
-    save_file({k: v.contiguous() for k, v in policy.end_head.state_dict().items()}, folder / "heads.safetensors")
+    policy.writer.save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in _head_tensors(policy).items()}, folder / "heads.safetensors")
     meaning = policy.describe()
     meaning["fingerprint"] = policy.fingerprint_with(meaning)
     (folder / "policy.json").write_text(json.dumps(meaning, indent=1))
 
 
-def read_policy(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager") -> VLAPolicy:
-    """Read a policy folder; raises `CheckpointError` naming what is missing or does not fit."""
+def _head_tensors(policy: VLAPolicy) -> dict[str, torch.Tensor]:
+    """The heads' weights under the names files have: the end head's bare, for it was alone once."""
+    return {name.removeprefix("end."): tensor for name, tensor in policy.heads.state_dict().items()}
+
+
+def read_policy(folder: Path, dtype: torch.dtype | None = None, attention: str | None = None) -> VLAPolicy:
+    """Read a policy folder; raises `CheckpointError` naming what is missing or does not fit. See `load_policy`."""
     meaning = _read_policy_json(folder)
     try:
         config = validate(meaning["config"], PolicyConfig, f"{folder / 'policy.json'}: config")
@@ -48,24 +59,23 @@ def read_policy(folder: Path, dtype: torch.dtype = torch.float32, attention: str
         raise CheckpointError(folder / "policy.json", found=f"{type(error).__name__}: {error}", expected="what save_policy wrote",
                               fix="copy the folder again; policy.json is not meant to be edited") from error  # fmt: skip
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # The fingerprint is that of the stored numbers, so they are read as stored and converted afterwards.
+        model, writer = load_backbone(folder, config.backbone, sizes_of(config, embodiments, codec), None, attention)
+        policy = VLAPolicy(config, model, writer, embodiments, normalizers, codec, meaning["provenance"])
         heads = load_file(folder / "heads.safetensors")
+        policy.heads.load_state_dict({k if k.startswith("l1.") else f"end.{k}": v for k, v in heads.items()})
+    except VLAError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean "cannot be read"
         raise CheckpointError(folder, found=f"{type(error).__name__}: {error}",
                               expected="readable model.safetensors, heads.safetensors, tokenizer.json, config.json",
                               fix="copy the folder again, or use an older checkpoint") from error  # fmt: skip
-    if not isinstance(model, NanoVLM):
-        raise CheckpointError(folder / "config.json", found=f"a {type(model).__name__}", expected="a NanoVLM",
-                              fix="this version runs the built-in backbone only; update tendon-vla")  # fmt: skip
-    policy = VLAPolicy(config, model, tokenizer, embodiments, normalizers, codec, meaning["provenance"])
-    policy.end_head.load_state_dict(heads)
     if (found := policy.fingerprint_with(meaning)) != meaning["fingerprint"]:
         raise CheckpointError(folder, found=f"fingerprint {found[:12]}",
                               expected=f"{str(meaning['fingerprint'])[:12]}, as policy.json says",
                               fix="weights and policy.json are not of one save: copy the whole folder again")  # fmt: skip
     policy.saved_meaning = meaning
-    return policy.to(dtype).eval()
+    return (policy if dtype is None else policy.to(dtype)).eval()
 
 
 def _read_policy_json(folder: Path) -> dict:
@@ -85,11 +95,12 @@ def _read_policy_json(folder: Path) -> dict:
 
 
 def load_policy(
-    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, attention: str = "eager"
+    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str | None = None
 ) -> VLAPolicy:
     """A policy from a policy folder, a run folder or a Hub id (`user/name`), ready to act.
 
-    `device` defaults to CUDA where there is one; `attention` is transformers' `attn_implementation`.
+    `device` defaults to CUDA where there is one, `dtype` to that of the weights (the nano model's: float32), `attention`
+    (transformers' `attn_implementation`) to what the policy was trained with.
     Raises `CheckpointError` when it cannot be had or is not whole.
     """
     folder = Path(path)

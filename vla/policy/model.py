@@ -3,8 +3,9 @@
 Two decodings (RT-2, Brohan et al. 2023 / OpenVLA, Kim et al. 2024, and OpenVLA-OFT, Kim et al. 2025):
     autoregressive   prefix, <act>, s_0 .. s_{N-2}  ->  s_0 .. s_{N-1}   causal over the action positions
     parallel         prefix, slot_0 .. slot_{N-1}   ->  s_0 .. s_{N-1}   one pass, bidirectional over them
-The prefix (images, text, robot, state, end query) attends to itself in both directions, and never to the actions. An answer in
-words (`vla/answers.py`) is a prefix whose last part is causal.
+How the prefix (images, text, robot, state, end query) attends to itself is the backbone's own way; the action positions read
+all of it. An answer in words (`vla/answers.py`) is a prefix whose last part is causal. Symbols become actions by probabilities
+over the codec's bins, or, with `head: l1`, hidden states become numbers.
 """
 
 from __future__ import annotations
@@ -21,54 +22,63 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import vla
 from vla.actions import ActionCodec
 from vla.answers import Question
-from vla.backbones import NanoVLM
+from vla.backbones import Writer
 from vla.batch import Batch, Encoder, Example, collate
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
 from vla.policy.choose import Chooser
 from vla.policy.config import Decode, PolicyConfig
+from vla.policy.decoding import decode_steps
+from vla.policy.heads import EndHead, L1Head
 from vla.policy.protocol import Chunk, Loss, LossWeights
 from vla.prompt import PROMPTS
 from vla.resample import chunk_steps, source_step, to_robot_steps
 from vla.schema import Observation, Window
+
+_RIGHT = 0.02  # an L1 head's number this near the true one counts as right in `token_accuracy`: what 100 bins could tell
 
 
 class VLAPolicy(nn.Module):
     """A vision-language model that speaks actions. See the module docstring for the sequence layout."""
 
     def __init__(
-        self, config: PolicyConfig, model: NanoVLM, tokenizer: PreTrainedTokenizerFast,
-        embodiments: dict[str, EmbodimentSpec], normalizers: dict[str, dict[str, Normalizer]], codec: ActionCodec,
-        provenance: dict | None = None,
+        self, config: PolicyConfig, model: Any, writer: Writer, embodiments: dict[str, EmbodimentSpec],
+        normalizers: dict[str, dict[str, Normalizer]], codec: ActionCodec, provenance: dict | None = None,
     ) -> None:  # fmt: skip
+        """`model` is a `vla.backbones.Backbone`, `writer` its own. Raises `UsageError` when it cannot decode as asked."""
         super().__init__()
-        self.config, self.model, self.tokenizer, self.codec = config, model, tokenizer, codec
+        if config.decoding == "parallel" and model.no_parallel:
+            raise UsageError("policy.decoding", found="parallel", expected=f"autoregressive: {model.no_parallel}",
+                             fix="policy.decoding=autoregressive, or another backbone")  # fmt: skip
+        self.config, self.model, self.writer, self.codec = config, model, writer, codec
         self.embodiments, self.normalizers = embodiments, normalizers
         self.saved_meaning: dict | None = None
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
-        layout = {name: model.config.special_id(name) for name in ("image", "state", "end", "pad", "soft", "say", "eos")}
         self.encoder = Encoder(
-            embodiments=embodiments, normalizers=normalizers, codec=codec, prompt=config.prompt, tokenize=_Tokenize(tokenizer),
-            layout=layout | {"image_tokens": model.config.image_tokens, "soft_tokens": model.config.soft_tokens},
-            image_size=model.config.image_size, horizon=config.chunk, action_dim=model.config.num_slots // config.chunk,
-            state_dim=model.config.state_dim,
+            embodiments=embodiments, normalizers=normalizers, codec=codec, writer=writer, prompt=config.prompt,
+            horizon=config.chunk, action_dim=model.num_slots // config.chunk, state_dim=model.state_dim,
         )  # fmt: skip
-        d = model.config.text_config.hidden_size
-        self.end_head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, self.encoder.state_dim))
+        self.end_head = EndHead(model.hidden_size, self.encoder.state_dim) if config.end_weight else None
+        self.l1_head = L1Head(model.hidden_size, self.encoder.action_dim) if config.head == "l1" else None
         centres = codec.centres if codec.centres is not None else np.zeros(0, np.float32)
         self.centres: Tensor
         self.register_buffer("centres", torch.from_numpy(centres), persistent=False)
 
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """What is learned beside the backbone."""
+        found = {"end": self.end_head, "l1": self.l1_head}
+        return nn.ModuleDict({name: head for name, head in found.items() if head is not None})
+
     def adopt(self, other: VLAPolicy) -> VLAPolicy:
         """Take over the heads of a policy of the same sizes; returns self."""
-        self.end_head.load_state_dict(other.end_head.state_dict())
+        self.heads.load_state_dict(other.heads.state_dict())
         return self.to(other.device).train(other.training)
 
     # ------------------------------------------------------------------------------------------------ learning
@@ -78,32 +88,48 @@ class VLAPolicy(nn.Module):
         return self.encoder.window(window, self.config.augment if augment else None, seed)
 
     def collate(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.encoder.layout["pad"])
+        return collate(examples, self.writer.ids.pad)
 
     def forward(self, batch: Batch) -> Loss:
         """The losses, as sums and counts (DDP wraps `forward`, so this is it)."""
-        hidden = self._hidden(batch)
-        logits = self._symbol_logits(hidden[:, -batch.symbols.shape[1] :]).float()  # (B, N, K)
+        hidden, T = self._hidden(batch), batch.ids.shape[1]
+        acts = hidden[:, T : T + batch.symbols.shape[1]]
         valid = batch.valid.flatten(1)  # (B, N)
+        if self.l1_head is not None:
+            wrong = (self.l1_head(acts).float() - batch.unit).abs().flatten(1)
+            action, right = (wrong * valid).sum(), wrong < _RIGHT
+        else:
+            logits = self.model.symbol_logits(acts).float()  # (B, N, K)
+            action, right = (self._entropies(logits, batch) * valid).sum(), logits.argmax(-1) == batch.symbols
+        end, end_count = action.new_zeros(()), batch.end_valid.sum()
+        if self.end_head is not None:
+            told = self.end_head(hidden[:, T - 1]).float()  # (B, S)
+            end = (F.smooth_l1_loss(told, batch.end, reduction="none", beta=0.1) * batch.end_valid).sum()
+        said = batch.labels != -100
+        words = action.new_zeros(())
+        if said.any():
+            words = F.cross_entropy(self.model.word_logits(hidden[:, :T][said]), batch.labels[said], reduction="sum")
+        if not len(batch.images) or self._has_idle_parts:
+            # Not every part takes part in every batch (questions in words alone have no picture): it is added with nothing
+            # to learn, so that every rank reduces the same gradients and a checkpoint knows every parameter's state.
+            action = action + sum(0.0 * p.sum() for p in self.parameters() if p.requires_grad)
+        return Loss(
+            action=action, action_count=valid.sum(), end=end, end_count=end_count, correct=(right & valid).sum(),
+            answer=words, answer_count=said.sum(),
+        )  # fmt: skip
+
+    @property
+    def _has_idle_parts(self) -> bool:
+        """Whether weights may lie outside what a batch uses: foreign models bring pooling heads and last blocks nobody reads."""
+        return self.config.backbone.kind != "nano" or self.config.state == "none" or self.l1_head is not None
+
+    def _entropies(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(B, N, K) -> (B, N): against the true symbol, or a Gaussian over the bins around the true action."""
         log_p = logits.log_softmax(-1)
         if self.config.soft_sigma and self.codec.centres is not None:
             distance = (batch.unit.flatten(1)[..., None] - self.centres) / self.config.soft_sigma
-            entropies = -(torch.softmax(-0.5 * distance.square(), -1) * log_p).sum(-1)
-        else:
-            entropies = -log_p.gather(-1, batch.symbols[..., None])[..., 0]
-        end = self.end_head(hidden[:, -batch.symbols.shape[1] - 1]).float()  # (B, S)
-        end_losses = F.smooth_l1_loss(end, batch.end, reduction="none", beta=0.1)
-        said = batch.labels != -100
-        if not len(batch.images):
-            # No picture in this batch (questions in words alone): the tower still takes part, with nothing to learn, so
-            # that every rank reduces the same gradients and a checkpoint knows every parameter's state.
-            entropies = entropies + sum(0.0 * p.sum() for p in self.parameters() if p.requires_grad)
-        words = F.cross_entropy(self._word_logits(hidden[:, : batch.ids.shape[1]][said]), batch.labels[said], reduction="sum")
-        return Loss(
-            action=(entropies * valid).sum(), action_count=valid.sum(),
-            end=(end_losses * batch.end_valid).sum(), end_count=batch.end_valid.sum(),
-            correct=((logits.argmax(-1) == batch.symbols) & valid).sum(), answer=words, answer_count=said.sum(),
-        )  # fmt: skip
+            return -(torch.softmax(-0.5 * distance.square(), -1) * log_p).sum(-1)
+        return -log_p.gather(-1, batch.symbols[..., None])[..., 0]
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -116,20 +142,24 @@ class VLAPolicy(nn.Module):
 
     def action_logits(self, batch: Batch) -> Tensor:
         """(B, N, K). Autoregressive policies are teacher-forced with `batch.symbols`."""
-        return self._symbol_logits(self._hidden(batch)[:, -batch.symbols.shape[1] :])
+        return self.model.symbol_logits(self._acts(batch))
+
+    def _acts(self, batch: Batch) -> Tensor:
+        """Hidden states (B, N, d) from which the symbols are read."""
+        T = batch.ids.shape[1]
+        return self._hidden(batch)[:, T : T + batch.symbols.shape[1]]
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states (B, T + N, d) of prefix and action positions."""
+        """Last hidden states (B, T + M, d) of prefix and action positions; symbols are read at the first N of those."""
         B, N = batch.symbols.shape
-        config = self.model.config
+        ids = self.writer.ids
         if self.config.decoding == "parallel":
-            tail = torch.arange(config.slot_ids.start, config.slot_ids.start + N, device=batch.ids.device).expand(B, N)
+            tail = torch.tensor(self.model.parallel_tail(N), device=batch.ids.device).expand(B, -1)
         else:
-            start = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
-            history = batch.symbols[:, :-1] + config.action_ids.start
-            history = history.masked_fill(batch.hidden[:, :-1], config.special_id("act"))
+            start = torch.full((B, 1), ids.act, device=batch.ids.device)
+            history = ids.of_symbols(batch.symbols[:, :-1]).masked_fill(batch.hidden[:, :-1], ids.act)
             tail = torch.cat([start, history], dim=1)
-        mask, positions = self._attention(batch, N)
+        mask, positions = self.attention(batch, tail.shape[1])
         hidden = self.model.hidden(
             torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, slots=batch.slots, robots=batch.robot,
             attention_mask=mask, position_ids=positions,
@@ -137,35 +167,27 @@ class VLAPolicy(nn.Module):
         assert hidden is not None
         return hidden
 
-    def _attention(self, batch: Batch, N: int) -> tuple[Tensor, Tensor]:
-        """Additive mask (B, 1, T + N, T + N) and positions (B, T + N) for a batch's prefixes and N action positions."""
-        prefix = batch.mask
+    def attention(self, batch: Batch, M: int) -> tuple[Tensor, Tensor]:
+        """Additive mask (B, 1, T + M, T + M) and positions for a batch's prefixes and M action positions."""
+        prefix, parallel = batch.mask, self.config.decoding == "parallel"
         B, T = prefix.shape
-        allowed = torch.zeros(B, T + N, T + N, dtype=torch.bool, device=prefix.device)
-        earlier = torch.ones(T + N, T, dtype=torch.bool, device=prefix.device).tril()
-        allowed[:, :, :T] = prefix[:, None, :] & (earlier | ~batch.causal[:, None, :])
-        tail = torch.ones(N, N, dtype=torch.bool, device=prefix.device)
-        allowed[:, T:, T:] = tail if self.config.decoding == "parallel" else tail.tril()
-        positions = (prefix.cumsum(-1) - 1).clamp(min=0)
-        after = positions[:, -1:] + 1 + torch.arange(N, device=prefix.device)
-        return _additive(allowed, self._dtype), torch.cat([positions, after], dim=1)
-
-    def _symbol_logits(self, hidden: Tensor) -> Tensor:
-        """Only the rows of the head that are actions: a malformed chunk cannot be expressed."""
-        ids = self.model.config.action_ids
-        return F.linear(hidden, self.model.lm_head.weight[ids.start : ids.stop])
-
-    def _word_logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., words), float: the rows of the head that are words or control ids, never an action."""
-        return F.linear(hidden, self.model.lm_head.weight[: self.model.config.slot_ids.start]).float()
+        allowed = torch.zeros(B, T + M, T + M, dtype=torch.bool, device=prefix.device)
+        allowed[:, :T, :T], positions = self.model.prefix_attention(batch.ids, prefix, batch.causal)
+        allowed[:, T:, :T] = prefix[:, None, :]
+        tail = torch.ones(M, M, dtype=torch.bool, device=prefix.device)
+        allowed[:, T:, T:] = tail if parallel else tail.tril()
+        if parallel and self.model.prefix_reads_tail:
+            allowed[:, :T] = torch.cat([prefix, prefix.new_ones(B, M)], dim=1)[:, None]
+        return _additive(allowed, self.dtype), self.model.tail_positions(positions, M)
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return self.model.lm_head.weight.dtype
+    def dtype(self) -> torch.dtype:
+        """Of the language model's weights."""
+        return self.model.get_input_embeddings().weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.model.get_input_embeddings().weight.device
 
     # ------------------------------------------------------------------------------------------------ acting
 
@@ -221,16 +243,21 @@ class VLAPolicy(nn.Module):
                                   fix="use a policy trained on this robot")  # fmt: skip
         pairs = zip(observations, instructions, strict=True)
         batch = self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
-        dims = self.embodiments[embodiment].action_dim
-        choose = Chooser(decode or self.config.decode, self.codec, self.centres, range(len(batch)) if seeds is None else seeds)
-        if self.config.decoding == "parallel":
-            choose(self._symbol_logits(self._hidden(batch)[:, -batch.symbols.shape[1] :]))
-        else:
-            self._decode_steps(batch, choose, dims)
-        normalizer = self.normalizers[embodiment]["action"]
+        spec, (n, _) = self.embodiments[embodiment], self.steps(embodiment)
         shape = (len(batch), self.chunk, self.encoder.action_dim)
-        unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape)[..., :dims] for part in choose.parts)
-        actions, spec, (n, _) = normalizer.from_unit(unit), self.embodiments[embodiment], self.steps(embodiment)
+        if self.l1_head is not None:
+            unit = self.l1_head(self._acts(batch)).float().clamp(-1, 1).cpu().numpy()
+            symbols, confidence = self.codec.encode(unit).reshape(shape), np.full(shape, np.nan)
+        else:
+            choose = Chooser(decode or self.config.decode, self.codec, self.centres,
+                             range(len(batch)) if seeds is None else seeds)  # fmt: skip
+            if self.config.decoding == "parallel":
+                choose(self.action_logits(batch))
+            else:
+                decode_steps(self, batch, choose, spec.action_dim)
+            unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape) for part in choose.parts)
+        actions = self.normalizers[embodiment]["action"].from_unit(unit[..., : spec.action_dim])
+        confidence, symbols = confidence[..., : spec.action_dim], symbols[..., : spec.action_dim]
         held = source_step(n, self.chunk)
         return [Chunk(to_robot_steps(actions[i], n, spec), confidence[i][held].astype(np.float32), symbols[i][held])
                 for i in range(len(batch))]  # fmt: skip
@@ -239,44 +266,17 @@ class VLAPolicy(nn.Module):
     def answer(self, image: np.ndarray | None, question: str, most: int = 64) -> str:
         """What the policy says to a question about a picture ((h, w, 3) uint8, or none), greedily, at most `most` tokens."""
         said: list[int] = []
-        layout = self.encoder.layout
         example = self.encoder.question(Question(image, question, ""))
         while len(said) < most:
             ids = np.concatenate([example.ids, np.array(said, np.int64)])
             causal = np.concatenate([example.causal, np.ones(len(said), bool)])
             grown = replace(example, ids=ids, causal=causal, labels=np.full(len(ids), -100, np.int64))
             hidden = self._hidden(self.collate([grown]).to(self.device))
-            word = int(self._word_logits(hidden[:, len(ids) - 1])[0].argmax())
-            if word == layout["eos"]:
+            word = int(self.model.word_logits(hidden[:, len(ids) - 1])[0].argmax())
+            if word == self.writer.ids.eos:
                 break
             said.append(word)
-        return str(self.tokenizer.decode([i for i in said if i < self.model.config.text_vocab_size])).strip()
-
-    def _decode_steps(self, batch: Batch, choose: Chooser, dims: int) -> None:
-        """Constrained greedy (or sampled) decoding: the prefix once, then one symbol at a time over a cache.
-
-        `dims` is the robot's own number of action dimensions, at most A.
-        """
-        A, zero = self.encoder.action_dim, int(self.codec.encode(np.zeros((1, 1)))[0])
-        B, N = batch.symbols.shape
-        T = batch.ids.shape[1]
-        config = self.model.config
-        mask, positions = self._attention(batch, N)
-        cache = DynamicCache(config=config.text_config)
-        self.model.hidden(
-            batch.ids, batch.images, batch.state, slots=batch.slots, robots=batch.robot, attention_mask=mask[:, :, :T, :T],
-            position_ids=positions[:, :T], past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-        ids = torch.full((B, 1), config.special_id("act"), device=batch.ids.device)
-        for i in range(N):
-            hidden = self.model.hidden(
-                ids, attention_mask=mask[:, :, T + i : T + i + 1, : T + i + 1], position_ids=positions[:, T + i : T + i + 1],
-                past_key_values=cache, use_cache=True,
-            ).last_hidden_state  # fmt: skip
-            symbols = choose(self._symbol_logits(hidden))
-            if i % A >= dims:  # training fed a padded dimension's zero here, so acting does too
-                symbols = torch.full_like(symbols, zero)
-            ids = symbols + config.action_ids.start
+        return self.writer.text(said)
 
     # ------------------------------------------------------------------------------------------------ identity
 
@@ -289,7 +289,7 @@ class VLAPolicy(nn.Module):
             "normalizers": {k: {part: n.to_json() for part, n in v.items()} for k, v in self.normalizers.items()},
             "codec": self.codec.to_json(),
             "prompt": {"version": self.config.prompt, "template": PROMPTS[self.config.prompt]},
-            "image": {"size": self.encoder.image_size, "resize": "bilinear, antialiased", "layout": "RGB in [-1, 1]"},
+            "image": self.writer.image.to_json(),
             "provenance": self.provenance,
             "versions": {"tendon-vla": vla.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                          "python": platform.python_version()},
@@ -308,21 +308,12 @@ class VLAPolicy(nn.Module):
         digest = hashlib.sha256()
         kept = {k: v for k, v in meaning.items() if k not in ("versions", "fingerprint")}
         digest.update(json.dumps(kept, sort_keys=True).encode())
-        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(self.writer.state_bytes())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            wide = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()  # the numbers, however stored
+            digest.update(wide.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-class _Tokenize:
-    """Text -> ids without special tokens; a class, because loader workers must pickle it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
