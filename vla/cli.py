@@ -70,6 +70,7 @@ DATA_VERBS: dict[str, tuple[str, str]] = {
     "convert": ("data_tools.convert", "bring LeRobot v2.x, RLDS or HDF5 data to LeRobot v3.0, or v3.0 to v2.1"),
     "check": ("data_tools.check", "find what is wrong with a dataset, before it is trained on"),
     "report": ("data_tools.report", "one HTML file to judge a dataset from"),
+    "questions": ("data_tools.questions", "render scenes with questions and answers about them"),
     "stats": ("data_tools.stats", "show, recompute or compare statistics"),
     "mixture": ("vla.preview", "print what a training config will draw"),
     "bench": ("data_tools.bench", "samples per second, waiting time and the decode floor"),

@@ -119,6 +119,10 @@ class Tabletop(Simulator):
     def _opening(self) -> float:
         return float(self._data.qpos[_ARM : _ARM + 2].mean() / _FINGER)
 
+    def places(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Where the hand (3,) and each colour's cube (3,) are: metres, the robot's frame."""
+        return self._hand().copy(), {colour: place.copy() for colour, place in zip(COLOURS, self._cube_places(), strict=True)}
+
     def _cube_places(self) -> np.ndarray:
         return self._data.xpos[self._cubes]
 
