@@ -23,7 +23,7 @@ def test_openvla_prompt_to_the_letter():
     assert act_prompt("  Push the\tRED cube ", "openvla-1") == expected
     assert act_prompt("Push it", "plain-1") == "push it"
     assert act_prompt("Push it", "robot-1", "my_arm/joint") == "my arm joint: push it"
-    assert set(PROMPTS) == {"plain-1", "robot-1", "openvla-1"}
+    assert set(PROMPTS) == {"plain-1", "robot-1", "openvla-1", "openvla-v01"}
 
 
 @pytest.mark.parametrize("bad", ["", " \u200b\x00", "x" * (MAX_INSTRUCTION + 1), None, 3])

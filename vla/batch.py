@@ -169,7 +169,7 @@ class Encoder:
         spec, norm = self.embodiments[embodiment], self.normalizers[embodiment]
         spec.check_observation(observation, f"observation for {embodiment!r}")
         state = np.zeros(self.state_dim, np.float32)
-        if not drop_state:
+        if not drop_state and spec.state_dim:
             state = self._state(norm["state"], np.asarray(observation["state"], np.float32))
         images, slots = self._images(observation["images"], spec)  # pyright: ignore[reportArgumentType]
         ids = self._prefix(instruction, len(images), embodiment)

@@ -12,14 +12,26 @@ from vla.errors import DataError
 MAX_INSTRUCTION = 512
 """Characters, after cleaning."""
 
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
 PROMPTS: dict[str, str] = {
     "plain-1": "{instruction}",
     "robot-1": "{robot}: {instruction}",
     "openvla-1": "In: What action should the robot take to {instruction}?\nOut:",
+    "openvla-v01": _VICUNA + " USER: What action should the robot take to {instruction}? ASSISTANT:",
 }
 """Version -> template. `plain-1` is for models learned from scratch, where each further word costs a position; `robot-1`
 says which robot is meant, so that a mixture of them can be told apart by words; `openvla-1` is OpenVLA's (lower-cased
-instruction, right-stripped)."""
+instruction, right-stripped), `openvla-v01` that of its first version, on Vicuna."""
+
+ANSWER_PROMPTS: dict[str, str] = {
+    "openvla-1": "In: {question}\nOut:",
+    "openvla-v01": _VICUNA + " USER: {question} ASSISTANT:",
+}
+"""What the same models were asked other questions with."""
 
 
 def clean_instruction(text: str) -> str:

@@ -48,7 +48,7 @@ class PolicyConfig(Config):
     """Standard deviation, in unit space, of the Gaussian around the true action that the bins are taught; 0: hard labels."""
     end_weight: float = Field(default=1.0, ge=0)
     """Weight of the auxiliary loss "where does this episode end", read off the demonstration itself; 0: no such query."""
-    prompt: Literal["plain-1", "robot-1", "openvla-1"] = "plain-1"
+    prompt: Literal["plain-1", "robot-1", "openvla-1", "openvla-v01"] = "plain-1"
     """Version in `vla/prompt.py`; `robot-1` names the robot."""
     soft_tokens: int = Field(default=0, ge=0, le=64)
     """Learned tokens per embodiment, the other way to tell a policy which robot it is. Needed to add a robot later."""

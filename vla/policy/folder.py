@@ -97,7 +97,7 @@ def _read_policy_json(folder: Path) -> dict:
 def load_policy(
     path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str | None = None
 ) -> VLAPolicy:
-    """A policy from a policy folder, a run folder or a Hub id (`user/name`), ready to act.
+    """A policy from a policy folder, a run folder, a folder in OpenVLA's layout or a Hub id (`user/name`), ready to act.
 
     `device` defaults to CUDA where there is one, `dtype` to that of the weights (the nano model's: float32), `attention`
     (transformers' `attn_implementation`) to what the policy was trained with.
@@ -108,7 +108,15 @@ def load_policy(
         folder = _download(str(path))
     if (folder / "policy" / "policy.json").is_file():
         folder = folder / "policy"
-    return read_policy(folder, dtype, attention).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (folder / "config.json").is_file() and not (folder / "policy.json").is_file():
+        from vla.backbones.prismatic_files import is_openvla_folder
+
+        if is_openvla_folder(folder):
+            from vla.policy.openvla import read_openvla
+
+            return read_openvla(folder, device=device, dtype=dtype, attention=attention)
+    return read_policy(folder, dtype, attention).to(device)
 
 
 def _download(name: str) -> Path:
