@@ -198,3 +198,57 @@ def write_tiny(
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     (folder / "added_tokens.json").write_text(json.dumps({"<PAD>": vocab}))
     return tensors
+
+
+def write_oft(
+    folder: Path, *, dims: int = 7, proprio: int = 8, film: bool = True, rank: int = 2, keys: tuple[str, ...] = ("libero",),
+    head: bool = True,
+) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
+    """A small OFT folder beside `write_tiny`'s: file kind -> its tensors, without `module.`; the towers' with adapters of `rank`.
+
+    Written as torch writes them, names as data-parallel training leaves them.
+    """
+    stats = {key: statistics(dims, proprio, seed) for seed, key in enumerate(keys)}
+    tensors = write_tiny(folder, norm_stats={"bridge_orig": statistics()})
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats, indent=2))
+    d = TINY["text"]["width"]
+    shapes: dict[str, Shapes] = {"proprio_projector": linear("fc1", d, proprio) | linear("fc2", d, d)}
+    if head:
+        norms = pair("model.layer_norm1", d * dims) | pair("model.layer_norm2", d)
+        shapes["action_head"] = norms | linear("model.fc1", d, d * dims) | linear("model.fc2", dims, d)
+        for i in range(2):
+            at = f"model.mlp_resnet_blocks.{i}.ffn."
+            shapes["action_head"] |= pair(f"{at}0", d) | linear(f"{at}1", d, d)
+    files = {kind: random_tensors(s, 7 + i) for i, (kind, s) in enumerate(shapes.items())}
+    if film:
+        files["vision_backbone"] = _filmed(tensors, d, rank)
+    for kind, found in files.items():
+        torch.save({f"module.{k}": v for k, v in found.items()}, folder / f"{kind}--150_checkpoint.pt")
+    return {"model": tensors, **files}
+
+
+def _filmed(tensors: dict[str, torch.Tensor], d: int, rank: int) -> dict[str, torch.Tensor]:
+    """The towers as OFT saves them: blocks wrapped, projections with LoRA beside their base, scale and shift for each block."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.startswith("vision_backbone."):
+            continue
+        head, dot, rest = name.partition(".blocks.")
+        wrapped = f"{head}{dot}{rest.split('.')[0]}.block.{rest.partition('.')[2]}" if dot else name
+        if wrapped.endswith(("attn.qkv.weight", "patch_embed.proj.weight")):
+            stem = wrapped.removesuffix(".weight")
+            draw = torch.Generator().manual_seed(len(found))
+            down = torch.randn(rank, *tensor.shape[1:], generator=draw) * 0.1
+            up = torch.randn(tensor.shape[0], rank, *[1] * (tensor.ndim - 2), generator=draw) * 0.1
+            found |= {f"{stem}.base_layer.weight": tensor, f"{stem}.lora_A.default.weight": down,
+                      f"{stem}.lora_B.default.weight": up}  # fmt: skip
+        elif wrapped.endswith(("attn.qkv.bias", "patch_embed.proj.bias")):
+            found[wrapped.replace(".bias", ".base_layer.bias")] = tensor
+        else:
+            found[wrapped] = tensor
+    shapes: Shapes = {}
+    for tower, sizes in (("featurizer", TINY["dino"]), ("fused_featurizer", TINY["siglip"])):
+        for i in range(sizes["depth"]):
+            at = f"vision_backbone.{tower}.blocks.{i}."
+            shapes |= linear(f"{at}scale", sizes["width"], d) | linear(f"{at}shift", sizes["width"], d)
+    return found | {k: 0.3 * v for k, v in random_tensors(shapes, 99).items()}
