@@ -74,10 +74,10 @@ def tower(t: Weights, prefix: str, pixels: Tensor, heads: int, film: Weights | N
 def see(t: Weights, frame: np.ndarray, side: int, kinds: list[str], heads: int, film: Weights | None = None,
         sentence: Tensor | None = None) -> Tensor:  # fmt: skip
     """A camera's frame (h, w, 3) uint8 -> (patches, d): resized naively, normalised for each tower, projected."""
-    small = TVF.resize(Image.fromarray(frame), [side, side], TVF.InterpolationMode.BICUBIC, antialias=True)
+    small = TVF.resize(Image.fromarray(frame), [side, side], TVF.InterpolationMode.BICUBIC, antialias=True)  # pyright: ignore
     parts = []
     for kind, name in zip(kinds, ("featurizer", "fused_featurizer"), strict=False):
-        pixels = TVF.normalize(TVF.to_tensor(small), MEANS[kind], STDS[kind])
+        pixels = TVF.normalize(TVF.to_tensor(small), MEANS[kind], STDS[kind])  # pyright: ignore
         parts.append(tower(t, f"vision_backbone.{name}.", pixels, heads, film, sentence))
     x = torch.cat(parts, -1)
     x = dense(t, "projector.fc2", gelu(dense(t, "projector.fc1", x)))
@@ -109,7 +109,7 @@ def llama(t: Weights, x: Tensor, heads: int, causal: bool = True) -> Tensor:
 
 
 def openvla(t: Weights, patches: Tensor, ids: list[int], heads: int, vocab: int, n: int = 7) -> tuple[Tensor, list[int]]:
-    """Logits (n, padded vocabulary) and the n action ids, greedily among the last 256 of `vocab`; `ids` end in the empty piece."""
+    """Logits (n, padded vocabulary) and n action ids, greedily among the last 256 of `vocab`; `ids` end in the empty piece."""
     table, said, logits = t["language_model.model.embed_tokens.weight"], list(ids), []
     for _ in range(n):
         words = table[torch.tensor(said)]

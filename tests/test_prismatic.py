@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import prismatic_restated as restated
@@ -22,7 +23,7 @@ from vla.policy.openvla import OFT, read_openvla
 from vla.schema import Window
 
 TEXT = "In: What action should the robot take to push the red cube?\nOut:"
-TOLERANCE = dict(rtol=1e-5, atol=2e-5)
+TOLERANCE: dict[str, Any] = dict(rtol=1e-5, atol=2e-5)
 
 
 def frame(seed: int = 0) -> np.ndarray:
@@ -131,8 +132,8 @@ def test_the_full_layout_is_the_published_one():
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected = layout(FULL, 32064)
     assert not ours.keys() ^ expected.keys() and ours == expected
-    counts = [sum(name.startswith(p) for name in ours) for p in ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.",
-                                                                 "projector.", "language_model.")]  # fmt: skip
+    parts = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.", "projector.", "language_model.")
+    counts = [sum(name.startswith(part) for name in ours) for part in parts]
     assert (len(ours), counts) == (982, [343, 342, 6, 291])
     parameters = sum(p.numel() for p in model.parameters())
     assert (parameters, 2 * parameters) == (7_541_237_184, 15_082_474_368)
@@ -202,10 +203,10 @@ def test_pictures_are_torchvisions(tiny):
 
     whole, cropped = read_openvla(tiny[0]), read_openvla(tiny[0], crop=0.9)
     picture = Image.fromarray(frame())
-    expected = TVF.resize(picture, [28, 28], TVF.InterpolationMode.BICUBIC, antialias=True)
+    expected = TVF.resize(picture, [28, 28], TVF.InterpolationMode.BICUBIC, antialias=True)  # pyright: ignore
     assert np.array_equal(whole.writer.image(frame()), np.asarray(expected))
     height, width = round(60 * 0.9**0.5), round(80 * 0.9**0.5)
-    middle = TVF.crop(picture, (60 - height) // 2, (80 - width) // 2, height, width)
+    middle = TVF.crop(picture, (60 - height) // 2, (80 - width) // 2, height, width)  # pyright: ignore
     expected = TVF.resize(middle, [28, 28], TVF.InterpolationMode.BICUBIC, antialias=True)
     assert np.array_equal(cropped.writer.image(frame()), np.asarray(expected))
 
@@ -296,15 +297,17 @@ def test_a_fresh_policy_on_its_weights(tiny):
     pixels, states = torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1, 4)
 
     def last(**change):
-        given = {"images": pixels, "states": states, "robots": torch.tensor([0])} | change
-        return model.hidden(row, **given).last_hidden_state[0, -1]
+        given: dict[str, Any] = {"images": pixels, "states": states, "robots": torch.tensor([0])} | change
+        out = model.hidden(row, **given).last_hidden_state
+        assert out is not None
+        return out[0, -1]
 
     with torch.inference_mode():
         here = last()
         for change in ({"images": pixels + 200}, {"states": states + 0.5}, {"robots": torch.tensor([1])}):
             assert not torch.allclose(last(**change), here)
     model.add_robots(1)
-    assert model.robots.weight.shape == (3, 3 * 32) and isinstance(writer, PrismaticWriter)
+    assert model.robots is not None and model.robots.weight.shape == (3, 3 * 32) and isinstance(writer, PrismaticWriter)
 
 
 def test_a_model_that_ignores_its_image_is_refused(tmp_path):
@@ -318,3 +321,41 @@ def test_a_model_that_ignores_its_image_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="black picture"):
         load_policy(tmp_path, device="cpu")
     assert read_openvla(tmp_path, probe_image=False)
+
+
+def test_transformers_own_loader_knows_it_without_remote_code(tiny):
+    from transformers import AutoModelForImageTextToText
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(tiny[0], dtype=torch.float32)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tiny[1].items())
+    model.gradient_checkpointing_enable()
+    ids = torch.tensor([[1, *[model.config.ids.image] * 4, 5, 6, 354]])
+    logits = model.train()(ids, torch.zeros(1, 3, 28, 28, dtype=torch.uint8)).logits
+    logits.sum().backward()
+    assert model.vision_backbone.featurizer.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])
+def test_fine_tuning_on_ones_own_robots(tiny, stores, tmp_path, decoding):
+    """Built on openvla's weights for two robots of a mixture, with states, soft tokens and chunks; saved, loaded, the same."""
+    from vla.mixture import Mixture
+    from vla.policy import PolicyConfig, build_policy
+
+    torch.manual_seed(0)
+    mixture = Mixture(stores, [1, 1], 2, seed=0)
+    config = {"backbone": {"kind": "prismatic", "path": str(tiny[0])}, "chunk": 2, "execute": 1, "decoding": decoding,
+              "prompt": "openvla-1", "soft_tokens": 2, "codec": {"variant": "openvla"}}  # fmt: skip
+    policy = build_policy(PolicyConfig.model_validate(config), mixture)
+    batch = policy.collate([policy.encode(mixture.window(n)) for n in range(4)])
+    loss = policy.loss(batch)
+    total = loss.total(policy.loss_weights, loss.counts)
+    total.backward()
+    assert torch.isfinite(total) and policy.model.end_query.grad.abs().sum() > 0
+    save_policy(policy.eval(), tmp_path / "policy")
+    again = load_policy(tmp_path / "policy", device="cpu")
+    assert again.fingerprint == policy.fingerprint
+    with torch.inference_mode():
+        torch.testing.assert_close(again.action_logits(batch), policy.action_logits(batch), rtol=0, atol=0)
+    here = mixture.window_at(0, 0, 0)
+    chunk = again.act({"images": here.images, "state": here.state}, "push it", here.embodiment)
+    assert chunk.actions.shape[1] == again.embodiments[here.embodiment].action_dim

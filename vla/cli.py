@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("vla.cli", "_add_train_parser", "fine-tune a policy (prints and runs the accelerate line)"),
     "eval": ("vla.evaluate.command", "add_eval_parser", "closed-loop success in a simulator, with matched controls"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
+    "export": ("vla.export", "add_export_parser", "a policy in another program's layout"),
 }
 """verb -> (module, function that adds its parser, one line for the overview)."""
 

@@ -45,9 +45,17 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def read(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+    @property
+    def nbytes(self) -> int:
+        """Bytes it has in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def read(self, scratch: Tensor | None = None) -> Tensor:
+        """The tensor as stored: in memory of its own, or in the first bytes of `scratch`."""
+        if scratch is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype)
+        else:
+            tensor = scratch[: self.nbytes].view(self.dtype).view(self.shape)
         if tensor.numel():
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.at)
@@ -58,7 +66,7 @@ class Entry:
             if done < len(view):
                 raise CheckpointError(self.path, found=f"{self.at + done} bytes", expected=f"at least {self.at + len(view)}",
                                       fix="copy the file again")  # fmt: skip
-        return tensor.to(device=device, dtype=dtype)
+        return tensor
 
 
 def is_openvla_folder(folder: Path) -> bool:
@@ -170,9 +178,11 @@ def read_weights(
     drawn = [name for name in missing if name.startswith(fresh)] if fresh else []
     check_names(folder, wanted, shapes, drawn)
     some = torch.get_default_dtype()
+    scratch = _scratch(entries, device, dtype)
     for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].path, pair[1].at)):
         if name not in other:
-            _assign(model, name, entry.read(device, dtype))
+            tensor = entry.read(scratch)
+            _assign(model, name, tensor if scratch is None else tensor.to(device=device, dtype=dtype, copy=True))
             some = dtype or entry.dtype
     for name, tensor in other.items():
         _assign(model, name, tensor.to(device=device, dtype=dtype or some))
@@ -180,6 +190,15 @@ def read_weights(
         _assign(model, name, torch.empty(wanted[name], dtype=dtype or some, device=device))
     model.draw(drawn)
     finish(model, device)
+
+
+def _scratch(entries: Mapping[str, Entry], device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Room for the largest tensor, through which all pass that end elsewhere or in another dtype; None when none do."""
+    there = torch.device(device or "cpu")
+    if there.type == "cpu" and all(entry.dtype == (dtype or entry.dtype) for entry in entries.values()):
+        return None
+    size = max((entry.nbytes for entry in entries.values()), default=0)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=there.type == "cuda")
 
 
 def finish(model: PrismaticVLM, device: torch.device | str | None) -> None:

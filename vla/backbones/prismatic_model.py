@@ -21,7 +21,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -424,3 +424,7 @@ class PrismaticVLM(PreTrainedModel):
         from vla.backbones.prismatic_files import save_model
 
         save_model(self, save_directory)
+
+
+AutoConfig.register(PrismaticModelConfig.model_type, PrismaticModelConfig, exist_ok=True)
+AutoModelForImageTextToText.register(PrismaticModelConfig, PrismaticVLM, exist_ok=True)
