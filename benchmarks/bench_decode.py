@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "135m": dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
                  vocab_size=49152),
     "tiny": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
-                 vocab_size=576),
+                 vocab_size=640),
 }  # fmt: skip
 TEXT = 18  # with BOS, 64 image tokens and the act token: a prefix of 84
 
@@ -85,7 +85,7 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     seen = observations(steps, 1)
     act = torch.full((1, 1), model.config.ids.act)
     whole = torch.cat([one.ids, act], 1)
-    prefix = model.embed(whole, one.images)
+    prefix: torch.Tensor = model.embed(whole, one.images)
     kept: dict[int, torch.Tensor] = {1: prefix, 8: model.embed(torch.cat([eight.ids, act.expand(8, 1)], 1), eight.images)}
     true_embed = model.embed
 
@@ -179,7 +179,7 @@ def show(shape: str, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", choices=list(SHAPES), default=["23m", "38m", "135m"])
     parser.add_argument("--json", type=Path)

@@ -141,7 +141,7 @@ def probe(b: Bench) -> dict[str, Any]:
     x = torch.empty(n, dtype=torch.uint8, device=b.device).zero_()
     y = torch.empty_like(x)
     b.copy = 2 * n / (b.time(lambda: y.copy_(x))["least"] / 1e3)
-    del x, y
+    x = y = torch.empty(0)  # the room is needed later
     p, q = (torch.randn(size, size, device=b.device, dtype=b.dtype) for _ in range(2))
     b.rate = 2 * size**3 / (b.time(lambda: p @ q)["least"] / 1e3)
     b.row("device copy (read and written)", f"{b.copy / 1e9:.0f} GB/s")
@@ -166,9 +166,11 @@ def model_of(b: Bench, kind: str) -> Any:
     else:
         d, layers, heads, kv, mlp = {"256m": (576, 30, 9, 3, 1536), "500m": (960, 32, 15, 5, 2560)}[kind]
         text = dict(model_type="llama", hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
-                    num_key_value_heads=kv, intermediate_size=mlp, vocab_size=49280, pad_token_id=0, tie_word_embeddings=False)  # fmt: skip
-        config = PrismaticModelConfig(text, timm_model_ids=("vit_so400m_patch14_siglip_224",), image_sizes=(112,), act_id=90,
-                                      pad_token_id=0, tower_args=[dict(embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0)])  # fmt: skip
+                    num_key_value_heads=kv, intermediate_size=mlp, vocab_size=49280,
+                    pad_token_id=0, tie_word_embeddings=False)  # fmt: skip
+        config = PrismaticModelConfig(text, timm_model_ids=("vit_so400m_patch14_siglip_224",), image_sizes=(112,),
+                                      act_id=90, pad_token_id=0,
+                                      tower_args=[dict(embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0)])  # fmt: skip
     return random_prismatic(config, b.device, b.dtype).eval()
 
 
@@ -179,6 +181,7 @@ def text_length(model: Any) -> int:
 def decode(b: Bench, kind: str, sweep: tuple[int, ...], model: Any = None) -> dict[str, Any]:
     """Latency of a 7-token action and of a parallel chunk of 8x7, plain and as graphs, from ids and pictures on the device."""
     from prismatic_policy import bench_policy, prefixes, rule_out_words
+
     from vla.policy.decoding import Graphs, greedy_logits, parallel_logits
 
     model = model or model_of(b, kind)
@@ -239,7 +242,6 @@ def decode(b: Bench, kind: str, sweep: tuple[int, ...], model: Any = None) -> di
         if b.cuda:
             wide_graphs = Graphs()
             note("graph8x7", "parallel chunk of 8x7", lambda: wide_graphs(chunk, wide, 7), floor56)
-        del chunk
     return found
 
 
@@ -335,7 +337,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--budget", type=float, default=520, help="seconds after which no section begins")

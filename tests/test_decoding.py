@@ -105,3 +105,30 @@ def test_parallel_pass_is_the_policys_own(mixture):
 
 def test_graphs_are_for_cuda(policy):
     assert graphs_of(use_graphs(policy)) is None
+
+
+def test_training_never_computes_the_whole_vocabulary(monkeypatch):
+    """Through a Prismatic model no tensor of a step, forward or backward, has a row of V logits for a position."""
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from bench_decode import model_of
+    from prismatic_policy import bench_policy, prefixes
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        seen: set[tuple[int, ...]] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made = out if isinstance(out, (tuple, list)) else [out]
+            self.seen |= {tuple(t.shape) for t in made if isinstance(t, torch.Tensor)}
+            return out
+
+    policy = bench_policy(model_of("tiny"), 18, 1, "autoregressive").train()
+    batch = prefixes(policy, 2)
+    vocabulary = policy.model.config.text_config.vocab_size
+    with Shapes() as shapes:
+        policy(batch).action.backward()
+    assert (2, 7, 256) in shapes.seen
+    assert not [s for s in shapes.seen if s[-1:] == (vocabulary,) or s[-1:] == (policy.writer.ids.words,)]

@@ -23,8 +23,8 @@ def test_every_section_runs_on_a_bare_machine(tmp_path):
     out = tmp_path / "gpu.json"
     script = BARE.replace("{path!r}", repr(str(ROOT / "benchmarks" / "gpu.py")))
     done = subprocess.run(
-        [sys.executable, "-c", script, "-", "--tiny", "--device", "cpu", "--out", str(out)], capture_output=True, text=True, cwd=tmp_path,
-        timeout=300,
+        [sys.executable, "-c", script, "-", "--tiny", "--device", "cpu", "--out", str(out)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())

@@ -55,9 +55,9 @@ class Room(DynamicLayer):
 
 def new_cache(model: Any, length: int) -> Cache:
     """The model's own cache; with preallocated room for `length` tokens where all its layers are plain ones."""
-    cache = model.new_cache()
+    cache: Any = model.new_cache()
     if type(cache) is DynamicCache and cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [Room(length) for _ in cache.layers]
+        cache.layers = [Room(length) for _ in cache.layers]  # pyright: ignore[reportAttributeAccessIssue]
     return cache
 
 
@@ -68,6 +68,12 @@ def decode_steps(policy: VLAPolicy, batch: Batch, choose: Chooser, dims: int) ->
         choose(graphs(policy, batch, dims) if graphs is not None else greedy_logits(policy, batch, dims))
     else:
         steps(policy, batch, choose, dims)
+
+
+def decode_parallel(policy: VLAPolicy, batch: Batch, choose: Chooser) -> None:
+    """A whole chunk in one pass into `choose`."""
+    graphs = graphs_of(policy)
+    choose(graphs(policy, batch, 0) if graphs is not None else policy.action_logits(batch))
 
 
 def steps(policy: VLAPolicy, batch: Batch, choose: Callable[[Tensor], Tensor], dims: int) -> None:
