@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "data": ("vla.cli", "_add_data_parser", "record, convert, check, mix and look at datasets"),
     "train": ("vla.cli", "_add_train_parser", "fine-tune a policy (prints and runs the accelerate line)"),
     "eval": ("vla.evaluate.command", "add_eval_parser", "closed-loop success in a simulator, with matched controls"),
+    "merge": ("vla.merge", "add_merge_parser", "fold an adapter into its base"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
     "export": ("vla.export", "add_export_parser", "a policy in another program's layout"),
 }

@@ -40,7 +40,8 @@ from vla.launch import StopSignal, add_arguments, answer_launcher, die_with_laun
 from vla.loader import make_loader, split_batch
 from vla.mixture import MixtureConfig, open_mixture
 from vla.open_loop import describe, evaluate_open_loop
-from vla.policy import PolicyConfig, VLAPolicy, build_policy, extend_policy, load_policy, read_policy, save_policy
+from vla.policy import AdapterConfig, PolicyConfig, VLAPolicy, build_policy, extend_policy, load_policy, read_policy, save_policy
+from vla.policy.adapters import adapt
 from vla.randomness import Purpose, mix
 
 
@@ -108,12 +109,20 @@ class TrainConfig(Config):
     mixture: MixtureConfig
     policy: PolicyConfig = PolicyConfig()
     start: StartConfig | None = None
+    adapter: AdapterConfig | None = None
+    """Train an adapter (LoRA) and the tables and heads, and leave the rest as it is."""
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
+    """Parts that are not trained, where there is no adapter."""
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.start and self.policy != PolicyConfig():
             raise ValueError("policy: and start: exclude each other; a policy that is started from brings its own settings")
+        if self.adapter and (self.freeze or (self.start and self.start.train != "all")):
+            raise ValueError("adapter: already freezes everything else; leave out freeze: and start.train")
+        if self.adapter and not self.start and self.policy.backbone.kind == "nano":
+            raise ValueError("adapter: needs something that was trained before: start: {policy: ...} or a pretrained backbone")
         if self.run.processes != "auto" and (self.run.processes < 1 or self.optim.batch % self.run.processes):
             raise ValueError(f"optim.batch {self.optim.batch} must be a multiple of run.processes {self.run.processes}")
         return self
@@ -208,6 +217,9 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         policy = build_policy(config.policy, mixture).train()
     if config.start and config.start.train == "robots":
         _freeze_but_robots(policy)
+    if config.adapter and not found:
+        policy = adapt(policy, config.adapter, _base(config, run.root)).train()
+    _freeze(policy, config.freeze)
     names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     tables = {id(p) for m in policy.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     decayed = [p for p in names if p.ndim >= 2 and id(p) not in tables and not names[p].endswith("_positions")]
@@ -385,6 +397,24 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = (step - optim.warmup) / max(1, config.run.steps - optim.warmup)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _base(config: TrainConfig, root: Path) -> dict[str, str]:
+    """Where an adapter's base is, as its folder remembers it: a whole path, or a Hub id."""
+    if config.start:
+        here = Path(config.start.policy)
+        return {"kind": "policy", "path": str(here.resolve()) if here.exists() else config.start.policy}
+    backbone = config.policy.backbone
+    assert backbone.kind != "nano"
+    here = Path(backbone.path)
+    return {"kind": "model", "path": str(here.resolve()) if here.exists() else backbone.path}
+
+
+def _freeze(policy: VLAPolicy, parts: tuple[str, ...]) -> None:
+    prefixes = tuple(f"model.{prefix}" for part in parts for prefix in policy.model.parts[part])
+    for name, parameter in policy.named_parameters():
+        if prefixes and name.startswith(prefixes):
+            parameter.requires_grad_(False)
 
 
 def _freeze_but_robots(policy: VLAPolicy) -> None:

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from vla.backbones.head import head_logits
 from vla.backbones.protocol import Ids
 
 SPECIALS = ("pad", "image", "state", "end", "act", "soft", "say", "eos")
@@ -287,6 +288,13 @@ class NanoVLM(PreTrainedModel):
 
     no_parallel = ""
     prefix_reads_tail = False
+    tables = ("robots.weight", "lm_head.weight", "language_model.embed_tokens.weight")
+    parts = {"vision": ("tower", "keypoints", "patch_positions", "camera_positions"), "projector": ("projector", "state_in"),
+             "language": ("language_model.layers", "language_model.norm")}  # fmt: skip
+
+    @property
+    def adapted(self) -> nn.Module:
+        return self
 
     @property
     def hidden_size(self) -> int:
@@ -319,10 +327,10 @@ class NanoVLM(PreTrainedModel):
 
     def symbol_logits(self, hidden: Tensor) -> Tensor:
         ids = self.config.action_ids
-        return F.linear(hidden, self.lm_head.weight[ids.start : ids.stop])
+        return head_logits(self.lm_head, hidden, slice(ids.start, ids.stop))
 
     def word_logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.lm_head.weight[: self.config.slot_ids.start]).float()
+        return head_logits(self.lm_head, hidden, slice(0, self.config.slot_ids.start)).float()
 
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.config.text_config)

@@ -98,8 +98,17 @@ class Backbone(Protocol):
     max_cameras: int
     no_parallel: str
     """Why it cannot attend in both directions over the action positions; empty when it can."""
+    tables: tuple[str, ...]
+    """Names of the parameters that are words, symbols, slots or robots: always learned, beside an adapter too."""
+    parts: dict[str, tuple[str, ...]]
+    """`vision`, `projector`, `language` -> prefixes of their parameters' names; what can be frozen apart."""
     prefix_reads_tail: bool
     """In a parallel pass the prefix reads the action positions too (OpenVLA-OFT)."""
+
+    @property
+    def adapted(self) -> Any:
+        """The module adapters go into; the names in an adapter's file are relative to it."""
+        ...
 
     def prefix_attention(self, ids: Tensor, mask: Tensor, causal: Tensor) -> tuple[Tensor, Tensor]:
         """Who reads whom, and where each stands, inside the prefix.

@@ -7,11 +7,14 @@
 probabilities into numbers, `folder` saves and loads, `protocol` is what teachers, students and servers share.
 """
 
+from vla.policy.adapters import AdapterConfig
 from vla.policy.build import build_policy, extend_policy
 from vla.policy.config import Decode, PolicyConfig
 from vla.policy.folder import load_policy, read_policy, save_policy
 from vla.policy.model import VLAPolicy
 from vla.policy.protocol import Chunk, Loss, Policy
 
-__all__ = ["Chunk", "Decode", "Loss", "Policy", "PolicyConfig", "VLAPolicy", "build_policy", "extend_policy", "load_policy",
-           "read_policy", "save_policy"]  # fmt: skip
+__all__ = [
+    "AdapterConfig", "Chunk", "Decode", "Loss", "Policy", "PolicyConfig", "VLAPolicy", "build_policy", "extend_policy",
+    "load_policy", "read_policy", "save_policy",
+]  # fmt: skip

@@ -44,6 +44,9 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     robot now.
     """
     config, model, width = policy.config, policy.model, policy.encoder
+    if policy.adapter is not None:
+        raise UsageError("start.policy", found="an adapter", expected="a whole policy",
+                         fix="merge it first: vla merge ADAPTER --out DIR")  # fmt: skip
     problems = []
     for key, spec in mixture.embodiments.items():
         if key in policy.embodiments:

@@ -11,12 +11,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
-from vla.actions import codec_from_json
-from vla.backbones import load_backbone
+from vla.actions import ActionCodec, codec_from_json
+from vla.backbones import build_backbone, load_backbone
 from vla.config import validate
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError, DataError, UsageError, VLAError
 from vla.normalize import Normalizer
+from vla.policy.adapters import read_adapter, write_adapter
 from vla.policy.config import PolicyConfig
 from vla.policy.model import VLAPolicy
 from vla.policy.sizes import sizes_of
@@ -30,9 +31,12 @@ def save_policy(policy: VLAPolicy, folder: Path, dtype: torch.dtype | None = Non
     if dtype is not None and dtype != policy.dtype:
         policy = copy.deepcopy(policy).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(folder)
-    policy.writer.save_pretrained(folder)
-    save_file({k: v.contiguous() for k, v in _head_tensors(policy).items()}, folder / "heads.safetensors")
+    if policy.adapter is not None:
+        write_adapter(policy, folder)
+    else:
+        policy.model.save_pretrained(folder)
+        policy.writer.save_pretrained(folder)
+        save_file({k: v.contiguous() for k, v in _head_tensors(policy).items()}, folder / "heads.safetensors")
     meaning = policy.describe()
     meaning["fingerprint"] = policy.fingerprint_with(meaning)
     (folder / "policy.json").write_text(json.dumps(meaning, indent=1))
@@ -43,7 +47,10 @@ def _head_tensors(policy: VLAPolicy) -> dict[str, torch.Tensor]:
     return {name.removeprefix("end."): tensor for name, tensor in policy.heads.state_dict().items()}
 
 
-def read_policy(folder: Path, dtype: torch.dtype | None = None, attention: str | None = None) -> VLAPolicy:
+def read_policy(
+    folder: Path, dtype: torch.dtype | None = None, attention: str | None = None, base: str | Path | None = None,
+    unquantized: bool = False,
+) -> VLAPolicy:  # fmt: skip
     """Read a policy folder; raises `CheckpointError` naming what is missing or does not fit. See `load_policy`."""
     meaning = _read_policy_json(folder)
     try:
@@ -60,10 +67,15 @@ def read_policy(folder: Path, dtype: torch.dtype | None = None, attention: str |
                               fix="copy the folder again; policy.json is not meant to be edited") from error  # fmt: skip
     try:
         # The fingerprint is that of the stored numbers, so they are read as stored and converted afterwards.
-        model, writer = load_backbone(folder, config.backbone, sizes_of(config, embodiments, codec), None, attention)
-        policy = VLAPolicy(config, model, writer, embodiments, normalizers, codec, meaning["provenance"])
-        heads = load_file(folder / "heads.safetensors")
-        policy.heads.load_state_dict({k if k.startswith("l1.") else f"end.{k}": v for k, v in heads.items()})
+        if adapter := meaning.get("adapter"):
+            below = _base_of(adapter["base"], folder, base, config, embodiments, codec, attention)
+            policy = VLAPolicy(config, below.model, below.writer, embodiments, normalizers, codec, meaning["provenance"])
+            read_adapter(policy.adopt(below), folder, adapter, unquantized)
+        else:
+            model, writer = load_backbone(folder, config.backbone, sizes_of(config, embodiments, codec), None, attention)
+            policy = VLAPolicy(config, model, writer, embodiments, normalizers, codec, meaning["provenance"])
+            heads = load_file(folder / "heads.safetensors")
+            policy.heads.load_state_dict({k if k.startswith("l1.") else f"end.{k}": v for k, v in heads.items()})
     except VLAError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean "cannot be read"
@@ -76,6 +88,23 @@ def read_policy(folder: Path, dtype: torch.dtype | None = None, attention: str |
                               fix="weights and policy.json are not of one save: copy the whole folder again")  # fmt: skip
     policy.saved_meaning = meaning
     return (policy if dtype is None else policy.to(dtype)).eval()
+
+
+def _base_of(
+    base: dict, folder: Path, given: str | Path | None, config: PolicyConfig, embodiments: dict[str, EmbodimentSpec],
+    codec: ActionCodec, attention: str | None,
+) -> VLAPolicy:  # fmt: skip
+    """The policy below an adapter: where it was when the adapter was trained, or the `given` one, with as many robots."""
+    if base["kind"] == "model":  # a pretrained model, whose tables and heads the adapter brings
+        if given is not None:
+            config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"path": str(given)})})
+        model, writer = build_backbone(config.backbone, sizes_of(config, embodiments, codec))
+        return VLAPolicy(config, model, writer, embodiments, {}, codec)
+    beside = folder / base["path"]
+    below = load_policy(given or (beside if beside.exists() else base["path"]), "cpu", attention=attention)
+    if more := len(embodiments) - len(below.embodiments):
+        below.model.add_robots(more)
+    return below
 
 
 def _read_policy_json(folder: Path) -> dict:
@@ -95,13 +124,15 @@ def _read_policy_json(folder: Path) -> dict:
 
 
 def load_policy(
-    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str | None = None
-) -> VLAPolicy:
+    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str | None = None,
+    base: str | Path | None = None, unquantized: bool = False,
+) -> VLAPolicy:  # fmt: skip
     """A policy from a policy folder, a run folder, a folder in OpenVLA's layout or a Hub id (`user/name`), ready to act.
 
     `device` defaults to CUDA where there is one, `dtype` to that of the weights (the nano model's: float32), `attention`
     (transformers' `attn_implementation`) to what the policy was trained with.
-    Raises `CheckpointError` when it cannot be had or is not whole.
+    `base`: where the base of an adapter is now, if not where it was; `unquantized`: keep that base's weights
+    whole. Raises `CheckpointError` when it cannot be had, is not whole, or is an adapter of another base.
     """
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -116,7 +147,7 @@ def load_policy(
             from vla.policy.openvla import read_openvla
 
             return read_openvla(folder, device=device, dtype=dtype, attention=attention)
-    return read_policy(folder, dtype, attention).to(device)
+    return read_policy(folder, dtype, attention, base, unquantized).to(device)
 
 
 def _download(name: str) -> Path:

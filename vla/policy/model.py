@@ -33,7 +33,7 @@ from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
 from vla.policy.choose import Chooser
 from vla.policy.config import Decode, PolicyConfig
-from vla.policy.decoding import decode_steps
+from vla.policy.decoding import decode_parallel, decode_steps
 from vla.policy.heads import EndHead, L1Head
 from vla.policy.protocol import Chunk, Loss, LossWeights
 from vla.prompt import PROMPTS
@@ -58,6 +58,8 @@ class VLAPolicy(nn.Module):
         self.config, self.model, self.writer, self.codec = config, model, writer, codec
         self.embodiments, self.normalizers = embodiments, normalizers
         self.saved_meaning: dict | None = None
+        self.adapter: Any = None
+        """`vla.policy.adapters.Adapter` when only a part of the weights is this policy's own."""
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
         self.encoder = Encoder(
@@ -177,7 +179,9 @@ class VLAPolicy(nn.Module):
         tail = torch.ones(M, M, dtype=torch.bool, device=prefix.device)
         allowed[:, T:, T:] = tail if parallel else tail.tril()
         if parallel and self.model.prefix_reads_tail:
-            allowed[:, :T] = torch.cat([prefix, prefix.new_ones(B, M)], dim=1)[:, None]
+            full = torch.cat([prefix, prefix.new_ones(B, M)], dim=1)[:, None]
+            speaks = batch.causal.any(-1)[:, None, None]  # an answer in words may not read ahead
+            allowed[:, :T] = torch.where(speaks, allowed[:, :T], full)
         return _additive(allowed, self.dtype), self.model.tail_positions(positions, M)
 
     @property
@@ -252,7 +256,7 @@ class VLAPolicy(nn.Module):
             choose = Chooser(decode or self.config.decode, self.codec, self.centres,
                              range(len(batch)) if seeds is None else seeds)  # fmt: skip
             if self.config.decoding == "parallel":
-                choose(self.action_logits(batch))
+                decode_parallel(self, batch, choose)
             else:
                 decode_steps(self, batch, choose, spec.action_dim)
             unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape) for part in choose.parts)
@@ -282,8 +286,9 @@ class VLAPolicy(nn.Module):
 
     def describe(self) -> dict:
         """The content of `policy.json`: everything but weights and tokenizer."""
+        adapter = {} if self.adapter is None else {"adapter": self.adapter.describe()}
         return {
-            "format": 1,
+            "format": 1, **adapter,
             "config": self.config.model_dump(mode="json"),
             "embodiments": {k: v.model_dump(mode="json") for k, v in self.embodiments.items()},
             "normalizers": {k: {part: n.to_json() for part, n in v.items()} for k, v in self.normalizers.items()},
@@ -309,7 +314,10 @@ class VLAPolicy(nn.Module):
         kept = {k: v for k, v in meaning.items() if k not in ("versions", "fingerprint")}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         digest.update(self.writer.state_bytes())
-        for name, tensor in sorted(self.state_dict().items()):
+        own = self.state_dict()
+        if self.adapter is not None:  # the rest is the base's, and its fingerprint is in the meaning
+            own = {name: own[name] for name in self.adapter.trained}
+        for name, tensor in sorted(own.items()):
             digest.update(name.encode())
             wide = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()  # the numbers, however stored
             digest.update(wide.cpu().contiguous().view(torch.uint8).numpy().tobytes())
