@@ -1,8 +1,9 @@
 """Any `AutoModelForImageTextToText` as a backbone, by looking at what it does and not at what it is called.
 
 What differs between families is found out at load (`hf_probe.py`): how its prefix attends, where positions start, what its image
-processor returns. Ours are small tables beside it: ids from V on (state, soft tokens, slots, symbols) reach the model as an ordinary
-id whose embedding a hook replaces by position, so models that look for image ids or keep embeddings per layer stay undisturbed.
+processor returns. Ours are small tables beside it: ids from V on (state, soft tokens, slots, symbols) reach the model as an
+ordinary id whose embedding a hook replaces by position, so models that look for image ids or keep embeddings per layer stay
+undisturbed.
 Only the symbols' rows of the head are computed.
 """
 
@@ -30,7 +31,9 @@ _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def build(config: HFConfig, sizes: Sizes) -> tuple[HFBackbone, HFWriter]:
-    """A pretrained model with room for actions. Raises `CheckpointError` when it cannot be had, `UsageError` when it cannot serve."""
+    """A pretrained model with room for actions.
+
+    Raises `CheckpointError` when it cannot be had or imitated, `UsageError` when it cannot serve."""
     path, _, revision = config.path.partition("@")
     return _assemble(path, revision or None, config, sizes, None, None)
 
@@ -56,14 +59,11 @@ def _assemble(
 ) -> tuple[HFBackbone, HFWriter]:
     processor = open_processor(path, revision)
     try:
-        vlm = AutoModelForImageTextToText.from_pretrained(
-            path, revision=revision, dtype=dtype or "auto", attn_implementation=attention or config.attention,
-            trust_remote_code=False, use_safetensors=True,
-        )  # fmt: skip
+        vlm = _open_model(path, revision, dtype, attention or config.attention)
     except Exception as error:
         raise CheckpointError(path, found=f"{type(error).__name__}: {error}",
                               expected="a vision-language model in safetensors that transformers knows natively",
-                              fix="check the path; pickled weights and code beside the weights are never used") from error  # fmt: skip
+                              fix="check the path; pickles, and code beside the weights, are never used") from error  # fmt: skip
     if getattr(vlm.config, "is_encoder_decoder", False):
         raise UsageError("policy.backbone.path", found=f"{vlm.config.model_type}, an encoder-decoder",
                          expected="a decoder that reads pictures and text in one sentence",
@@ -78,17 +78,31 @@ def _assemble(
     return model, writer
 
 
+def _open_model(path: str, revision: str | None, dtype: torch.dtype | None, attention: str) -> Any:
+    def opened(attention: str) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=dtype or "auto", attn_implementation=attention, trust_remote_code=False,
+            use_safetensors=True,
+        )  # fmt: skip
+
+    try:
+        return opened(attention)
+    except ValueError as error:
+        if attention == "eager" or "attention implementation" not in str(error):
+            raise
+        return opened("eager")  # the family has only this one
+
+
 class HFBackbone(nn.Module):
     """See the module; the methods are those of `vla.backbones.protocol.Backbone`."""
 
     prefix_reads_tail = False
-    max_cameras = 16
 
     def __init__(self, vlm: Any, writer: HFWriter, config: HFConfig, sizes: Sizes) -> None:
         super().__init__()
         self.vlm = vlm.eval()
         self.ids, self.state_dim, self.num_slots = writer.ids, sizes.state, sizes.slots
-        self.vocabulary = writer.ids.words
+        self.vocabulary, self.max_cameras = writer.ids.words, writer.most_pictures
         self._pictures = writer.processor.image_processor
         self._takes = set(inspect.signature(type(vlm).forward).parameters)
         self.habits = Habits()

@@ -37,13 +37,13 @@ def probe(model: Any, writer: Any, look: bool) -> Habits:
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     size = writer.image.size
-    noise, other = (torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8).to(device) for _ in range(2))
-    image = noise
+    image, other = torch.randint(0, 256, (2, 1, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
     ids = torch.tensor([writer.ask("pick up the red cube and put it into the bowl", 1)], device=device)
     filler = int(writer.words("a")[0])
     inputs = model.picture_inputs(image)
     grid = inputs.get("image_grid_thw")
-    natural = model.vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, **_types(model, ids)).last_hidden_state
+    inputs |= {"attention_mask": torch.ones_like(ids), **_types(model, ids)}
+    natural = model.vlm.model(input_ids=ids, **inputs).last_hidden_state
     mask, scale = torch.ones_like(ids, dtype=torch.bool), natural.float().abs().max().item()
     seen: dict[str, str] = {}
     dtype = model.get_input_embeddings().weight.dtype

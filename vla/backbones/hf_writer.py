@@ -22,8 +22,9 @@ def open_processor(path: str, revision: str | None = None) -> Any:
     try:
         processor: Any = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # many kinds, all meaning that it cannot be read here
-        raise CheckpointError(path, found=f"{type(error).__name__}: {error}", expected="a processor transformers knows natively",
-                              fix="give a folder with processor files; code beside the weights is never run") from error  # fmt: skip
+        raise CheckpointError(path, found=f"{type(error).__name__}: {error}",
+                              expected="a processor transformers knows natively",
+                              fix="give a folder with processor files; code in it is never run") from error  # fmt: skip
     pictures = getattr(processor, "image_processor", None)
     if pictures is None or getattr(processor, "tokenizer", None) is None:
         raise CheckpointError(path, found=type(processor).__name__, expected="a processor of pictures and text",
@@ -42,13 +43,13 @@ class HFWriter:
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
         self.chat = bool(template) if config.chat == "auto" else config.chat == "template"
         self.image = ImagePreparation(config.image_size or _wanted_size(processor.image_processor), "bicubic")
-        tokenizer = processor.tokenizer
+        tokenizer: Any = processor.tokenizer
         without, one = Counter(self._written("move", 0)), Counter(self._written("move", 1))
         grown = one - without
         if not grown:
             raise CheckpointError("processor", found="the same ids with and without a picture", expected="ids for a picture",
                                   fix="give a vision-language model")  # fmt: skip
-        image = image_id if image_id in grown else max(grown, key=lambda i: grown[i])
+        image = image_id if image_id is not None and image_id in grown else max(grown, key=lambda i: grown[i])
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
         V = vocabulary
         slots = range(V + 4, V + 4 + sizes.slots)
@@ -57,11 +58,10 @@ class HFWriter:
             soft=V, soft_tokens=sizes.soft_tokens, state=V + 1, end=V + 2, act=V + 3, eos=eos, slots=slots,
             symbols=range(slots.stop, slots.stop + sizes.symbols), words=V,
         )  # fmt: skip
-        two = Counter(self._written("move", 2))[image]
-        if two != 2 * grown[image]:
-            raise CheckpointError("processor", found=f"{grown[image]} tokens for one picture, {two} for two",
-                                  expected="as many for each", fix="set backbone.image_size to a size without tiling")  # fmt: skip
-        self._tail = [self.ids.soft] * sizes.soft_tokens + [self.ids.state] * sizes.state_token + [self.ids.end] * sizes.end_token
+        # Some write a picture otherwise when it is not the only one; they can have one camera.
+        self.most_pictures = 16 if Counter(self._written("move", 2))[image] == 2 * grown[image] else 1
+        ids = self.ids
+        self._tail = [ids.soft] * sizes.soft_tokens + [ids.state] * sizes.state_token + [ids.end] * sizes.end_token
 
     def act(self, text: str, cameras: int) -> list[int]:
         return self._written(text, cameras) + self._tail
@@ -93,8 +93,10 @@ class HFWriter:
         else:
             mark = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None) or "<image>"
             prompt = str(mark) * cameras + text
-        # A list of lists: one sentence with its pictures, the form every processor understands.
-        out = self.processor(text=[prompt], images=[blank] if cameras else None)
+        if cameras:  # a list of lists: one sentence with its pictures, the form every processor understands
+            out = self.processor(text=[prompt], images=[blank])
+        else:  # some processors insist on a picture
+            out = self.processor.tokenizer([prompt])
         return [int(i) for i in np.asarray(out["input_ids"][0]).reshape(-1)]
 
     def __deepcopy__(self, memo: dict) -> HFWriter:
