@@ -104,6 +104,7 @@ class HFBackbone(nn.Module):
         self.ids, self.state_dim, self.num_slots = writer.ids, sizes.state, sizes.slots
         self.vocabulary, self.max_cameras = writer.ids.words, writer.most_pictures
         self._pictures = writer.processor.image_processor
+        self._types = writer.types
         self._takes = set(inspect.signature(type(vlm).forward).parameters)
         self.habits = Habits()
         embed, head = vlm.get_input_embeddings(), vlm.get_output_embeddings()
@@ -242,6 +243,11 @@ class HFBackbone(nn.Module):
         return {name: value.to(images.device, dtype if value.is_floating_point() else None)
                 for name, value in out.items() if name in self._takes and isinstance(value, Tensor)}  # fmt: skip
 
+    def types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Inputs that tell words from pictures, where the model's processor gives them."""
+        at = ids == self.ids.image
+        return {name: torch.where(at, picture, word) for name, (word, picture) in self._types.items() if name in self._takes}
+
     def hidden(
         self, input_ids: Tensor, images: Tensor | None = None, states: Tensor | None = None, *,
         slots: Tensor | None = None, robots: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -250,9 +256,7 @@ class HFBackbone(nn.Module):
         ours = input_ids >= self.vocabulary
         plain = torch.where(ours, self.habits.filler, input_ids)
         inputs: dict[str, Any] = {} if images is None or not len(images) else self.picture_inputs(images)
-        for name in ("token_type_ids", "mm_token_type_ids"):
-            if name in self._takes:
-                inputs[name] = (input_ids == self.ids.image).long()
+        inputs |= self.types(input_ids)
         mask: Any = attention_mask
         if mask is not None and self.habits.mask_by_layer:
             mask = {kind: attention_mask for kind in _ATTENDING}

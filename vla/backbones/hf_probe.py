@@ -42,7 +42,7 @@ def probe(model: Any, writer: Any, look: bool) -> Habits:
     filler = int(writer.words("a")[0])
     inputs = model.picture_inputs(image)
     grid = inputs.get("image_grid_thw")
-    inputs |= {"attention_mask": torch.ones_like(ids), **_types(model, ids)}
+    inputs |= {"attention_mask": torch.ones_like(ids), **model.types(ids)}
     natural = model.vlm.model(input_ids=ids, **inputs).last_hidden_state
     mask, scale = torch.ones_like(ids, dtype=torch.bool), natural.float().abs().max().item()
     seen: dict[str, str] = {}
@@ -84,6 +84,3 @@ def _sees(model: Any, ids: Tensor, mask: Tensor, image: Tensor, other: Tensor, r
                                   expected="a model that looks at its picture",
                                   fix="check weights and transformers' version; probe_image: false loads it blind")  # fmt: skip
 
-
-def _types(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    return {name: (ids == model.ids.image).long() for name in ("token_type_ids", "mm_token_type_ids") if name in model._takes}

@@ -63,6 +63,18 @@ class HFWriter:
         ids = self.ids
         self._tail = [ids.soft] * sizes.soft_tokens + [ids.state] * sizes.state_token + [ids.end] * sizes.end_token
 
+        self.types = self._types(image)
+        """Further inputs that tell words from pictures -> their values (at a word, at a picture)."""
+
+    def _types(self, image: int) -> dict[str, tuple[int, int]]:
+        out = self._processed("move", 1)
+        ids, found = np.asarray(out["input_ids"][0]).reshape(-1), {}
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in out:
+                values = np.asarray(out[name][0]).reshape(-1)
+                found[name] = (int(values[ids != image][-1]), int(values[ids == image][0]))
+        return found
+
     def act(self, text: str, cameras: int) -> list[int]:
         return self._written(text, cameras) + self._tail
 
@@ -85,6 +97,9 @@ class HFWriter:
         self.processor.save_pretrained(folder)
 
     def _written(self, text: str, cameras: int) -> list[int]:
+        return [int(i) for i in np.asarray(self._processed(text, cameras)["input_ids"][0]).reshape(-1)]
+
+    def _processed(self, text: str, cameras: int) -> Any:
         """What the model's own processor makes of `text` and so many pictures."""
         blank = [np.zeros((self.image.size, self.image.size, 3), np.uint8)] * cameras
         if self.chat:
@@ -94,10 +109,8 @@ class HFWriter:
             mark = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None) or "<image>"
             prompt = str(mark) * cameras + text
         if cameras:  # a list of lists: one sentence with its pictures, the form every processor understands
-            out = self.processor(text=[prompt], images=[blank])
-        else:  # some processors insist on a picture
-            out = self.processor.tokenizer([prompt])
-        return [int(i) for i in np.asarray(out["input_ids"][0]).reshape(-1)]
+            return self.processor(text=[prompt], images=[blank])
+        return self.processor.tokenizer([prompt])  # some processors insist on a picture
 
     def __deepcopy__(self, memo: dict) -> HFWriter:
         return copy.copy(self)  # nothing in it changes
