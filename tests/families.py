@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as tf
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+tf: Any = transformers  # its lazily made classes carry no types a checker can follow
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -18,7 +19,7 @@ CHAT = (
 """A chat template of the usual kind; IMAGE becomes what the family writes for a picture."""
 
 
-def tokenizer(special: list[str], **roles: str) -> tf.PreTrainedTokenizerFast:
+def tokenizer(special: list[str], **roles: str) -> Any:
     """Bytes and a few merges, and the special tokens a family needs. Exactly 600 ids, so that 40 rows of 640 stay spare."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

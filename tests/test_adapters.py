@@ -66,7 +66,7 @@ def test_the_matrices_are_readable_by_peft(base, tmp_path):
     plain = load_policy(base, "cpu")
     theirs = peft.PeftModel.from_pretrained(plain.model, tmp_path / "adapter")
     mine = dict(policy.model.named_parameters())
-    for name, tensor in theirs.base_model.model.named_parameters():
+    for name, tensor in theirs.base_model.model.named_parameters():  # pyright: ignore
         if "lora_" in name:
             assert torch.equal(tensor, mine[name]), name
 

@@ -112,8 +112,8 @@ def test_training_never_computes_the_whole_vocabulary(monkeypatch):
     from pathlib import Path
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from bench_decode import model_of
-    from prismatic_policy import bench_policy, prefixes
+    from bench_decode import model_of  # pyright: ignore
+    from prismatic_policy import bench_policy, prefixes  # pyright: ignore
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Shapes(TorchDispatchMode):

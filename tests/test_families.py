@@ -91,7 +91,7 @@ def test_symbols_take_spare_rows_first_then_the_least_used(family, mixture):  # 
     policy = made(family, mixture)
     from vla.backbones.hf import least_used
 
-    tokenizer = policy.writer.processor.tokenizer
+    tokenizer = policy.writer.processor.tokenizer  # pyright: ignore
     rows = policy.model.vocabulary
     ids = least_used(tokenizer, rows, 256).tolist()
     assert ids[:3] == [rows - 1, rows - 2, rows - 3] and len(set(ids)) == 256

@@ -159,7 +159,7 @@ class HFBackbone(nn.Module):
     def adapted(self) -> nn.Module:
         return self.vlm
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.vlm.get_input_embeddings()
 
     def add_robots(self, count: int) -> None:
@@ -226,7 +226,7 @@ class HFBackbone(nn.Module):
         table = torch.cat([self.queries, self.slots, self.symbols_in])  # ids V + 2 onwards
         rows = F.embedding((ids - self.vocabulary - 2).clamp(min=0), table)
         if self.state_in is not None and states is not None:
-            told = self.state_in(states.to(self.state_in[0].weight.dtype))
+            told = self.state_in(states.to(self.queries.dtype))
             rows = torch.where((ids == self.ids.state)[..., None], told[:, None].to(rows.dtype), rows)
         if self.robots is not None and robots is not None:
             at = ids == self.ids.soft
