@@ -44,7 +44,8 @@ class HFConfig(Config):
     """Where action symbols live: the least-used ids of the vocabulary (spare rows first), or rows of their own."""
     chat: Literal["auto", "template", "plain"] = "auto"
     """Speak through the processor's chat template, or plainly; auto: the template when there is one."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """transformers' kernels that take a mask of our own."""
     probe_image: bool = True
     """Refuse a model whose logits do not depend on its image, at load."""
 

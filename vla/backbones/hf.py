@@ -187,7 +187,7 @@ class HFBackbone(nn.Module):
             allowed = earlier | ~causal[:, None, :]
         elif self.habits.prefix == "pictures":
             at = ids == self.ids.image
-            block = ((at & ~F.pad(at, (1, -1))).cumsum(-1)) * at
+            block = ((at.cumsum(-1) - 1) // self.ids.image_tokens + 1) * at  # two pictures may stand side by side
             allowed = earlier | ((block[:, :, None] == block[:, None, :]) & at[:, None, :])
         else:
             allowed = earlier.expand(len(ids), T, T)

@@ -71,7 +71,8 @@ def probe(model: Any, writer: Any, look: bool) -> Habits:
 
 def _run(model: Any, ids: Tensor, mask: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
     allowed, positions = model.prefix_attention(ids, mask, torch.zeros_like(mask))
-    additive = torch.zeros(allowed.shape, dtype=dtype, device=ids.device).masked_fill(~allowed, -1e9)[:, None]
+    least = max(-1e9, torch.finfo(dtype).min)
+    additive = torch.zeros(allowed.shape, dtype=dtype, device=ids.device).masked_fill(~allowed, least)[:, None]
     return model.hidden(ids, image, attention_mask=additive, position_ids=positions).last_hidden_state
 
 

@@ -326,4 +326,5 @@ class VLAPolicy(nn.Module):
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T, T) bool -> (B, 1, T, T) 0 or a very negative number (finite: a padded row stays free of NaN)."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -1e9)[:, None]
+    least = max(-1e9, torch.finfo(dtype).min)
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, least)[:, None]
