@@ -14,6 +14,7 @@ import yaml
 
 from vla.embodiment import EmbodimentSpec
 from vla.mixture import MixtureConfig
+from vla.policy import AdapterConfig, PolicyConfig
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +114,22 @@ def test_the_instruction_in_the_readme_is_the_tasks_own(readme: str):
 
 
 def test_the_robot_of_the_readme_is_valid(readme: str):
-    text, mixture = blocks(readme, "yaml")
+    foreign, text, mixture = blocks(readme, "yaml")
+    settings = yaml.safe_load(foreign)
+    assert PolicyConfig.model_validate(settings["policy"]).backbone.kind == "hf"
+    assert AdapterConfig.model_validate(settings["adapter"]).rank == 32
     spec = EmbodimentSpec.model_validate(yaml.safe_load(text))
     config = MixtureConfig.model_validate(yaml.safe_load(mixture)["mixture"])
     assert config.datasets[0].embodiment == text.split()[1]  # the file the comment in the first line names
     assert spec.action_dim == 7 and spec.state_dim == 6
+
+
+def test_the_families_of_the_readme_are_those_tested(readme: str):
+    """The table is printed by benchmarks/families.py; its rows are the tests' parameters, and each of them passes all."""
+    from tests.families import FAMILIES
+
+    rows = re.findall(r"^\| ([\w .-]+?)(?: \(one camera\))? \|((?: yes \|){4})$", readme, re.M)
+    assert [name for name, _ in rows] == list(FAMILIES)
 
 
 def test_the_controls_of_the_readme_are_those_of_the_evaluator(readme: str):
