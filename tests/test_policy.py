@@ -322,3 +322,29 @@ def test_edits_of_a_folder_are_noticed(policy, tmp_path):
         load_policy(tmp_path)
     with pytest.raises(CheckpointError, match="Hub"):
         load_policy("nobody/nothing-here")
+
+
+def test_the_l1_head_learns_numbers_acts_and_comes_back(mixture, tmp_path):
+    """OpenVLA-OFT's continuous head on the same backbone: an L1 loss, one pass, no confidence to speak of."""
+    policy = make(mixture, head="l1", end_weight=0.0, state="none")
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    batch = policy.collate([policy.encode(mixture.window(n)) for n in range(4)])
+    assert policy.end_head is None and not (batch.ids == policy.writer.ids.state).any()
+    losses = []
+    for _ in range(30):
+        loss = policy.loss(batch)
+        losses.append((loss.action / loss.action_count).item())
+        optimizer.zero_grad()
+        loss.total(policy.loss_weights, loss.counts).backward()
+        assert all(p.grad is not None for p in policy.parameters())
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    policy.eval()
+    chunk = policy.act(observation(mixture), "touch the red cube", "tabletop")
+    assert np.isfinite(chunk.actions).all() and np.isnan(chunk.confidence).all()
+    assert chunk.symbols.min() >= 0 and chunk.symbols.max() < 256  # the bins its numbers fall into
+    save_policy(policy, tmp_path / "policy")
+    again = load_policy(tmp_path / "policy", "cpu").act(observation(mixture), "touch the red cube", "tabletop")
+    np.testing.assert_array_equal(again.actions, chunk.actions)
+    with pytest.raises(ValueError, match="parallel"):
+        PolicyConfig(head="l1", decoding="autoregressive")

@@ -89,7 +89,12 @@ def _trace(trace: Trace, steps: int) -> dict[str, Any]:
     whole = len(symbols) == len(trace.symbols)
     return {
         "actions": np.concatenate(trace.actions)[:steps].round(4).tolist(),
-        "confidence": np.concatenate(trace.confidence)[:steps].round(3).tolist(),
+        "confidence": _json_numbers(np.concatenate(trace.confidence)[:steps].round(3)),
         "symbols": np.concatenate(symbols)[:steps].astype(int).tolist() if whole else None,
         "decisions": [int(step) for step in begins],
     }
+
+
+def _json_numbers(values: np.ndarray) -> list:
+    """NaN (a continuous head has no confidence) as null: JSON knows no NaN."""
+    return [[None if value != value else value for value in row] for row in values.tolist()]
