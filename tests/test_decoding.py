@@ -107,11 +107,9 @@ def test_graphs_are_for_cuda(policy):
     assert graphs_of(use_graphs(policy)) is None
 
 
-def test_training_never_computes_the_whole_vocabulary(monkeypatch):
+def test_training_never_computes_the_whole_vocabulary(monkeypatch, checkout):
     """Through a Prismatic model no tensor of a step, forward or backward, has a row of V logits for a position."""
-    from pathlib import Path
-
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(checkout / "benchmarks"))
     from bench_decode import model_of  # pyright: ignore
     from prismatic_policy import bench_policy, prefixes  # pyright: ignore
     from torch.utils._python_dispatch import TorchDispatchMode

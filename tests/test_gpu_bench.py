@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 BARE = """
 import importlib.abc, sys
 class Blocked(importlib.abc.MetaPathFinder):
@@ -19,9 +17,9 @@ runpy.run_path({path!r}, run_name="__main__")
 """
 
 
-def test_every_section_runs_on_a_bare_machine(tmp_path):
+def test_every_section_runs_on_a_bare_machine(tmp_path, checkout):
     out = tmp_path / "gpu.json"
-    script = BARE.replace("{path!r}", repr(str(ROOT / "benchmarks" / "gpu.py")))
+    script = BARE.replace("{path!r}", repr(str(checkout / "benchmarks" / "gpu.py")))
     done = subprocess.run(
         [sys.executable, "-c", script, "-", "--tiny", "--device", "cpu", "--out", str(out)],
         capture_output=True, text=True, cwd=tmp_path, timeout=300,

@@ -44,7 +44,8 @@ def test_the_command_writes_training_data_and_the_same_twice(tmp_path, capsys):
     assert files[0] == files[1] and len(files[0]) == 4
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files[0])
     read = Answers(tmp_path / "a/questions.json")
-    assert len(read) == summary["questions"] and read.question(0).image.shape == (64, 64, 3)
+    picture = read.question(0).image
+    assert len(read) == summary["questions"] and picture is not None and picture.shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("scenes", ["0", "-1"])
