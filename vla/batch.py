@@ -1,6 +1,7 @@
 """Window or Question -> Example -> Batch, and the shape legend of the house.
 
-    B batch        T tokens            H chunk length (steps)     A action dimensions (padded to the policy's widest robot)
+    B batch        T tokens            H chunk length (steps)     A action dimensions (padded to the policy's widest robot,
+                                                             or to the batch's: see `collate`)
     I images       S state dimensions  N = H * A action symbols   K symbols of the codec        V vocabulary
     h, w pixels    F frames of a dataset    E episodes            d hidden size
 """
@@ -42,6 +43,7 @@ class Example:
     state: np.ndarray  # (S,) float32 in [-1, 1], padded
     unit: np.ndarray  # (H, A) float32 in [-1, 1], padded
     valid: np.ndarray  # (H, A) bool
+    dims: np.ndarray  # () int64: the robot's own action dimensions, at most A; 0 where there is nothing to do
     symbols: np.ndarray  # (N,) int64
     end: np.ndarray  # (S,) float32: final state in [-1, 1]
     end_valid: np.ndarray  # (S,) bool: the dimensions the end loss looks at
@@ -63,6 +65,7 @@ class Batch:
     state: Tensor  # (B, S) float32
     unit: Tensor  # (B, H, A) float32
     valid: Tensor  # (B, H, A) bool
+    dims: Tensor  # (B,) int64
     symbols: Tensor  # (B, N) int64
     end: Tensor  # (B, S) float32
     end_valid: Tensor  # (B, S) bool
@@ -81,9 +84,12 @@ class Batch:
         return len(self.ids)
 
 
-def collate(examples: list[Example], pad_id: int) -> Batch:
-    """Stack examples; the shorter prefixes get `pad_id` on the left."""
+def collate(examples: list[Example], pad_id: int, narrow: bool = False) -> Batch:
+    """Stack examples; the shorter prefixes get `pad_id` on the left. `narrow` leaves out the action dimensions that no robot of
+    this batch has: A is the batch's own, N = H * A with it."""
     B, T = len(examples), max(len(e.ids) for e in examples)
+    H, A = examples[0].unit.shape
+    width = max(1, *(int(e.dims) for e in examples)) if narrow else A
     ids, labels = np.full((B, T), pad_id, np.int64), np.full((B, T), -100, np.int64)
     mask, causal = np.zeros((B, T), bool), np.zeros((B, T), bool)
     for row, example in enumerate(examples):
@@ -94,11 +100,19 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
     def stack(name: str) -> Tensor:
         return torch.from_numpy(np.stack([getattr(e, name) for e in examples]))
 
+    def cut(name: str) -> Tensor:
+        whole = stack(name)
+        if width == A:
+            return whole
+        narrower = whole.view(B, H, A)[..., :width]
+        return narrower.contiguous() if whole.ndim == 3 else narrower.reshape(B, H * width)
+
     return Batch(
         ids=torch.from_numpy(ids), mask=torch.from_numpy(mask), images=torch.from_numpy(np.ascontiguousarray(images)),
         slots=torch.from_numpy(np.concatenate([e.slots for e in examples])), n=torch.tensor([e.n for e in examples]),
         labels=torch.from_numpy(labels), causal=torch.from_numpy(causal),
-        **{name: stack(name) for name in ("robot", "state", "unit", "valid", "symbols", "end", "end_valid", "hidden")},
+        **{name: stack(name) for name in ("robot", "dims", "state", "end", "end_valid")},
+        **{name: cut(name) for name in ("unit", "valid", "symbols", "hidden")},
     )  # fmt: skip
 
 
@@ -137,6 +151,7 @@ class Encoder:
         self.action_dim, self.state_dim = action_dim, state_dim
         self._ids: dict[tuple[str, int, str], np.ndarray] = {}
         self._robots = {name: np.array(i, np.int64) for i, name in enumerate(embodiments)}
+        self._dims = {name: np.array(spec.action_dim, np.int64) for name, spec in embodiments.items()}
         self._end_valid = {name: _end_dims(spec, self.state_dim) for name, spec in embodiments.items()}
 
     def window(self, window: Window | Question, augment: AugmentConfig | None = None, seed: int = 0) -> Example:
@@ -160,6 +175,7 @@ class Encoder:
         ids = self._prefix(window.instruction, len(images), window.embodiment)
         return Example(
             ids=ids, images=images, slots=slots, robot=self._robots[window.embodiment], state=state, unit=unit, valid=valid,
+            dims=self._dims[window.embodiment],
             symbols=self.codec.encode(unit), end=self._state(norm["state"], window.final_state),
             end_valid=self._end_valid[window.embodiment], hidden=hidden, **_nothing_to_say(ids), n=window.n,
         )  # fmt: skip
@@ -173,8 +189,8 @@ class Encoder:
             state = self._state(norm["state"], np.asarray(observation["state"], np.float32))
         images, slots = self._images(observation["images"], spec)  # pyright: ignore[reportArgumentType]
         ids = self._prefix(instruction, len(images), embodiment)
-        return Example(ids=ids, images=images, slots=slots, robot=self._robots[embodiment], **self._no_actions(state),
-                       **_nothing_to_say(ids))  # fmt: skip
+        return Example(ids=ids, images=images, slots=slots, robot=self._robots[embodiment], dims=self._dims[embodiment],
+                       **self._no_actions(state), **_nothing_to_say(ids))  # fmt: skip
 
     def question(self, question: Question) -> Example:
         """Picture, question, answer: the answer's words are learned one after the other, no action is."""
@@ -188,7 +204,7 @@ class Encoder:
             labels[len(ask) - 1 :] = [*answer, writer.ids.eos]
         return Example(
             ids=ids, images=np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8),
-            slots=np.zeros(len(images), np.int64), robot=np.array(0, np.int64),
+            slots=np.zeros(len(images), np.int64), robot=np.array(0, np.int64), dims=np.array(0, np.int64),
             **self._no_actions(np.zeros(self.state_dim, np.float32)), labels=labels, causal=np.arange(len(ids)) >= len(ask) - 1,
             n=question.n,
         )  # fmt: skip

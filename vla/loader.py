@@ -126,7 +126,7 @@ def make_loader(
     cameras = max(len(spec.cameras) for spec in encoder.embodiments.values())
     pictures = cameras * encoder.writer.image.size**2 * 3
     return Loader(
-        _Examples(mixture, policy, seed), _Batch(encoder.writer.ids.pad),
+        _Examples(mixture, policy, seed), _Batch(encoder.writer.ids.pad, policy.narrows),
         _Positions(batch, rank, world, first_step, steps), workers=workers, start=start,
         shelf=batch // world * (pictures + 2**16) + 2**16,
     )  # fmt: skip
@@ -135,11 +135,11 @@ def make_loader(
 class _Batch:
     """`policy.collate` without the policy, for workers."""
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    def __init__(self, pad: int, narrow: bool) -> None:
+        self.pad, self.narrow = pad, narrow
 
     def __call__(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.pad)
+        return collate(examples, self.pad, self.narrow)
 
 
 class _Collate:

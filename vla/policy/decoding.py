@@ -149,7 +149,7 @@ class Graphs:
     def _capture(self, policy: VLAPolicy, batch: Batch, dims: int) -> tuple[Any, Batch, Tensor]:
         own = replace(batch, **{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
         if policy.config.decoding == "parallel":
-            tail = torch.tensor(policy.model.parallel_tail(batch.symbols.shape[1]), device=batch.ids.device)
+            tail = policy.tail_of(batch)
 
             def run() -> Tensor:
                 return parallel_logits(policy, own, tail)

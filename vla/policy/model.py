@@ -90,7 +90,24 @@ class VLAPolicy(nn.Module):
         return self.encoder.window(window, self.config.augment if augment else None, seed)
 
     def collate(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.writer.ids.pad)
+        return collate(examples, self.writer.ids.pad, self.narrows)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether action positions that no robot of a batch has can be left out. Nothing reads them then; not so where the words
+        before attend to every position (OFT), where numbers are read off all of a step's at once, or where one follows another."""
+        return self.config.decoding == "parallel" and self.l1_head is None and not self.model.prefix_reads_tail
+
+    def positions_of(self, batch: Batch) -> Tensor:
+        """(N,): where the action positions of a batch stand among the H * A of the policy's widest robot."""
+        A, a = self.encoder.action_dim, batch.unit.shape[-1]
+        step = torch.arange(batch.unit.shape[1], device=batch.ids.device)
+        return (step[:, None] * A + torch.arange(a, device=batch.ids.device)).flatten()
+
+    def tail_of(self, batch: Batch) -> Tensor:
+        """(M,): the ids at the action positions of a parallel pass."""
+        tail = torch.tensor(self.model.parallel_tail(self.model.num_slots), device=batch.ids.device)
+        return tail[self.positions_of(batch)] if self.narrows else tail
 
     def forward(self, batch: Batch) -> Loss:
         """The losses, as sums and counts (DDP wraps `forward`, so this is it)."""
@@ -156,7 +173,7 @@ class VLAPolicy(nn.Module):
         B, N = batch.symbols.shape
         ids = self.writer.ids
         if self.config.decoding == "parallel":
-            tail = torch.tensor(self.model.parallel_tail(N), device=batch.ids.device).expand(B, -1)
+            tail = self.tail_of(batch).expand(B, -1)
         else:
             start = torch.full((B, 1), ids.act, device=batch.ids.device)
             history = ids.of_symbols(batch.symbols[:, :-1]).masked_fill(batch.hidden[:, :-1], ids.act)
@@ -177,11 +194,18 @@ class VLAPolicy(nn.Module):
         allowed[:, :T, :T], positions = self.model.prefix_attention(batch.ids, prefix, batch.causal)
         allowed[:, T:, :T] = prefix[:, None, :]
         tail = torch.ones(M, M, dtype=torch.bool, device=prefix.device)
-        allowed[:, T:, T:] = tail if parallel else tail.tril()
+        if self.narrows:
+            there = torch.arange(M, device=prefix.device) % batch.unit.shape[-1] < batch.dims[:, None]
+            allowed[:, T:, T:] = there[:, None]
+        else:
+            allowed[:, T:, T:] = tail if parallel else tail.tril()
         if parallel and self.model.prefix_reads_tail:
             full = torch.cat([prefix, prefix.new_ones(B, M)], dim=1)[:, None]
             speaks = batch.causal.any(-1)[:, None, None]  # an answer in words may not read ahead
             allowed[:, :T] = torch.where(speaks, allowed[:, :T], full)
+        if self.narrows:  # a position stands where it would among the widest robot's
+            kept = torch.cat([torch.arange(T, device=prefix.device), T + self.positions_of(batch)])
+            return _additive(allowed, self.dtype), self.model.tail_positions(positions, self.model.num_slots)[..., kept]
         return _additive(allowed, self.dtype), self.model.tail_positions(positions, M)
 
     @property
@@ -248,7 +272,7 @@ class VLAPolicy(nn.Module):
         pairs = zip(observations, instructions, strict=True)
         batch = self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
         spec, (n, _) = self.embodiments[embodiment], self.steps(embodiment)
-        shape = (len(batch), self.chunk, self.encoder.action_dim)
+        shape = batch.unit.shape
         if self.l1_head is not None:
             unit = self.l1_head(self._acts(batch)).float().clamp(-1, 1).cpu().numpy()
             symbols, confidence = self.codec.encode(unit).reshape(shape), np.full(shape, np.nan)
