@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "eval": ("vla.evaluate.command", "add_eval_parser", "closed-loop success in a simulator, with matched controls"),
     "merge": ("vla.merge", "add_merge_parser", "fold an adapter into its base"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
+    "push": ("vla.push", "add_push_parser", "share a policy or a dataset, with a card made of facts"),
     "export": ("vla.export", "add_export_parser", "a policy in another program's layout"),
 }
 """verb -> (module, function that adds its parser, one line for the overview)."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from vla.actions import ActionCodec, codec_from_json
@@ -19,6 +17,7 @@ from vla.errors import CheckpointError, DataError, UsageError, VLAError
 from vla.normalize import Normalizer
 from vla.policy.adapters import read_adapter, write_adapter
 from vla.policy.config import PolicyConfig
+from vla.policy.fetch import fetch_policy
 from vla.policy.model import VLAPolicy
 from vla.policy.sizes import sizes_of
 
@@ -127,18 +126,15 @@ def load_policy(
     path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str | None = None,
     base: str | Path | None = None, unquantized: bool = False,
 ) -> VLAPolicy:  # fmt: skip
-    """A policy from a policy folder, a run folder, a folder in OpenVLA's layout or a Hub id (`user/name`), ready to act.
+    """A policy from a policy folder, a run folder, a folder in OpenVLA's layout or a name on the Hub
+    (`user/name`, `user/name@revision`), ready to act.
 
     `device` defaults to CUDA where there is one, `dtype` to that of the weights (the nano model's: float32), `attention`
     (transformers' `attn_implementation`) to what the policy was trained with.
     `base`: where the base of an adapter is now, if not where it was; `unquantized`: keep that base's weights
     whole. Raises `CheckpointError` when it cannot be had, is not whole, or is an adapter of another base.
     """
-    folder = Path(path)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        folder = _download(str(path))
-    if (folder / "policy" / "policy.json").is_file():
-        folder = folder / "policy"
+    folder = fetch_policy(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / "config.json").is_file() and not (folder / "policy.json").is_file():
         from vla.backbones.prismatic_files import is_openvla_folder
@@ -148,12 +144,3 @@ def load_policy(
 
             return read_openvla(folder, device=device, dtype=dtype, attention=attention)
     return read_policy(folder, dtype, attention, base, unquantized).to(device)
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md"]))
-    except Exception as error:  # no network, no such repository, no permission: all mean it cannot be had now
-        raise CheckpointError(name, found=f"no such folder, and from the Hub: {type(error).__name__}: {error}",
-                              expected="a run folder, a policy folder or a repository on the Hub",
-                              fix="check the path; for a private repository run `hf auth login`") from error  # fmt: skip
