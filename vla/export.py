@@ -136,10 +136,10 @@ def add_export_parser(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from vla.backbones.prismatic_files import is_openvla_folder
+    from vla.judging import is_openvla
     from vla.policy.openvla import read_openvla
 
-    foreign = args.oft is not None or is_openvla_folder(Path(args.path))
+    foreign = args.oft is not None or is_openvla(Path(args.path))
     if args.crop != 1.0 and not foreign:
         raise UsageError("--crop", found=args.crop, expected="a folder in OpenVLA's layout", fix="leave it out")
     policy = read_openvla(args.path, oft=args.oft, crop=args.crop) if foreign else load_policy(args.path, device="cpu")

@@ -21,8 +21,9 @@ from vla.checkpoint import MANIFEST
 from vla.durable import replace_file, temporary_name
 from vla.episodes import EpisodeStore, hub
 from vla.errors import CheckpointError, UsageError
+from vla.fetch import PATTERNS, explained
+from vla.judging import refuse_unsafe
 from vla.policy import load_policy
-from vla.policy.fetch import PATTERNS, explained, refuse_unsafe
 
 _DATA = ("meta", "data", "videos")
 

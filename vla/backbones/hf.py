@@ -25,6 +25,7 @@ from vla.backbones.hf_probe import Habits, probe
 from vla.backbones.hf_writer import HFWriter, open_processor
 from vla.backbones.protocol import Sizes
 from vla.errors import CheckpointError, UsageError
+from vla.fetch import fetch_model
 
 TABLES = "tables.safetensors"
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -34,8 +35,7 @@ def build(config: HFConfig, sizes: Sizes) -> tuple[HFBackbone, HFWriter]:
     """A pretrained model with room for actions.
 
     Raises `CheckpointError` when it cannot be had or imitated, `UsageError` when it cannot serve."""
-    path, _, revision = config.path.partition("@")
-    return _assemble(path, revision or None, config, sizes, None, None)
+    return _assemble(str(fetch_model(config.path)), None, config, sizes, None, None)
 
 
 def load(

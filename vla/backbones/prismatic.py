@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vla.backbones.config import PrismaticConfig
-from vla.backbones.prismatic_files import empty_model, finish, local_folder, read_config, read_weights
+from vla.backbones.prismatic_files import empty_model, finish, read_config, read_weights
 from vla.backbones.prismatic_model import PrismaticModelConfig, PrismaticVLM
 from vla.backbones.prismatic_oft import read_further
 from vla.backbones.prismatic_writer import PrismaticWriter, act_piece, read_tokenizer_files
 from vla.backbones.protocol import Sizes
 from vla.errors import CheckpointError
+from vla.fetch import fetch_model
 
 __all__ = ["PrismaticModelConfig", "PrismaticVLM", "PrismaticWriter", "build", "load", "open_folder", "random_prismatic"]
 
@@ -47,7 +48,7 @@ def open_folder(
     config: PrismaticConfig, sizes: Sizes, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[PrismaticVLM, PrismaticWriter]:
     """`build`, straight onto a device."""
-    folder = local_folder(config.path)
+    folder = fetch_model(config.path)
     files = read_tokenizer_files(folder)
     further = read_further(folder)
     own = read_config(

@@ -18,7 +18,6 @@ import numpy as np
 import timm
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,29 +66,6 @@ class Entry:
                 raise CheckpointError(self.path, found=f"{self.at + done} bytes", expected=f"at least {self.at + len(view)}",
                                       fix="copy the file again")  # fmt: skip
         return tensor
-
-
-def is_openvla_folder(folder: Path) -> bool:
-    """Whether `folder` is in OpenVLA's layout, and no policy folder of ours."""
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return kind == PrismaticModelConfig.model_type and not (folder / "policy.json").is_file()
-
-
-def local_folder(path: str) -> Path:
-    """A folder, or a Hub id (`user/name` or `user/name@revision`) downloaded. Raises `CheckpointError` when it cannot be had."""
-    if Path(path).exists():
-        return Path(path)
-    name, _, revision = path.partition("@")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*_checkpoint.pt"]
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # no network, no such repository, no permission: all mean it cannot be had now
-        raise CheckpointError(path, found=f"no such folder, and from the Hub: {type(error).__name__}: {error}",
-                              expected="a folder or a repository in OpenVLA's layout",
-                              fix="check the path; for a private repository run `hf auth login`") from error  # fmt: skip
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

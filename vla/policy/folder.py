@@ -14,10 +14,11 @@ from vla.backbones import build_backbone, load_backbone
 from vla.config import validate
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError, DataError, UsageError, VLAError
+from vla.fetch import fetch_policy
+from vla.judging import is_openvla, refuse_unsafe
 from vla.normalize import Normalizer
 from vla.policy.adapters import read_adapter, write_adapter
 from vla.policy.config import PolicyConfig
-from vla.policy.fetch import fetch_policy
 from vla.policy.model import VLAPolicy
 from vla.policy.sizes import sizes_of
 
@@ -50,7 +51,9 @@ def read_policy(
     folder: Path, dtype: torch.dtype | None = None, attention: str | None = None, base: str | Path | None = None,
     unquantized: bool = False,
 ) -> VLAPolicy:  # fmt: skip
-    """Read a policy folder; raises `CheckpointError` naming what is missing or does not fit. See `load_policy`."""
+    """Read a policy folder; raises `CheckpointError` naming what is missing, unsafe or does not fit. See `load_policy`."""
+    if folder.is_dir():
+        refuse_unsafe(folder)  # here too, for a run's checkpoints come this way
     meaning = _read_policy_json(folder)
     try:
         config = validate(meaning["config"], PolicyConfig, f"{folder / 'policy.json'}: config")
@@ -136,11 +139,8 @@ def load_policy(
     """
     folder = fetch_policy(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (folder / "config.json").is_file() and not (folder / "policy.json").is_file():
-        from vla.backbones.prismatic_files import is_openvla_folder
+    if is_openvla(folder):
+        from vla.policy.openvla import read_openvla
 
-        if is_openvla_folder(folder):
-            from vla.policy.openvla import read_openvla
-
-            return read_openvla(folder, device=device, dtype=dtype, attention=attention)
+        return read_openvla(folder, device=device, dtype=dtype, attention=attention)
     return read_policy(folder, dtype, attention, base, unquantized).to(device)

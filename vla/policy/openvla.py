@@ -18,11 +18,12 @@ import torch
 from vla.actions import BinCodec
 from vla.backbones import PrismaticConfig
 from vla.backbones.prismatic import open_folder
-from vla.backbones.prismatic_files import check_names, local_folder, read_json
+from vla.backbones.prismatic_files import check_names, read_json
 from vla.backbones.prismatic_oft import read_action_head
 from vla.backbones.prismatic_writer import prompt_of
 from vla.embodiment import Camera, Channel, EmbodimentSpec
 from vla.errors import CheckpointError, DataError, UsageError
+from vla.fetch import fetch_model
 from vla.normalize import Normalizer, Scheme, Stats
 from vla.policy.config import CodecConfig, NormalizationConfig, PolicyConfig
 from vla.policy.model import VLAPolicy
@@ -66,7 +67,7 @@ def read_openvla(
     """
     if attention == "flash_attention_2":
         raise UsageError("attention", found=attention, expected="sdpa or eager", fix="leave it out")
-    folder = local_folder(str(folder))
+    folder = fetch_model(str(folder))
     setup = _oft_setup(folder, oft)
     stats = read_statistics(folder)
     config = _policy_config(folder, setup, crop, attention, probe_image)
