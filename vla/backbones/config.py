@@ -21,8 +21,6 @@ class NanoConfig(Config):
     tower_channels: tuple[int, int, int] = (32, 64, 128)
     keypoints: int = Field(default=64, ge=0)
     """Channels of the instruction-FiLM-ed spatial-softmax token; 0 is the plain stem."""
-    notice: bool = False
-    """Which words steer that token is learned too. For prompts that say more than the instruction: the robot's name, soft tokens."""
     text_vocab: int = Field(default=512, ge=300)
 
     @model_validator(mode="after")

@@ -54,7 +54,7 @@ class NanoVLMConfig(PreTrainedConfig):
         soft_tokens: int = 0,
         max_cameras: int = 8,
         embedding_std: float = 0.3,
-        notice: bool = False,
+        steered_by_words: bool = False,
         **kwargs: Any,
     ) -> None:
         self.text_vocab_size, self.num_slots, self.num_symbols = text_vocab_size, num_slots, num_symbols
@@ -65,7 +65,8 @@ class NanoVLMConfig(PreTrainedConfig):
             raise ValueError(f"text_config.vocab_size is {text_config.vocab_size}, the parts add up to {vocab_size}")
         self.text_config = text_config
         self.image_size, self.tower_channels = image_size, tuple(tower_channels)
-        self.keypoints, self.state_dim, self.embedding_std, self.notice = keypoints, state_dim, embedding_std, notice
+        self.keypoints, self.state_dim, self.embedding_std = keypoints, state_dim, embedding_std
+        self.steered_by_words = steered_by_words
         self.num_robots, self.soft_tokens, self.max_cameras = num_robots, soft_tokens, max_cameras
         super().__init__(**kwargs)
 
@@ -134,27 +135,17 @@ class Keypoints(nn.Module):
     """Where the things the instruction names are: FiLM, one convolution, spatial softmax, one token.
 
     Each of K channels attends to one place; the token is an MLP of its expected (x, y) in [-1, 1] and the feature there.
-    The instruction is the mean of its words' embeddings; with `notice` a weighted one, whose weights are learned and begin equal:
-    in a plain mean the one word that names a thing drowns among those that name the robot.
     """
 
-    def __init__(self, channels: int, keypoints: int, hidden: int, notice: bool) -> None:
+    def __init__(self, channels: int, keypoints: int, hidden: int) -> None:
         super().__init__()
-        self.notice = nn.Parameter(torch.zeros(hidden)) if notice else None
         self.film = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
         self.conv = nn.Conv2d(channels, keypoints, 3, padding=1)
         self.value = nn.Conv2d(channels, keypoints, 1)
         self.out = nn.Sequential(nn.Linear(3 * keypoints, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden))
 
-    def sentence(self, embeddings: Tensor, is_text: Tensor) -> Tensor:
-        """(B, T, d) embeddings and (B, T) which of them are words -> (B, d)."""
-        if self.notice is None:
-            return (embeddings * is_text[..., None]).sum(1) / is_text.sum(-1, keepdim=True).clamp(min=1)
-        score = (embeddings @ self.notice).float().masked_fill(~is_text, torch.finfo(torch.float32).min)
-        return (score.softmax(-1).to(embeddings.dtype)[:, None] @ embeddings)[:, 0]
-
     def forward(self, mid: Tensor, sentence: Tensor) -> Tensor:
-        """`mid` (I, C, h, w), `sentence` (I, d) as `sentence` makes it -> (I, d)."""
+        """`mid` (I, C, h, w), `sentence` (I, d): the mean embedding of the instruction's words -> (I, d)."""
         scale, shift = self.film(sentence)[:, :, None, None].chunk(2, dim=1)
         modulated = torch.relu(mid * (1 + scale) + shift)
         h, w = mid.shape[-2:]
@@ -195,8 +186,7 @@ class NanoVLM(PreTrainedModel):
         self.patch_positions = nn.Parameter(torch.zeros(patches, d))
         self.camera_positions = nn.Parameter(torch.zeros(config.max_cameras, d))
         self.robots = nn.Embedding(config.num_robots, config.soft_tokens * d) if config.soft_tokens else None
-        points = config.keypoints
-        self.keypoints = Keypoints(self.tower.mid_channels, points, d, config.notice) if points else None
+        self.keypoints = Keypoints(self.tower.mid_channels, config.keypoints, d) if config.keypoints else None
         self.state_in = nn.Sequential(nn.Linear(config.state_dim, d), nn.ReLU(), nn.Linear(d, d))
         self.language_model = LlamaModel._from_config(config.text_config)
         self.lm_head = nn.Linear(d, config.text_config.vocab_size, bias=False)
@@ -214,8 +204,6 @@ class NanoVLM(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.embedding_std)
-        elif isinstance(module, Keypoints) and module.notice is not None:
-            nn.init.zeros_(module.notice)
         elif isinstance(module, NanoVLM):
             nn.init.normal_(module.patch_positions, std=self.config.embedding_std)
             nn.init.zeros_(module.camera_positions)
@@ -253,10 +241,13 @@ class NanoVLM(PreTrainedModel):
             camera = F.one_hot(slots, config.max_cameras).to(self.camera_positions.dtype) @ self.camera_positions
             tokens = self.projector(patches.transpose(1, 2)) + self.patch_positions + camera[:, None]
             if self.keypoints is not None:
-                is_text = (input_ids < config.text_vocab_size) | at_soft
+                is_text = input_ids < config.text_vocab_size
+                if not config.steered_by_words:  # older models: in their mean the word for a thing drowns in the robot's
+                    is_text |= at_soft
                 # An answer must not be read before it is said, and the sentence is read by every position.
                 is_text &= (input_ids == config.special_id("say")).cumsum(-1) == 0
-                sentence = self.keypoints.sentence(embeddings, is_text)
+                count = is_text.sum(-1, keepdim=True).clamp(min=1)
+                sentence = (embeddings * is_text[..., None]).sum(1) / count
                 # Row of each image, from where its first token stands (repeat_interleave has no deterministic backward).
                 row_of_image = at_image.nonzero()[:: config.image_tokens, 0]
                 sentence = sentence[row_of_image]

@@ -119,7 +119,7 @@ def build(config: NanoConfig, sizes: Sizes) -> tuple[NanoVLM, NanoWriter]:
                          num_key_value_heads=config.heads, intermediate_size=config.mlp),
         text_vocab_size=config.text_vocab, num_slots=sizes.slots, num_symbols=sizes.symbols, image_size=config.image_size,
         tower_channels=config.tower_channels, keypoints=config.keypoints, state_dim=sizes.state, num_robots=sizes.robots,
-        soft_tokens=sizes.soft_tokens, notice=config.notice,
+        soft_tokens=sizes.soft_tokens, steered_by_words=True,
     ))  # fmt: skip
     model.set_attn_implementation("eager")  # SDPA's backward is slow for ~60 tokens on a CPU
     tokenizer = build_tokenizer(list(sizes.corpus), config.text_vocab)
