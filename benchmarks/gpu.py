@@ -288,7 +288,7 @@ def training(b: Bench) -> dict[str, Any]:
     policy = bench_policy(model, text_length(model), 1, "autoregressive").train()
     rows = 2 if b.tiny else 16
     batch = prefixes(policy, rows)
-    batch = replace(batch, valid=torch.ones_like(batch.valid))
+    batch = replace(batch, valid=torch.ones_like(batch.valid), said=torch.ones_like(batch.said))
     T = batch.ids.shape[1] + 7
     layers = sum(p.numel() for n, p in model.get_decoder().named_parameters() if "layers" in n and "lora_" not in n)
     seen = sum(p.numel() for part in (model.vision_backbone, model.projector) for n, p in part.named_parameters()

@@ -2,7 +2,8 @@
 
     B batch        T tokens            H chunk length (steps)     A action dimensions (padded to the policy's widest robot,
                                                              or to the batch's: see `collate`)
-    I images       S state dimensions  N = H * A action symbols   K symbols of the codec        V vocabulary
+    I images       S state dimensions  N action symbols: H * A of them, or the most a sequence codec says (FAST, VQ)
+                   K symbols of the codec        V vocabulary
     h, w pixels    F frames of a dataset    E episodes            d hidden size
 """
 
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vla.actions import ActionCodec
+from vla.actions import ActionCodec, hold, is_sequence
 from vla.answers import Question
 from vla.backbones.images import prepare_image
 from vla.backbones.protocol import Writer
@@ -45,6 +46,7 @@ class Example:
     valid: np.ndarray  # (H, A) bool
     dims: np.ndarray  # () int64: the robot's own action dimensions, at most A; 0 where there is nothing to do
     symbols: np.ndarray  # (N,) int64
+    said: np.ndarray  # (N,) bool: the symbols that are learned: `valid`, or of a sequence codec as many as the chunk takes
     end: np.ndarray  # (S,) float32: final state in [-1, 1]
     end_valid: np.ndarray  # (S,) bool: the dimensions the end loss looks at
     hidden: np.ndarray  # (N,) bool: symbols an autoregressive model may not read as history in this example
@@ -67,6 +69,7 @@ class Batch:
     valid: Tensor  # (B, H, A) bool
     dims: Tensor  # (B,) int64
     symbols: Tensor  # (B, N) int64
+    said: Tensor  # (B, N) bool
     end: Tensor  # (B, S) float32
     end_valid: Tensor  # (B, S) bool
     hidden: Tensor  # (B, N) bool
@@ -112,7 +115,7 @@ def collate(examples: list[Example], pad_id: int, narrow: bool = False) -> Batch
         slots=torch.from_numpy(np.concatenate([e.slots for e in examples])), n=torch.tensor([e.n for e in examples]),
         labels=torch.from_numpy(labels), causal=torch.from_numpy(causal),
         **{name: stack(name) for name in ("robot", "dims", "state", "end", "end_valid")},
-        **{name: cut(name) for name in ("unit", "valid", "symbols", "hidden")},
+        **{name: cut(name) for name in ("unit", "valid", "symbols", "said", "hidden")},
     )  # fmt: skip
 
 
@@ -144,11 +147,12 @@ class Encoder:
 
     def __init__(
         self, *, embodiments: dict[str, EmbodimentSpec], normalizers: dict[str, dict[str, Normalizer]], codec: ActionCodec,
-        writer: Writer, prompt: str, horizon: int, action_dim: int, state_dim: int,
+        writer: Writer, prompt: str, horizon: int, action_dim: int, state_dim: int, slots: int | None = None,
     ) -> None:  # fmt: skip
+        """`slots`: N, where it is not H * A."""
         self.embodiments, self.normalizers, self.codec = embodiments, normalizers, codec
         self.writer, self.prompt, self.horizon = writer, prompt, horizon
-        self.action_dim, self.state_dim = action_dim, state_dim
+        self.action_dim, self.state_dim, self.slots = action_dim, state_dim, slots or horizon * action_dim
         self._ids: dict[tuple[str, int, str], np.ndarray] = {}
         self._robots = {name: np.array(i, np.int64) for i, name in enumerate(embodiments)}
         self._dims = {name: np.array(spec.action_dim, np.int64) for name, spec in embodiments.items()}
@@ -163,20 +167,23 @@ class Encoder:
         unit, valid = np.zeros((H, A), np.float32), np.zeros((H, A), bool)
         unit[:, : spec.action_dim] = norm["action"].to_unit(window.actions)
         valid[:, : spec.action_dim] = window.valid
+        own = unit[:, : spec.action_dim].copy()
         unit[~valid] = 0.0
+        symbols, said = (self._say(own, window.valid) if is_sequence(self.codec)
+                         else (self.codec.encode(unit), valid.reshape(-1)))  # fmt: skip
         images, slots = self._images(window.images, spec)
-        state, hidden = self._state(norm["state"], window.state), np.zeros(H * A, bool)
+        state, hidden = self._state(norm["state"], window.state), np.zeros(self.slots, bool)
         if augment is not None:
             rng = generator(Purpose.AUGMENT, seed, window.n)
             images = np.stack([_augment(image, augment, rng) for image in images])
             noise = rng.normal(0.0, augment.state_noise, spec.state_dim) if augment.state_noise else 0.0
             state[: spec.state_dim] += noise
-            hidden = rng.random(H * A) < augment.history_dropout
+            hidden = rng.random(self.slots) < augment.history_dropout
         ids = self._prefix(window.instruction, len(images), window.embodiment)
         return Example(
             ids=ids, images=images, slots=slots, robot=self._robots[window.embodiment], state=state, unit=unit, valid=valid,
             dims=self._dims[window.embodiment],
-            symbols=self.codec.encode(unit), end=self._state(norm["state"], window.final_state),
+            symbols=symbols, said=said, end=self._state(norm["state"], window.final_state),
             end_valid=self._end_valid[window.embodiment], hidden=hidden, **_nothing_to_say(ids), n=window.n,
         )  # fmt: skip
 
@@ -209,11 +216,18 @@ class Encoder:
             n=question.n,
         )  # fmt: skip
 
+    def _say(self, unit: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(H, a) of one robot in symbols of a sequence codec: (N,) int64 and (N,) bool, those that are said."""
+        own = self.codec.encode(hold(unit, valid[:, 0]))
+        symbols, said = np.zeros(self.slots, np.int64), np.arange(self.slots) < len(own)
+        symbols[: len(own)] = own
+        return symbols, said
+
     def _no_actions(self, state: np.ndarray) -> dict[str, Any]:
-        none = np.zeros((self.horizon, self.action_dim), np.float32)
-        return {"state": state, "unit": none, "valid": none.astype(bool), "symbols": np.zeros(none.size, np.int64),
-                "end": np.zeros_like(state), "end_valid": np.zeros(self.state_dim, bool),
-                "hidden": np.zeros(none.size, bool)}  # fmt: skip
+        none, silent = np.zeros((self.horizon, self.action_dim), np.float32), np.zeros(self.slots, bool)
+        return {"state": state, "unit": none, "valid": none.astype(bool), "symbols": np.zeros(self.slots, np.int64),
+                "said": silent, "hidden": silent, "end": np.zeros_like(state),
+                "end_valid": np.zeros(self.state_dim, bool)}  # fmt: skip
 
     def _images(self, images: dict[str, np.ndarray], spec: EmbodimentSpec) -> tuple[np.ndarray, np.ndarray]:
         """(I, h, w, 3) of the cameras that are there, and (I,) which of the robot's they are."""

@@ -75,6 +75,7 @@ DATA_VERBS: dict[str, tuple[str, str]] = {
     "report": ("data_tools.report", "one HTML file to judge a dataset from"),
     "questions": ("data_tools.questions", "render scenes with questions and answers about them"),
     "stats": ("data_tools.stats", "show, recompute or compare statistics"),
+    "tokenizer": ("data_tools.tokenizer", "fit action symbols (FAST, residual VQ) on recorded chunks"),
     "mixture": ("vla.preview", "print what a training config will draw"),
     "bench": ("data_tools.bench", "samples per second, waiting time and the decode floor"),
 }

@@ -36,6 +36,7 @@ from vla.checkpoint import Run, pack_optimizer, publish, unpack_optimizer
 from vla.config import Config, dump_config, flatten, load_config
 from vla.durable import replace_file
 from vla.errors import DivergedError, MachineError, Preempted, UsageError, VLAError
+from vla.fetch import fetch_model, fetch_policy, origin
 from vla.launch import StopSignal, add_arguments, answer_launcher, die_with_launcher, introduce
 from vla.loader import make_loader, split_batch
 from vla.mixture import MixtureConfig, open_mixture
@@ -177,14 +178,20 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                              fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
         if found:
             _check_unchanged(found[1]["config"], config, run.root, allow_change)
-        base = None  # the policy to continue or to start from: it brings its own settings
+        base, start = None, None  # the policy to continue or to start from: it brings its own settings
         if found:
             base = read_policy(found[0] / "policy")
         elif config.start:
-            base = load_policy(config.start.policy, "cpu")
+            folder = fetch_policy(config.start.policy)
+            base = load_policy(folder, "cpu")
+            start = {"kind": "policy", **origin(config.start.policy, folder), "fingerprint": base.fingerprint}
+            start |= {"start": earlier} if (earlier := base.provenance.get("start")) else {}
+        elif config.policy.backbone.kind != "nano":
+            path = config.policy.backbone.path
+            start = {"kind": "model", **origin(path, fetch_model(path))}
         wanted = base.config if base else config.policy
         opened = open_mixture(config.mixture, wanted.chunk, config.run.seed, progress=main, seconds=wanted.chunk_seconds)
-        return found, base, *opened
+        return found, base, start, *opened
 
     def together(error: BaseException | None) -> None:
         """Every process calls it after a step that only one of them could fail at: they go on, or stop, as one."""
@@ -203,7 +210,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
                 shutil.rmtree(run.root, ignore_errors=True)  # a run that never began leaves nothing behind
             run.release()
     together(problem)
-    found, base, mixture, heldout = opened or open_all()
+    found, base, start, mixture, heldout = opened or open_all()
     for line in mixture.report(config.run.steps, config.optim.batch):
         say("  ".join(f"{key} {value}" for key, value in line.items()))
 
@@ -217,8 +224,10 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         policy = build_policy(config.policy, mixture).train()
     if config.start and config.start.train == "robots":
         _freeze_but_robots(policy)
-    if config.adapter and not found:
-        policy = adapt(policy, config.adapter, _base(config, run.root)).train()
+    if start:
+        policy.provenance = policy.provenance | {"start": start}
+        if config.adapter:
+            policy = adapt(policy, config.adapter, _base(start)).train()
     _freeze(policy, config.freeze)
     names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     tables = {id(p) for m in policy.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
@@ -293,7 +302,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             if isinstance(batch, VLAError):
                 mine = [0, 0, 0, stop.asked, 1]
             else:
-                mine = [*(int(x.sum()) for x in (batch.valid, batch.end_valid, batch.labels != -100)), stop.asked, 0]
+                mine = [*(int(x.sum()) for x in (batch.said, batch.end_valid, batch.labels != -100)), stop.asked, 0]
             agreed = _sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=accelerator.device))
             if isinstance(batch, VLAError) or agreed[4] > 0:
                 raise batch if isinstance(batch, VLAError) else _OtherRank("another process met a bad sample")
@@ -399,15 +408,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _base(config: TrainConfig, root: Path) -> dict[str, str]:
-    """Where an adapter's base is, as its folder remembers it: a whole path, or a Hub id."""
-    if config.start:
-        here = Path(config.start.policy)
-        return {"kind": "policy", "path": str(here.resolve()) if here.exists() else config.start.policy}
-    backbone = config.policy.backbone
-    assert backbone.kind != "nano"
-    here = Path(backbone.path)
-    return {"kind": "model", "path": str(here.resolve()) if here.exists() else backbone.path}
+def _base(start: dict) -> dict[str, str]:
+    """Where an adapter's base is, as its folder remembers it: a whole path, or a name on the Hub with its commit."""
+    path = f"{start['path']}@{start['revision']}" if "revision" in start else str(Path(start["path"]).resolve())
+    return {"kind": start["kind"], "path": path}
 
 
 def _freeze(policy: VLAPolicy, parts: tuple[str, ...]) -> None:

@@ -8,11 +8,12 @@ exactly +1 and decodes to the last centre. Its vocabulary id is `vocab_size - 1 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
+from vla.actions.codec import check_unit
 from vla.errors import DataError
 
 
@@ -38,19 +39,18 @@ class BinCodec:
         """Largest |decode(encode(a)) - a| over [-1, 1]."""
         return 1.0 / self.size if self.variant == "uniform" else 1.0 / (self.size - 1)
 
+    def slots(self, steps: int, room: int, widths: Sequence[int]) -> int:
+        """N: one per step and dimension of the widest robot there is room for."""
+        return steps * room
+
     def encode(self, unit: np.ndarray) -> np.ndarray:
         """(..., H, A) -> (..., H * A) int64. Values outside [-1, 1] are clipped; NaN and infinity raise `DataError`."""
-        unit = np.asarray(unit, np.float64)
-        if not np.isfinite(unit).all():
-            at = np.argwhere(~np.isfinite(unit))[0].tolist()
-            raise DataError(f"action at {at}", found=unit[tuple(at)], expected="a finite number in [-1, 1]",
-                            fix="repair the data: a NaN would be read as a full-scale move")  # fmt: skip
-        clipped = np.clip(unit, -1.0, 1.0)
+        clipped = check_unit(unit)
         if self._edges is None:
             symbols = np.minimum(((clipped + 1.0) * (self.size / 2.0)).astype(np.int64), self.size - 1)
         else:
             symbols = np.digitize(clipped, self._edges).astype(np.int64) - 1
-        return symbols.reshape(*unit.shape[:-2], unit.shape[-2] * unit.shape[-1])
+        return symbols.reshape(*clipped.shape[:-2], clipped.shape[-2] * clipped.shape[-1])
 
     def decode(self, symbols: np.ndarray, dims: int) -> np.ndarray:
         """(..., H * dims) ints in [0, K) -> (..., H, dims) float32 bin centres. Raises `DataError` outside [0, K)."""

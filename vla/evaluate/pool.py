@@ -226,7 +226,7 @@ def _note(trace: Trace, chunk: Any, execute: int) -> None:
     trace.actions.append(np.asarray(chunk.actions[:execute], np.float32))
     trace.confidence.append(np.asarray(chunk.confidence, np.float32).reshape(shape)[:execute])
     symbols = np.asarray(chunk.symbols)
-    trace.symbols.append(symbols.reshape(shape)[:execute] if symbols.size == chunk.actions.size else None)
+    trace.symbols.append(symbols[:execute] if symbols.shape == shape else None)  # a sequence has none per number
 
 
 def usable_cores() -> int:

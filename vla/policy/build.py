@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vla.actions import BinCodec
+from vla.actions import ActionCodec, BinCodec, is_sequence, read_codec
 from vla.backbones import build_backbone
 from vla.embodiment import explain
 from vla.errors import UsageError
@@ -24,7 +24,7 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
     Raises `UsageError` when `policy.action_dim` or `policy.state_dim` leave no room for one of the robots.
     """
     embodiments = mixture.embodiments
-    codec = BinCodec(config.codec.bins, config.codec.variant)
+    codec = build_codec(config)
     spoken = [(key, text) for key, texts in _sentences(mixture).items() for text in texts]
     corpus = [act_prompt(text, version, key) for key, text in spoken for version in PROMPTS]
     if mixture.answers is not None:
@@ -33,6 +33,29 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
     check_cameras(embodiments, model.max_cameras)
     normalizers = {key: normalizers_of(key, mixture, config.normalization) for key in embodiments}
     return VLAPolicy(config, model, writer, embodiments, normalizers, codec, _provenance(mixture))
+
+
+def build_codec(config: PolicyConfig) -> ActionCodec:
+    """The codec of a fresh policy. Raises `CheckpointError` for a file that cannot be read, `UsageError` for one that was fitted
+    for other chunks or numbers."""
+    wanted = config.codec
+    if wanted.kind == "bins":
+        return BinCodec(wanted.bins, wanted.variant)
+    assert wanted.path is not None
+    codec = read_codec(wanted.path)
+    kind = codec.to_json()["kind"]
+    if kind != wanted.kind or not is_sequence(codec):
+        raise UsageError("policy.codec", found=f"kind {wanted.kind}, and {wanted.path} of kind {kind}", expected="the same kind",
+                         fix=f"policy.codec.kind={kind}, or another file")  # fmt: skip
+    asked = {"chunk": config.chunk, "seconds": config.chunk_seconds, "normalization": config.normalization.action}
+    flags = {"chunk": "--chunk", "seconds": "--seconds", "normalization": "--normalization"}
+    # Other numbers could be said too, but badly: what was fitted are the chunks of one length and one scale.
+    if other := [key for key in asked if codec.fitted.get(key, asked[key]) != asked[key]]:
+        raise UsageError(f"policy.codec: {wanted.path}", found="; ".join(f"{key} {codec.fitted[key]}" for key in other),
+                         expected="; ".join(f"{key} {asked[key]}, as the policy has it" for key in other),
+                         fix="fit it again: vla data tokenizer DATASET ... "
+                         + " ".join(f"{flags[key]} {asked[key]}" for key in other if asked[key] is not None))  # fmt: skip
+    return codec
 
 
 def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
@@ -67,6 +90,7 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
                          f"action and {width.state_dim} state dimensions, and policy.soft_tokens",
                          fix="train a policy with policy.soft_tokens and room (policy.action_dim, policy.state_dim), or give the "
                          "other robot its own name")  # fmt: skip
+    policy.codec.slots(config.chunk, width.action_dim, [mixture.embodiments[key].action_dim for key in new])
     if new:
         model.add_robots(len(new))
     embodiments = policy.embodiments | {key: mixture.embodiments[key] for key in new}

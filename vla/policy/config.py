@@ -12,13 +12,27 @@ from vla.config import Config
 from vla.normalize import Scheme
 
 Decode = Literal["argmax", "mean", "sample"]
-"""How a symbol becomes a number: the likeliest bin, the expectation over the bins, or a draw."""
+"""How a symbol becomes a number: the likeliest bin, the expectation over the bins (over the codes of `vq`; of `fast`, which has
+none, the likeliest tokens), or a draw."""
 
 
 class CodecConfig(Config):
-    kind: Literal["bins"] = "bins"
+    kind: Literal["bins", "fast", "vq"] = "bins"
+    """`bins`: one symbol per number; `fast` (cosine transform, byte pairs) and `vq` (residual codebooks) say a chunk in fewer."""
     bins: int = Field(default=256, ge=2)
     variant: Literal["uniform", "openvla"] = "uniform"
+    path: str | None = Field(default=None, min_length=1)
+    """What `vla data tokenizer` wrote, for `fast` and `vq`. The policy folder holds its content; the file is read once."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CodecConfig:
+        if self.kind == "bins" and self.path:
+            raise ValueError("codec.path is for kind: fast and kind: vq; bins are not fitted")
+        if self.kind != "bins" and not self.path:
+            raise ValueError(f"kind: {self.kind} needs path: what `vla data tokenizer DIR --kind {self.kind} --out FILE` wrote")
+        if self.kind != "bins" and (self.bins, self.variant) != (256, "uniform"):
+            raise ValueError(f"codec.bins and codec.variant are for kind: bins, not for {self.kind}")
+        return self
 
 
 class NormalizationConfig(Config):
@@ -68,4 +82,6 @@ class PolicyConfig(Config):
             raise ValueError(f"execute {self.execute} is more than the chunk of {self.chunk}")
         if self.head == "l1" and self.decoding != "parallel":
             raise ValueError("head: l1 needs decoding: parallel; numbers cannot be fed back as symbols")
+        if self.head == "l1" and self.codec.kind != "bins":
+            raise ValueError("head: l1 says no symbols: leave codec out")
         return self

@@ -1,8 +1,8 @@
 """Decoding: the prefix once, then one symbol after the other from a cache that is allocated once; or all at once.
 
-Nothing but action symbols can be said, and only their rows of the head are computed. Masks and positions of all steps are made
-before the first. With `use_graphs` (CUDA) a whole chunk, image towers included, is one CUDA graph: at batch 1 a large model
-otherwise waits for its launches.
+Nothing but action symbols can be said, and only their rows of the head are computed; of a sequence codec only symbols that
+still make a whole chunk (`vla/policy/choose.py`). Masks and positions of all steps are made before the first. With `use_graphs`
+(CUDA) a whole chunk, image towers included, is one CUDA graph: at batch 1 a large model otherwise waits for its launches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from vla.actions import is_sequence
 from vla.batch import Batch
-from vla.policy.choose import Chooser
+from vla.policy.choose import Choose
 
 if TYPE_CHECKING:
     from vla.policy.model import VLAPolicy
@@ -61,24 +62,28 @@ def new_cache(model: Any, length: int) -> Cache:
     return cache
 
 
-def decode_steps(policy: VLAPolicy, batch: Batch, choose: Chooser, dims: int) -> None:
+def decode_steps(policy: VLAPolicy, batch: Batch, choose: Choose, dims: int) -> None:
     """Constrained decoding into `choose`; `dims` is the robot's own number of action dimensions, at most A."""
-    if choose.decode != "sample":  # what is fed back is the likeliest: no number leaves the device before the end
+    if choose.decode != "sample" and not choose.waits:
+        # What is fed back is the likeliest: no number leaves the device before the end.
         graphs = graphs_of(policy)
         choose(graphs(policy, batch, dims) if graphs is not None else greedy_logits(policy, batch, dims))
     else:
-        steps(policy, batch, choose, dims)
+        steps(policy, batch, choose, dims, lambda: choose.done)
 
 
-def decode_parallel(policy: VLAPolicy, batch: Batch, choose: Chooser) -> None:
+def decode_parallel(policy: VLAPolicy, batch: Batch, choose: Choose) -> None:
     """A whole chunk in one pass into `choose`."""
     graphs = graphs_of(policy)
     choose(graphs(policy, batch, 0) if graphs is not None else policy.action_logits(batch))
 
 
-def steps(policy: VLAPolicy, batch: Batch, choose: Callable[[Tensor], Tensor], dims: int) -> None:
-    """`choose` gets logits (B, 1, K) and says symbols (B, 1), N times."""
-    A, zero = policy.encoder.action_dim, int(policy.codec.encode(np.zeros((1, 1)))[0])
+def steps(
+    policy: VLAPolicy, batch: Batch, choose: Callable[[Tensor], Tensor], dims: int, done: Callable[[], bool] = lambda: False
+) -> None:
+    """`choose` gets logits (B, 1, K) and says symbols (B, 1), N times or until `done`."""
+    A, sequence = policy.encoder.action_dim, is_sequence(policy.codec)
+    zero = 0 if sequence else int(policy.codec.encode(np.zeros((1, 1)))[0])
     B, N = batch.symbols.shape
     T = batch.ids.shape[1] + 1  # the prefix and `act`, which is read with it
     model, ids = policy.model, policy.writer.ids
@@ -91,9 +96,9 @@ def steps(policy: VLAPolicy, batch: Batch, choose: Callable[[Tensor], Tensor], d
     ).last_hidden_state[:, -1:]  # fmt: skip
     for i in range(N):
         symbols = choose(model.symbol_logits(hidden))
-        if i == N - 1:
+        if i == N - 1 or done():
             break
-        if i % A >= dims:  # training fed a padded dimension's zero here, so acting does too
+        if not sequence and i % A >= dims:  # training fed a padded dimension's zero here, so acting does too
             symbols = torch.full_like(symbols, zero)
         at = slice(T + i, T + i + 1)
         hidden = model.hidden(

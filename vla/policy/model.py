@@ -5,7 +5,7 @@ Two decodings (RT-2, Brohan et al. 2023 / OpenVLA, Kim et al. 2024, and OpenVLA-
     parallel         prefix, slot_0 .. slot_{N-1}   ->  s_0 .. s_{N-1}   one pass, bidirectional over them
 How the prefix (images, text, robot, state, end query) attends to itself is the backbone's own way; the action positions read
 all of it. An answer in words (`vla/answers.py`) is a prefix whose last part is causal. Symbols become actions by probabilities
-over the codec's bins, or, with `head: l1`, hidden states become numbers.
+over the codec's bins, by what a whole sequence of them says (FAST, VQ), or, with `head: l1`, hidden states become numbers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ import transformers
 from torch import Tensor, nn
 
 import vla
-from vla.actions import ActionCodec
+from vla.actions import ActionCodec, is_sequence
 from vla.answers import Question
 from vla.backbones import Writer
 from vla.batch import Batch, Encoder, Example, collate
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
-from vla.policy.choose import Chooser
+from vla.policy.choose import chooser
 from vla.policy.config import Decode, PolicyConfig
 from vla.policy.decoding import decode_parallel, decode_steps
 from vla.policy.heads import EndHead, L1Head
 from vla.policy.protocol import Chunk, Loss, LossWeights
+from vla.policy.sizes import room_for
 from vla.prompt import PROMPTS
 from vla.resample import chunk_steps, source_step, to_robot_steps
 from vla.schema import Observation, Window
@@ -62,9 +63,11 @@ class VLAPolicy(nn.Module):
         """`vla.policy.adapters.Adapter` when only a part of the weights is this policy's own."""
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
+        sequence = is_sequence(codec)
+        room = room_for("action", config.action_dim, embodiments) if sequence else model.num_slots // config.chunk
         self.encoder = Encoder(
             embodiments=embodiments, normalizers=normalizers, codec=codec, writer=writer, prompt=config.prompt,
-            horizon=config.chunk, action_dim=model.num_slots // config.chunk, state_dim=model.state_dim,
+            horizon=config.chunk, slots=model.num_slots, state_dim=model.state_dim, action_dim=room,
         )  # fmt: skip
         self.end_head = EndHead(model.hidden_size, self.encoder.state_dim) if config.end_weight else None
         self.l1_head = L1Head(model.hidden_size, self.encoder.action_dim) if config.head == "l1" else None
@@ -95,8 +98,10 @@ class VLAPolicy(nn.Module):
     @property
     def narrows(self) -> bool:
         """Whether action positions that no robot of a batch has can be left out. Nothing reads them then; not so where the words
-        before attend to every position (OFT), where numbers are read off all of a step's at once, or where one follows another."""
-        return self.config.decoding == "parallel" and self.l1_head is None and not self.model.prefix_reads_tail
+        before attend to every position (OFT), where numbers are read off all of a step's at once, where one follows another, or
+        where a symbol is not one dimension's."""
+        return (self.config.decoding == "parallel" and self.l1_head is None and not self.model.prefix_reads_tail
+                and not is_sequence(self.codec))  # fmt: skip
 
     def positions_of(self, batch: Batch) -> Tensor:
         """(N,): where the action positions of a batch stand among the H * A of the policy's widest robot."""
@@ -113,7 +118,7 @@ class VLAPolicy(nn.Module):
         """The losses, as sums and counts (DDP wraps `forward`, so this is it)."""
         hidden, T = self._hidden(batch), batch.ids.shape[1]
         acts = hidden[:, T : T + batch.symbols.shape[1]]
-        valid = batch.valid.flatten(1)  # (B, N)
+        valid = batch.said  # (B, N)
         if self.l1_head is not None:
             wrong = (self.l1_head(acts).float() - batch.unit).abs().flatten(1)
             action, right = (wrong * valid).sum(), wrong < _RIGHT
@@ -275,19 +280,20 @@ class VLAPolicy(nn.Module):
         shape = batch.unit.shape
         if self.l1_head is not None:
             unit = self.l1_head(self._acts(batch)).float().clamp(-1, 1).cpu().numpy()
-            symbols, confidence = self.codec.encode(unit).reshape(shape), np.full(shape, np.nan)
+            symbols, confidence = list(self.codec.encode(unit).reshape(shape)), np.full(shape, np.nan)
         else:
-            choose = Chooser(decode or self.config.decode, self.codec, self.centres,
+            choose = chooser(decode or self.config.decode, self.codec, self.centres, batch.dims.cpu().numpy(),
                              range(len(batch)) if seeds is None else seeds)  # fmt: skip
             if self.config.decoding == "parallel":
                 decode_parallel(self, batch, choose)
             else:
                 decode_steps(self, batch, choose, spec.action_dim)
-            unit, confidence, symbols = (np.concatenate(part, axis=1).reshape(shape) for part in choose.parts)
+            unit, confidence, symbols = choose.result(self.chunk)
         actions = self.normalizers[embodiment]["action"].from_unit(unit[..., : spec.action_dim])
-        confidence, symbols = confidence[..., : spec.action_dim], symbols[..., : spec.action_dim]
-        held = source_step(n, self.chunk)
-        return [Chunk(to_robot_steps(actions[i], n, spec), confidence[i][held].astype(np.float32), symbols[i][held])
+        confidence, held = confidence[..., : spec.action_dim], source_step(n, self.chunk)
+        if not is_sequence(self.codec):
+            symbols = [row[held, : spec.action_dim] for row in symbols]
+        return [Chunk(to_robot_steps(actions[i], n, spec), confidence[i][held].astype(np.float32), symbols[i])
                 for i in range(len(batch))]  # fmt: skip
 
     @torch.inference_mode()

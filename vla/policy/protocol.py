@@ -19,8 +19,8 @@ class Chunk:
     """What a policy wants to do next."""
 
     actions: np.ndarray  # (H, A) float32, robot units, at the robot's own control rate
-    confidence: np.ndarray  # (H, A) float32 in [0, 1]: 1 - entropy / log K
-    symbols: np.ndarray  # (H, A) int64; repeated where a policy step spans several of the robot's
+    confidence: np.ndarray  # (H, A) float32 in [0, 1]: 1 - entropy / log K; mean over the symbols a number is made of
+    symbols: np.ndarray  # (H, A) int64; repeated where a policy step spans several of the robot's; (n,) of a sequence codec
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,340 @@
+"""FAST (Pertsch et al. 2025): a chunk's cosine transform, rounded, as text, said in byte-pair tokens.
+
+    unit (H, a) -> DCT-II over time, orthonormal -> round(scale * c) - min_token -> one character each, lowest frequency of
+    all dimensions first -> BPE -> n symbols
+
+Fitted on a user's own data (`FastCodec.fit`), or read from a folder in the published layout (`FastCodec.from_folder`), whose
+Python file is never run. The published decoder returns a chunk of zeros when what a model said is no chunk; here decoding is
+constrained instead (`_Speech`): every symbol must leave a rest that can be said with the symbols that are left, so what is
+said is always H * a characters. Published tokenizers work on bytes, and most of their symbols are not whole characters; the
+constraint knows UTF-8.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from vla.actions.codec import check_chunk, check_unit
+from vla.errors import CheckpointError, DataError, UsageError
+
+_NEVER = 2**30  # symbols to say something that cannot be said
+
+
+def dct_matrix(steps: int) -> np.ndarray:
+    """(H, H) orthonormal DCT-II: `D @ x` are the coefficients of x (H, ...), `D.T @ c` the way back."""
+    k, n = np.arange(steps)[:, None], np.arange(steps)[None]
+    matrix = np.sqrt(2.0 / steps) * np.cos(np.pi * (2 * n + 1) * k / (2 * steps))
+    matrix[0] /= np.sqrt(2.0)
+    return matrix
+
+
+class FastCodec:
+    """K = the tokenizer's vocabulary; N = `most`, the symbols a chunk may take at most.
+
+    A chunk that would take more is said without its highest frequencies, as many as needed; `fit` sets `most` to the longest
+    it saw. Within `most`, no number is off by more than `max_error`.
+    """
+
+    centres = None
+
+    def __init__(
+        self, tokenizer: str, chunk: int, most: int, scale: float = 10.0, min_token: int = 0, fitted: Mapping | None = None
+    ) -> None:
+        """`tokenizer` is the content of a tokenizer.json."""
+        if chunk < 1 or most < 1 or not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"FastCodec(chunk={chunk}, most={most}, scale={scale}): chunk and most >= 1, scale > 0")
+        self.chunk, self.most, self.scale, self.min_token = chunk, most, float(scale), min_token
+        self.fitted = {**(fitted or {}), "chunk": chunk}
+        self._text = tokenizer
+        self._dct = dct_matrix(chunk)
+        # Every coefficient of numbers in [-1, 1] is at most sqrt(H): no character beyond that one is ever needed.
+        self._last = max(0, math.ceil(math.sqrt(chunk) * self.scale) - min_token)
+        self._tokenizer = Tokenizer.from_str(tokenizer)
+        self._bytes = _bytes_of(self._tokenizer, json.loads(tokenizer))
+        self.size = len(self._bytes)
+        self._nearest = self._sayable()
+        self._next, self._count = _transitions(self._bytes, self._last)
+        self._least = np.zeros((len(self._next), 1), np.int64)
+
+    def __reduce__(self):  # loader workers are given the codec
+        return FastCodec, (self._text, self.chunk, self.most, self.scale, self.min_token, self.fitted)
+
+    @property
+    def max_error(self) -> float:
+        """Largest |decode(encode(a)) - a| of a chunk that `most` symbols can say: half a coefficient's step in each of H."""
+        return 0.5 * math.sqrt(self.chunk) / self.scale
+
+    # ------------------------------------------------------------------------------------------------ chunk <-> symbols
+
+    def encode(self, unit: np.ndarray) -> np.ndarray:
+        """(H, a) -> (n,) int64, n <= `most`. Values outside [-1, 1] are clipped. Raises `DataError` on a non-finite value and
+        `UsageError` for another number of steps."""
+        unit = check_unit(unit)
+        check_chunk("fast", self.chunk, len(unit))
+        rounded = np.around(self._dct @ unit * self.scale).astype(np.int64)
+        for kept in range(self.chunk, -1, -1):
+            rounded[kept:] = 0
+            symbols = self._tokenizer.encode(self._characters(rounded), add_special_tokens=False).ids
+            if len(symbols) <= self.most:
+                return np.array(symbols, np.int64)
+        raise DataError("action chunk", found=f"{len(symbols)} symbols for no motion at all", expected=f"at most {self.most}",
+                        fix="fit the tokenizer with this robot's data, or with more --tokens")  # fmt: skip
+
+    def decode(self, symbols: np.ndarray, dims: int) -> np.ndarray:
+        """(n,) -> (H, dims) float32, clipped to [-1, 1]; symbols after a whole chunk are not read.
+
+        Raises `DataError` when they are no whole chunk; what `speech` allowed always is one.
+        """
+        wanted = self.chunk * dims
+        owner, text = self._read(symbols, dims)
+        if len(owner) != wanted:
+            raise DataError("action symbols", found=f"{len(owner)} coefficients", expected=f"{wanted} = {self.chunk} x {dims}",
+                            fix="say them through `speech`, which allows nothing else")  # fmt: skip
+        coefficients = np.array([ord(c) for c in text], np.float64).reshape(self.chunk, dims) + self.min_token
+        return np.clip(self._dct.T @ (coefficients / self.scale), -1.0, 1.0).astype(np.float32)
+
+    def expected(self, p: np.ndarray, dims: int) -> None:
+        """None: where a symbol stands depends on what was said before, so there is no expectation symbol by symbol."""
+        return None
+
+    def spread(self, values: np.ndarray, symbols: np.ndarray, dims: int) -> np.ndarray:
+        """(n,) -> (H, dims): the mean over the dimension's H coefficients, each valued as the symbol that completed it. A
+        coefficient moves all steps, so all steps of a dimension share one value."""
+        owner, _ = self._read(symbols, dims)
+        means = np.asarray(values)[owner].reshape(self.chunk, dims).mean(0)
+        return np.repeat(means[None], self.chunk, axis=0)
+
+    def slots(self, steps: int, room: int, widths: Sequence[int]) -> int:
+        """`most`; raises `UsageError` for other chunks, and for robots too wide to be said with so few."""
+        check_chunk("fast", self.chunk, steps)
+        for dims in widths:
+            if (least := int(self._fewest(steps * dims)[0, steps * dims])) > self.most:
+                raise UsageError("policy.codec (fast)", found=f"a robot of {dims} dimensions",
+                                 expected=f"one that {self.most} symbols can say; it takes {least} or more",
+                                 fix="fit the tokenizer with this robot's data too, or with more --tokens")  # fmt: skip
+        return self.most
+
+    def speech(self, dims: np.ndarray) -> _Speech:
+        """Begin to say B chunks of robots of `dims` (B,) dimensions."""
+        return _Speech(self, np.asarray(dims, np.int64))
+
+    # ------------------------------------------------------------------------------------------------ making one
+
+    @classmethod
+    def fit(
+        cls, chunks: Sequence[np.ndarray], *, scale: float = 10.0, vocabulary: int = 1024, most: int | None = None,
+        fitted: Mapping | None = None, progress: bool = False,
+    ) -> FastCodec:  # fmt: skip
+        """From chunks (H, a) in [-1, 1] of one H and any a. `most` defaults to the longest of these chunks.
+
+        Unlike the published fit, the alphabet holds every coefficient that numbers in [-1, 1] can have, not those that were
+        seen, and BPE works on characters: bytes would cost two symbols for a rare coefficient beyond 127.
+        Raises `UsageError` when the vocabulary is smaller than the alphabet.
+        """
+        steps = len(chunks[0])
+        largest = math.ceil(math.sqrt(steps) * scale)
+        alphabet = [chr(i) for i in range(2 * largest + 1)]
+        if len(alphabet) > vocabulary:
+            raise UsageError("--vocabulary", found=vocabulary, expected=f"{len(alphabet)} or more at scale {scale}",
+                             fix=f"--vocabulary {2 * len(alphabet)}, or a lower --scale")  # fmt: skip
+        matrix = dct_matrix(steps)
+        texts = ("".join(map(chr, np.around(matrix @ check_unit(c) * scale).astype(int).reshape(-1) + largest)) for c in chunks)
+        tokenizer = Tokenizer(BPE())
+        tokenizer.decoder = Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+        trainer = BpeTrainer(vocab_size=vocabulary, min_frequency=2, show_progress=progress, special_tokens=[],
+                             initial_alphabet=alphabet, max_token_length=10_000)  # fmt: skip
+        tokenizer.train_from_iterator(texts, trainer=trainer, length=len(chunks))
+        return cls(tokenizer.to_str(), steps, 1, scale, -largest, fitted).with_most(chunks, most)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, chunk: int, dims: int, fitted: Mapping | None = None) -> FastCodec:
+        """The published layout (physical-intelligence/fast): tokenizer.json, and processor_config.json with `scale`,
+        `min_token`, `time_horizon`, `action_dim`; nothing else in the folder is read. `most` is what any robot of up to
+        `dims` dimensions can need; `with_most` measures less. Raises `CheckpointError` when it is missing or does not fit.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "processor_config.json").read_text())
+            text = (folder / "tokenizer.json").read_text()
+            scale, min_token = float(config["scale"]), int(config["min_token"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(folder, found=f"{type(error).__name__}: {error}",
+                                  expected="tokenizer.json, and processor_config.json with scale and min_token",
+                                  fix="download all files of the tokenizer again") from error  # fmt: skip
+        for name, ours in (("time_horizon", chunk), ("action_dim", dims)):
+            if config.get(name) not in (None, ours):
+                raise CheckpointError(folder / "processor_config.json",
+                                      found=f"{name} {config[name]}", expected=f"{ours} or null",
+                                      fix="use a tokenizer fitted for these chunks, or fit one: vla data tokenizer")  # fmt: skip
+        try:
+            codec = cls(text, chunk, 1, scale, min_token, fitted)
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            raise CheckpointError(folder / "tokenizer.json", found=f"{type(error).__name__}: {error}",
+                                  expected="a byte-pair tokenizer", fix="download it again") from error  # fmt: skip
+        codec.most = chunk * dims * len(chr(codec._last).encode())
+        return codec
+
+    def with_most(self, chunks: Iterable[np.ndarray], most: int | None = None) -> FastCodec:
+        """The same with N = `most`, or the most symbols one of `chunks` takes. Raises `UsageError` when it is too few."""
+        self.most, longest, widths = _NEVER, 1, set()
+        for chunk in chunks:
+            widths.add(chunk.shape[1])
+            longest = max(longest, 0 if most else len(self.encode(chunk)))
+        self.most = most or longest
+        for dims in widths:  # no motion must be sayable, or nothing is: `encode` falls back to it
+            least = len(self._tokenizer.encode(self._characters(np.zeros((self.chunk, dims), np.int64))).ids)
+            if least > self.most:
+                raise UsageError("--tokens", found=self.most, expected=f"{least} or more",
+                                 fix=f"--tokens {least}, or leave it out")  # fmt: skip
+        return self
+
+    def to_json(self) -> dict:
+        return {"kind": "fast", "chunk": self.chunk, "tokens": self.most, "scale": self.scale, "min_token": self.min_token,
+                "fitted": self.fitted, "tokenizer": self._text}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, entry: Mapping) -> FastCodec:
+        return cls(entry["tokenizer"], entry["chunk"], entry["tokens"], entry["scale"], entry["min_token"], entry["fitted"])
+
+    # ------------------------------------------------------------------------------------------------ characters
+
+    def _characters(self, rounded: np.ndarray) -> str:
+        """Coefficients as text; one that the tokenizer has no symbols for becomes its nearest that it has."""
+        return "".join(map(chr, self._nearest[np.clip(rounded.reshape(-1) - self.min_token, 0, self._last)]))
+
+    def _sayable(self) -> np.ndarray:
+        """(last + 1,): for each character, the nearest one that survives the tokenizer."""
+        known = [c for c in range(self._last + 1)
+                 if b"".join(self._bytes[i] for i in self._tokenizer.encode(chr(c), add_special_tokens=False).ids)
+                 == chr(c).encode()]  # fmt: skip
+        if not known:
+            raise ValueError(f"no character of 0..{self._last} survives the tokenizer")
+        every, near = np.arange(self._last + 1), np.array(known)
+        return near[np.abs(every[:, None] - near).argmin(1)]
+
+    def _read(self, symbols: np.ndarray, dims: int) -> tuple[np.ndarray, str]:
+        """(which symbol completed each character, the characters), up to a whole chunk or where the text breaks."""
+        state, owner, data = 0, [], b""
+        for i, symbol in enumerate(np.asarray(symbols).tolist()):
+            if len(owner) >= self.chunk * dims or not 0 <= symbol < self.size or self._next[state, symbol] < 0:
+                break
+            owner += [i] * int(self._count[state, symbol])
+            state, data = int(self._next[state, symbol]), data + self._bytes[symbol]
+        return np.array(owner, np.int64), data.decode(errors="ignore")
+
+    def _fewest(self, most: int) -> np.ndarray:
+        """(states, > most): the fewest symbols that say r more characters from a state, with nothing left over."""
+        if self._least.shape[1] <= most:
+            least = np.full((len(self._next), most + 1), _NEVER, np.int64)
+            least[0, 0] = 0
+            for r in range(most + 1):
+                # Steps without a whole character only ever shorten what is pending, at most three bytes.
+                for _ in range(4 if r else 1):
+                    for state, then, count in self._steps:
+                        if count <= r:
+                            least[state, r] = min(least[state, r], 1 + least[then, r - count])
+            self._least = least
+        return self._least
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, int, int]]:
+        """Every different (state, next state, whole characters) some symbol makes."""
+        found = {(s, int(then), int(count)) for s in range(len(self._next))
+                 for then, count in zip(self._next[s], self._count[s], strict=True) if then >= 0}  # fmt: skip
+        return sorted(found)
+
+
+class _Speech:
+    """See `vla.actions.codec.Speech`: a row's state is the bytes of a begun character, how many characters are still to be
+    said, and with how many symbols."""
+
+    def __init__(self, codec: FastCodec, dims: np.ndarray) -> None:
+        self.codec, self.state = codec, np.zeros(len(dims), np.int64)
+        self.characters, self.symbols = codec.chunk * dims, np.full(len(dims), codec.most, np.int64)
+        self.least = codec._fewest(int(self.characters.max(initial=0)))
+
+    @property
+    def done(self) -> np.ndarray:
+        return self.characters == 0
+
+    def allowed(self) -> np.ndarray:
+        then, rest = self.codec._next[self.state], self.characters[:, None] - self.codec._count[self.state]
+        fits = (then >= 0) & (rest >= 0)
+        return fits & (self.least[np.where(fits, then, 0), np.where(fits, rest, 0)] < self.symbols[:, None])
+
+    def say(self, symbols: np.ndarray) -> None:
+        going = ~self.done
+        then, count = self.codec._next[self.state, symbols], self.codec._count[self.state, symbols]
+        assert (then[going] >= 0).all()
+        self.state = np.where(going, then, self.state)
+        self.characters = self.characters - np.where(going, count, 0)
+        self.symbols = self.symbols - going
+
+
+def _bytes_of(tokenizer: Tokenizer, content: dict) -> list[bytes]:
+    """(K,) the bytes each symbol stands for; empty where there is none. K is one more than the largest id."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
+    table = _byte_level_alphabet() if byte_level else {}
+    out = [b""] * (max(vocabulary.values()) + 1)
+    for token, i in vocabulary.items():
+        # As the decoder does: a token with a character outside the byte alphabet stands for itself.
+        known = byte_level and all(c in table for c in token)
+        out[i] = bytes(table[c] for c in token) if known else token.encode()
+    return out
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _transitions(symbols: list[bytes], last: int) -> tuple[np.ndarray, np.ndarray]:
+    """(states, K) the state a symbol leads to, -1 where it breaks the text, and the whole characters it completes.
+
+    A state is the bytes of a character that has begun; state 0 is none. Characters beyond `last` break the text too: no chunk
+    in [-1, 1] has such a coefficient.
+    """
+    states, then, counts = [b""], [], []
+    while len(then) < len(states):
+        before = states[len(then)]
+        row, count = np.full(len(symbols), -1, np.int64), np.zeros(len(symbols), np.int64)
+        for i, symbol in enumerate(symbols):
+            if (got := _advance(before + symbol, last)) is not None and symbol:
+                text, rest = got
+                if rest not in states:
+                    states.append(rest)
+                row[i], count[i] = states.index(rest), len(text)
+        then.append(row)
+        counts.append(count)
+    return np.stack(then), np.stack(counts)
+
+
+def _advance(data: bytes, last: int) -> tuple[str, bytes] | None:
+    """(whole characters, begun one) of UTF-8 `data`; None where it is none, or has characters beyond `last`."""
+    try:
+        text, rest = data.decode(), b""
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return None
+        text, rest = data[: error.start].decode(), data[error.start :]
+    return None if any(ord(c) > last for c in text) or (rest and _smallest(rest[0]) > last) else (text, rest)
+
+
+def _smallest(lead: int) -> int:
+    """No character that begins with this byte of UTF-8 is smaller; most published symbols need not be followed further."""
+    if lead < 0xE0:
+        return (lead & 0x1F) << 6
+    return max(0x800, (lead & 0x0F) << 12) if lead < 0xF0 else 0x10000
