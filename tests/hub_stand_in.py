@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub: as much of its HTTP interface as the real `huggingface_hub` client asks for.
 
-Not the Hub. No login, no Xet, no redirects to a content network: files are served from memory, with ranges, and every byte
-of every file that leaves is counted, so that a test can say what was *not* downloaded.
+Not the Hub. No Xet, no redirects to a content network: files are served from memory, with ranges, and every byte of every file
+that leaves is counted, so that a test can say what was *not* downloaded. Reading needs no login; uploading
+(tests/hub_uploads.py) needs the token TOKEN.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-
-LARGE = (".mp4", ".parquet")
-"""Kept as LFS objects, as the Hub's default .gitattributes has it."""
+from hub_uploads import LARGE, Uploads
 
 
-class HubStandIn:
-    """Repositories of datasets with commits and names for them. `sent[path]` counts bytes, `ranges` lists partial requests."""
+class HubStandIn(Uploads):
+    """Repositories with commits and names for them. `sent[path]` counts bytes, `ranges` lists partial requests."""
 
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repo -> commit -> path -> content
         self.names: dict[str, dict[str, str]] = {}  # repo -> branch or tag -> commit
         self.gated: set[str] = set()
+        super().__init__()
         self.sent: Counter[str] = Counter()
         self.ranges: list[str] = []
+        self.asked: list[str] = []  # every file whose content was asked for
         self.requests = 0
         self.closed = False
         self.broken: dict[str, int] = {}  # path -> how many more downloads end in the middle
@@ -41,10 +42,18 @@ class HubStandIn:
     def push(self, repo: str, folder: Path, *tags: str) -> str:
         """Commit a folder to `main`, and tag it; returns the commit."""
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        return self.commit(repo, files, *tags)
+
+    def commit(self, repo: str, files: dict[str, bytes], *tags: str) -> str:
+        """Make these files the newest commit of a repository; returns its hash, which is of their content."""
         commit = hashlib.sha1(json.dumps({k: hashlib.sha1(v).hexdigest() for k, v in files.items()}).encode()).hexdigest()
         self.commits.setdefault(repo, {})[commit] = files
         self.names.setdefault(repo, {}).update(dict.fromkeys(("main", *tags), commit))
         return commit
+
+    def now(self, repo: str) -> dict[str, bytes]:
+        """The files of `main`."""
+        return self.commits[repo][self.names[repo]["main"]]
 
     def close(self) -> None:
         self.closed = True  # also for connections that are kept alive
@@ -70,6 +79,25 @@ class HubStandIn:
             def do_GET(self) -> None:  # noqa: N802
                 self._answer(body=True)
 
+            def do_POST(self) -> None:  # noqa: N802
+                self._take("POST")
+
+            def do_PUT(self) -> None:  # noqa: N802
+                self._take("PUT")
+
+            def do_DELETE(self) -> None:  # noqa: N802
+                self._take("DELETE")
+
+            def _take(self, verb: str) -> None:
+                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if hub.closed:
+                    self.close_connection = True
+                    return
+                path = unquote(urlsplit(self.path).path).strip("/")
+                with hub._lock:
+                    status, value = hub.take(verb, path, self.headers.get("Authorization"), data)
+                self._json(value, status)
+
             def _answer(self, body: bool) -> None:
                 if hub.closed:
                     self.close_connection = True
@@ -79,8 +107,11 @@ class HubStandIn:
                 url = urlsplit(self.path)
                 parts = unquote(url.path).strip("/").split("/")
                 api = parts[0] == "api"
-                repo = "/".join(parts[2:4] if api else parts[1:3])
-                rest = parts[4:] if api else parts[3:]
+                # Files of models are at /user/name/resolve/..., of datasets at /datasets/user/name/resolve/...
+                first = 2 if api else int(parts[0] == "datasets")
+                repo, rest = "/".join(parts[first : first + 2]), parts[first + 2 :]
+                if repo in hub.private and self.headers.get("Authorization") != hub.login:
+                    return self._refuse(401, "RepoNotFound")
                 if repo not in hub.commits:
                     return self._refuse(404 if api else 401, "RepoNotFound")
                 if repo in hub.gated and not api:
@@ -113,6 +144,7 @@ class HubStandIn:
                     first, last = int(begin), int(end) if end else last
                     if body:
                         hub.ranges.append(f"{path} {asked}")
+                hub.asked.append(path) if body else None
                 piece = data[first : last + 1]
                 self.send_response(206 if asked else 200)
                 for name, value in (("ETag", f'"{etag}"'), ("X-Repo-Commit", commit), ("Accept-Ranges", "bytes"),
@@ -131,9 +163,9 @@ class HubStandIn:
                     hub.sent[path] += len(piece)
                 self.wfile.write(piece)
 
-            def _json(self, value: object) -> None:
+            def _json(self, value: object, status: int = 200) -> None:
                 data = json.dumps(value).encode()
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
