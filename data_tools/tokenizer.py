@@ -103,15 +103,15 @@ def add_tokenizer_parser(subparsers: argparse._SubParsersAction) -> argparse.Arg
         "then, in a config:\n  policy: {codec: {kind: fast, path: button-fast.json}}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("roots", type=Path, nargs="+", metavar="DIR", help="LeRobot datasets; several robots may share a tokenizer")
+    parser.add_argument("roots", type=Path, nargs="+", metavar="DIR", help="LeRobot datasets; robots may share a tokenizer")
     parser.add_argument("--kind", choices=("fast", "vq"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--chunk", type=int, default=8, metavar="H", help="as policy.chunk (default 8)")
     parser.add_argument("--seconds", type=float, metavar="S", help="as policy.chunk_seconds (default: steps of the robot's own)")
     parser.add_argument("--normalization", choices=get_args(Scheme), default="q99", help="as policy.normalization.action")
     parser.add_argument("--from", dest="folder", type=Path, metavar="DIR",
-                        help="fast: a tokenizer in the published layout instead of a new one; its Python file is not run")  # fmt: skip
-    parser.add_argument("--scale", type=float, default=10.0, help="fast: steps per unit of a coefficient; finer costs more symbols")
+                        help="fast: a tokenizer in the published layout instead of a new one; its code is not run")  # fmt: skip
+    parser.add_argument("--scale", type=float, default=10.0, help="fast: steps per unit; finer costs more symbols")
     parser.add_argument("--vocabulary", type=int, default=1024, help="fast: number of different symbols")
     parser.add_argument("--tokens", type=int, metavar="N", help="fast: most symbols of a chunk (default: the longest of these)")
     parser.add_argument("--rounds", type=int, default=8, help="vq: symbols of a chunk")
@@ -156,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
           f"{summary['seconds']} s")  # fmt: skip
     for m in measured:
         print(f"  {m['robot']}: {m['symbols']:.1f} symbols a chunk of {m['numbers']} numbers (longest {m['longest']}), "
-              f"{m['symbols_per_second']:.1f} per second of motion; error mean {m['error_mean']:.4g}, max {m['error_max']:.4g}")  # fmt: skip
+              f"{m['symbols_per_second']:.1f} per second of motion; error mean {m['error_mean']:.4g}, "
+              f"max {m['error_max']:.4g}")  # fmt: skip
         print("    mean error, robot units: " + ", ".join(f"{k} {v:.3g}" for k, v in m["error_per_dimension"].items()))
     return 0
