@@ -26,7 +26,7 @@ setup:  ## the environment in .venv, and Debian packages for rendering; quick wh
 setup-robosuite: setup  ## robosuite (Panda and UR5e lifting) in .venv-robosuite: it needs another numpy
 	@bash .ci/setup-robosuite
 
-demo: setup  ## the main job: record, train one policy on two robots, evaluate with controls, report
+demo: setup  ## the main job: record, train on two robots, evaluate with controls, report; then LoRA on 25 demonstrations
 	$(call stage,Recording 3600 tabletop demonstrations,30 s to 2 min)
 	vla data record --suite tabletop --episodes 3600 --seed 0 --out data/tabletop
 	$(call stage,Recording 100 Meta-World demonstrations,20 s to 1 min)
@@ -39,6 +39,13 @@ demo: setup  ## the main job: record, train one policy on two robots, evaluate w
 	vla eval runs/demo --suite metaworld --task button-press-topdown-v3 --episodes 50 --seed 900000 --out runs/demo/eval/metaworld.json
 	$(call stage,The report,10 s)
 	vla report runs/demo
+	$(call stage,25 demonstrations of a task that nano-base never saw,10 s)
+	vla data record --suite tabletop --task lift --episodes 25 --seed 0 --out data/lift
+	$(call stage,LoRA from models/nano-base on those 25,1 min)
+	vla train configs/train/lora.yaml --resume
+	$(call stage,Lifting in 100 fresh scenes,30 s)
+	vla eval runs/lora --suite tabletop --task lift --episodes 100 --seed 900000 --out runs/lora/eval/tabletop.json
+	vla report runs/lora
 	$(call total,make demo)
 
 FULL_TASKS := button-press-topdown-v3 dial-turn-v3 door-lock-v3 door-unlock-v3 handle-pull-v3 door-open-v3
@@ -54,6 +61,20 @@ demo-full: setup  ## six Meta-World tasks in one policy, with the curve over tra
 	$(call stage,The report,10 s)
 	vla report runs/demo-full
 	$(call total,make demo-full)
+
+BASE_TASKS := button-press-topdown door-lock door-unlock door-open dial-turn drawer-open drawer-close window-open window-close \
+  button-press plate-slide faucet-open faucet-close handle-press coffee-button door-close
+nano-base: setup setup-robosuite  ## pretrains models/nano-base again, into runs/nano-base (about 30 min)
+	$(call stage,Recording four robots,12 min)
+	vla data record --suite tabletop --task touch push --episodes 4000 --seed 0 --out data/base-tabletop
+	vla data record --suite tabletop --task touch --episodes 4000 --seed 100000 --out data/base-touch
+	vla data record --suite metaworld $(BASE_TASKS:%=--task %-v3) --episodes 960 --seed 0 --out data/base-metaworld
+	vla data record --suite fetch --task reach push --episodes 240 --seed 0 --out data/base-fetch
+	vla data record --suite robosuite-panda --episodes 150 --seed 0 --out data/base-panda
+	vla data questions --task touch push --scenes 4000 --out data/base-questions
+	$(call stage,Pretraining,15 min)
+	vla train configs/train/nano_base.yaml --resume
+	$(call total,make nano-base)
 
 ROBOTS := metaworld fetch aloha robosuite-panda robosuite-ur5e
 robots: setup setup-robosuite  ## five robots in one policy, and each alone with as many samples (about 70 min)

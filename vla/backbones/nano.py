@@ -137,15 +137,22 @@ class Keypoints(nn.Module):
     Each of K channels attends to one place; the token is an MLP of its expected (x, y) in [-1, 1] and the feature there.
     """
 
-    def __init__(self, channels: int, keypoints: int, hidden: int) -> None:
+    def __init__(self, channels: int, keypoints: int, hidden: int, loud: bool) -> None:
         super().__init__()
+        self.loud = loud
         self.film = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
+        if loud:
+            # As loud as the picture from the start: at the usual scale two sentences differ by a hundredth, and thousands of
+            # steps pass before anything but the picture is learned.
+            self.film[0].init_std, self.film[2].init_std = (2 / hidden) ** 0.5, 0.7 * hidden**-0.5
         self.conv = nn.Conv2d(channels, keypoints, 3, padding=1)
         self.value = nn.Conv2d(channels, keypoints, 1)
         self.out = nn.Sequential(nn.Linear(3 * keypoints, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden))
 
     def forward(self, mid: Tensor, sentence: Tensor) -> Tensor:
         """`mid` (I, C, h, w), `sentence` (I, d): the mean embedding of the instruction's words -> (I, d)."""
+        if self.loud:
+            sentence = F.rms_norm(sentence, sentence.shape[-1:])
         scale, shift = self.film(sentence)[:, :, None, None].chunk(2, dim=1)
         modulated = torch.relu(mid * (1 + scale) + shift)
         h, w = mid.shape[-2:]
@@ -186,7 +193,8 @@ class NanoVLM(PreTrainedModel):
         self.patch_positions = nn.Parameter(torch.zeros(patches, d))
         self.camera_positions = nn.Parameter(torch.zeros(config.max_cameras, d))
         self.robots = nn.Embedding(config.num_robots, config.soft_tokens * d) if config.soft_tokens else None
-        self.keypoints = Keypoints(self.tower.mid_channels, config.keypoints, d) if config.keypoints else None
+        loud = config.steered_by_words
+        self.keypoints = Keypoints(self.tower.mid_channels, config.keypoints, d, loud) if config.keypoints else None
         self.state_in = nn.Sequential(nn.Linear(config.state_dim, d), nn.ReLU(), nn.Linear(d, d))
         self.language_model = LlamaModel._from_config(config.text_config)
         self.lm_head = nn.Linear(d, config.text_config.vocab_size, bias=False)
@@ -195,7 +203,7 @@ class NanoVLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.text_config.initializer_range
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", std))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
