@@ -178,6 +178,24 @@ def test_narrow_robots_are_padded_and_the_padding_is_not_learned(opened, stores)
     assert make(mixture, action_dim=9).encoder.action_dim == 9
 
 
+def test_positions_no_robot_of_a_batch_has_are_left_out_and_change_nothing(opened, stores):
+    """Four of six dimensions: alone its positions are 4 x 4, beside a wider robot 4 x 6, and what it is told is the same."""
+    mixture = Mixture([opened["joint"], stores[0]], [1, 1], 4, 0)
+    policy = make(mixture, action_dim=9)
+    wide, narrow = (policy.encode(mixture.window_at(d, 0, 0)) for d in (0, 1))
+    alone, both = policy.collate([narrow]), policy.collate([wide, narrow])
+    assert alone.symbols.shape == (1, 16) and both.symbols.shape == (2, 24)
+    told, beside = policy.action_logits(alone)[0], policy.action_logits(both)[1]
+    assert torch.allclose(told.view(4, 4, -1), beside.view(4, 6, -1)[:, :4], atol=1e-4)
+    changed = replace(both, symbols=both.symbols.flip(0))  # nothing a parallel pass reads
+    assert torch.equal(policy.action_logits(changed), policy.action_logits(both))
+    together, apart = policy.loss(both), [policy.loss(policy.collate([e])) for e in (wide, narrow)]
+    assert together.action_count == sum(one.action_count for one in apart)
+    assert torch.allclose(together.action, torch.stack([one.action for one in apart]).sum(), rtol=1e-4)
+    stepwise = make(mixture, action_dim=9, decoding="autoregressive")  # one symbol follows another there: all are kept
+    assert stepwise.collate([narrow]).symbols.shape == (1, 36) and not stepwise.narrows
+
+
 def test_a_chunk_in_seconds_is_each_robots_own_number_of_steps(opened, stores):
     mixture = Mixture([opened["joint"], stores[0]], [1, 1], 4, 0, seconds=0.4)
     policy = make(mixture, chunk_seconds=0.4)
