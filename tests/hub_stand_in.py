@@ -166,6 +166,8 @@ class HubStandIn(Uploads):
             def _json(self, value: object, status: int = 200) -> None:
                 data = json.dumps(value).encode()
                 self.send_response(status)
+                if isinstance(value, dict) and "code" in value:
+                    self.send_header("X-Error-Code", value["code"])
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

@@ -66,7 +66,7 @@ class Uploads:
             return self._commit(repo, [json.loads(line) for line in data.splitlines()])
         if what == "tag" and verb == "DELETE":
             if self.names[repo].pop(rest[0], None) is None:
-                return 404, {"error": "no such tag"}
+                return 404, {"error": "no such tag", "code": "RevisionNotFound"}
             return 200, {}
         if what == "tag":
             tag = json.loads(data)["tag"]

@@ -1,4 +1,4 @@
-"""A small nano policy, and a run folder around it, made without a simulator and in a second: for tests of what becomes of folders."""
+"""A small nano policy and a run folder around it, made without a simulator, in a second: for tests of what becomes of folders."""
 
 from __future__ import annotations
 

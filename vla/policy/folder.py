@@ -67,6 +67,10 @@ def read_policy(
     except (UsageError, DataError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(folder / "policy.json", found=f"{type(error).__name__}: {error}", expected="what save_policy wrote",
                               fix="copy the folder again; policy.json is not meant to be edited") from error  # fmt: skip
+    if short := [robot for robot in embodiments if normalizers.get(robot, {}).keys() != {"action", "state"}]:
+        raise CheckpointError(folder / "policy.json", found=f"no statistics of {', '.join(short)}",
+                              expected="statistics of action and state of each of its robots",
+                              fix="copy the folder again; without them nobody knows what its actions mean")  # fmt: skip
     try:
         # The fingerprint is that of the stored numbers, so they are read as stored and converted afterwards.
         if adapter := meaning.get("adapter"):
