@@ -14,8 +14,11 @@ from small_policies import small_policy, write_evaluation, write_policy, write_s
 
 from data_tools.lerobot import LeRobotWriter
 from vla.cards import dataset_card, failures, measure_latency, policy_card, read_evaluations
+from vla.cli import main
+from vla.config import validate
 from vla.episodes import EpisodeStore
-from vla.policy import load_policy
+from vla.policy import VLAPolicy, load_policy
+from vla.train import TrainConfig, train
 
 COMMIT = "0f" * 20
 
@@ -96,6 +99,36 @@ def test_an_adapters_card_names_its_base(root: Path, tmp_path: Path):
     text = policy_card(policy, "you/lora")
     assert "base_model: someone/base\nbase_model_relation: adapter" in text
     assert f"`someone/base` (a policy), revision `{COMMIT}`" in text
+
+
+def test_a_run_records_what_it_was_started_from(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A name on the Hub with its commit, so that nothing can move below it; and what that was started from."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main(["push", str(root), "you/base", "--hub", str(tmp_path / "hub"), "--no-latency"]) == 0
+    commit = (tmp_path / "hub/models--you--base/refs/main").read_text()
+    base = load_policy(root / "policy", "cpu")
+
+    def tuned(name: str, start: str, **more: object) -> VLAPolicy:
+        values = {"run": {"out": str(tmp_path / name), "steps": 1, "eval_windows": 1, "processes": 1, "precision": "no"},
+                  "mixture": {"datasets": [{"path": str(root / "data")}], "cache_dir": str(root / "cache"), "holdout": 0},
+                  "start": {"policy": start}, "optim": {"batch": 2, "warmup": 1, "ema": 0}, **more}  # fmt: skip
+        train(validate(values, TrainConfig, "test"))
+        return load_policy(tmp_path / name, "cpu")
+
+    first = tuned("first", "you/base")
+    known = {"kind": "policy", "path": "you/base", "revision": commit, "fingerprint": base.fingerprint}
+    assert first.provenance["start"] == known and first.fingerprint != base.fingerprint
+    assert f"`you/base` (a policy), revision `{commit}`, fingerprint `{base.fingerprint}`" in policy_card(first, "you/first")
+    second = tuned("second", str(tmp_path / "first"))
+    own = {"kind": "policy", "path": str(tmp_path / "first"), "fingerprint": first.fingerprint, "start": known}
+    assert second.provenance["start"] == own
+    adapter = tuned("lora", "you/base", adapter={"rank": 2})
+    assert adapter.adapter.base["path"] == f"you/base@{commit}" and adapter.provenance["start"] == known
+    assert "base_model: you/base\nbase_model_relation: adapter" in policy_card(adapter, "you/lora")
+    assert main(["push", str(tmp_path / "lora"), "you/lora", "--hub", str(tmp_path / "hub"), "--no-latency"]) == 0
+    assert load_policy("you/lora", "cpu").fingerprint == adapter.fingerprint
 
 
 def test_evaluations_of_other_weights_are_left_out(tmp_path: Path):

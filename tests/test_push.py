@@ -19,7 +19,7 @@ from vla import push as pushing
 from vla.cli import main
 from vla.episodes import EpisodeStore
 from vla.errors import CheckpointError
-from vla.policy import load_policy
+from vla.policy import VLAPolicy, load_policy
 
 NAME = "you/small"
 
@@ -106,8 +106,8 @@ def test_to_the_hub_and_back(
     files = hub.now(NAME)
     assert {Path(f).suffix for f in files} <= {".json", ".safetensors", ".md", ""} and "README.md" in files
     assert len(hub.uploaded) == len([f for f in files if f.endswith(".safetensors")]), "weights went as LFS objects"
-    for name in (NAME, f"{NAME}@{facts['commit']}"):
-        again = load_policy(name, "cpu")
+    for name, load in ((NAME, load_policy), (f"{NAME}@{facts['commit']}", VLAPolicy.from_pretrained)):
+        again = load(name, device="cpu")
         assert again.fingerprint == own.fingerprint and np.array_equal(actions(again), actions(own))
     assert f"to pin it: {NAME}@{facts['commit']}" in capsys.readouterr().err
     sent = len(hub.asked)

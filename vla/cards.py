@@ -51,6 +51,7 @@ def policy_card(
     trained = sum(p.numel() for n, p in policy.named_parameters() if n in policy.adapter.trained) if policy.adapter else size
     brings = f", of which this adapter brings {trained:,}" if policy.adapter else ""
     robots, robot = len(policy.embodiments), next(iter(policy.embodiments))
+    said = f'"{_sentence(policy)}"' if robots == 1 else "instruction"  # whose the sentences are is not recorded
     made_with = (policy.saved_meaning or policy.describe())["versions"]
     parts = [
         _front(_policy_front(policy, short, base, evals, licence)), f"# {short}", "",
@@ -59,7 +60,7 @@ def policy_card(
         f"parameters{brings}. Made with Tendon (`pip install tendon-vla`).", "",
         *([about, ""] if about else []),
         "```python", "from vla.policy import load_policy", "", f'policy = load_policy("{name}")',
-        f'chunk = policy.act({{"images": images, "state": state}}, "{_sentence(policy)}", "{robot}")',
+        f'chunk = policy.act({{"images": images, "state": state}}, {said}, "{robot}")',
         "```", "", "## Base", "", _base_words(base), "", "## Robots and limits", "",
         *(part for key, spec in policy.embodiments.items() for part in _robot(key, spec, fold=robots > 1)),
         "## Data", "", _datasets(policy.provenance), "", _told(policy.instructions), "",

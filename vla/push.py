@@ -100,6 +100,11 @@ def _name(args: argparse.Namespace) -> hub.HubName | None:
     return name
 
 
+def _local_name(root: Path) -> str:
+    """What a card that is only printed calls its subject: no folder of this machine but what was typed."""
+    return root.name if root.is_absolute() else root.as_posix()
+
+
 def _about(path: Path | None) -> str:
     if path is None:
         return ""
@@ -138,7 +143,7 @@ def stage_policy(root: Path, staged: Path, args: argparse.Namespace, about: str 
     rows = [{key: result.get(key) for key in ("suite", "seed", "episodes", "policy", "rows", "per_task", "versions", "created")}
             for result in evals]  # fmt: skip
     _write(staged / EVALUATION, json.dumps({"results": rows, "latency": latency}, indent=1))
-    return policy_card(policy, args.name or str(root), evals, latency, args.license, args.known, about)
+    return policy_card(policy, args.name or _local_name(root), evals, latency, args.license, args.known, about)
 
 
 def _wanted(path: Path) -> bool:
@@ -187,7 +192,8 @@ def stage_dataset(root: Path, staged: Path, args: argparse.Namespace, about: str
     for path in paths:
         _link(path, staged / path.relative_to(root))
     # LeRobot looks for the tag of its own format's version, and moves it when a dataset is pushed again.
-    return dataset_card(info, args.name or str(root), store, args.license, args.known, about), (str(info["codebase_version"]),)
+    card = dataset_card(info, args.name or _local_name(root), store, args.license, args.known, about)
+    return card, (str(info["codebase_version"]),)
 
 
 def _link(path: Path, to: Path) -> None:

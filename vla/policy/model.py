@@ -15,6 +15,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,13 @@ class VLAPolicy(nn.Module):
         """Take over the heads of a policy of the same sizes; returns self."""
         self.heads.load_state_dict(other.heads.state_dict())
         return self.to(other.device).train(other.training)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> VLAPolicy:
+        """`vla.policy.load_policy` by the name Hugging Face gave such functions: a folder, a run, or `user/name[@revision]`."""
+        from vla.policy.folder import load_policy
+
+        return load_policy(name, **options)
 
     # ------------------------------------------------------------------------------------------------ learning
 
