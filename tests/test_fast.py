@@ -2,18 +2,20 @@
 
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.fft import dct, idct
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.trainers import BpeTrainer
 
 from vla.actions import FastCodec, codec_from_json
 from vla.actions.fast import dct_matrix
 from vla.errors import CheckpointError, DataError, UsageError
+
+fft: Any = pytest.importorskip("scipy.fft")  # not ours: the published tokenizer's
 
 
 def walks(count, steps, dims, seed=0):
@@ -28,9 +30,14 @@ def codec():
     return FastCodec.fit(walks(300, 8, 4) + walks(200, 8, 7), vocabulary=256)
 
 
+def with_most(codec, most):
+    """The same tokenizer, allowed `most` symbols a chunk."""
+    return FastCodec.from_json({**codec.to_json(), "tokens": most})
+
+
 def publish(folder, chunks, scale=10.0, vocabulary=512, **more):
     """A tokenizer as physical-intelligence/fast publishes one: byte-level BPE, fitted the published way."""
-    rounded = [np.around(dct(c, axis=0, norm="ortho") * scale).astype(int).flatten() for c in chunks]
+    rounded = [np.around(fft.dct(c, axis=0, norm="ortho") * scale).astype(int).flatten() for c in chunks]
     low, high = min(r.min() for r in rounded), max(r.max() for r in rounded)
     bpe = ByteLevelBPETokenizer()
     trainer = BpeTrainer(vocab_size=vocabulary, min_frequency=2, show_progress=False, special_tokens=[], max_token_length=10_000,
@@ -67,14 +74,14 @@ def say(codec, dims, seed, sharp=5.0):
 def test_transform_is_scipys():
     for steps in (1, 2, 8, 50):
         x = np.random.default_rng(0).normal(size=(steps, 3))
-        assert np.allclose(dct_matrix(steps) @ x, dct(x, axis=0, norm="ortho"), atol=1e-12)
-        assert np.allclose(dct_matrix(steps).T @ x, idct(x, axis=0, norm="ortho"), atol=1e-12)
+        assert np.allclose(dct_matrix(steps) @ x, fft.dct(x, axis=0, norm="ortho"), atol=1e-12)
+        assert np.allclose(dct_matrix(steps).T @ x, fft.idct(x, axis=0, norm="ortho"), atol=1e-12)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([1, 3, 4, 7]), st.floats(0, 1))
 def test_round_trip_is_within_the_stated_error(codec, seed, dims, rough):
     """Any chunk, smooth or not, where `most` leaves room for it."""
-    roomy = codec_from_json({**codec.to_json(), "tokens": 8 * 7})
+    roomy = with_most(codec, 8 * 7)
     rng = np.random.default_rng(seed)
     unit = np.clip((1 - rough) * walks(1, 8, dims, seed)[0] + rough * rng.choice([-1.0, 1.0], (8, dims)), -1, 1)
     symbols = roomy.encode(unit)
@@ -92,19 +99,19 @@ def test_fitted_chunks_are_said_in_fewer_symbols_than_numbers(codec):
 
 
 def test_a_chunk_too_rough_for_its_symbols_loses_its_highest_frequencies(codec):
-    short = codec_from_json({**codec.to_json(), "tokens": 8})
+    short = with_most(codec, 8)
     unit = np.random.default_rng(1).uniform(-1, 1, (8, 4))
     symbols = short.encode(unit)
-    assert len(symbols) <= 8 < len(codec_from_json({**codec.to_json(), "tokens": 99}).encode(unit))
-    coefficients = dct(short.decode(symbols, 4).astype(float), axis=0, norm="ortho")
-    wanted = dct(unit, axis=0, norm="ortho")
+    assert len(symbols) <= 8 < len(with_most(codec, 99).encode(unit))
+    coefficients = fft.dct(short.decode(symbols, 4).astype(float), axis=0, norm="ortho")
+    wanted = fft.dct(unit, axis=0, norm="ortho")
     assert np.allclose(coefficients[0], wanted[0], atol=0.06) and np.allclose(coefficients[-1], 0, atol=1e-6)
 
 
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 3))
 def test_whatever_is_said_is_a_whole_chunk(codec, seed, dims, spare):
     """Several widths at once, with as few symbols as the widest of them can be said with."""
-    tight = codec_from_json({**codec.to_json(), "tokens": int(codec._fewest(8 * 9)[0].max()) + spare})
+    tight = with_most(codec, int(codec._fewest(8 * 9)[0].max()) + spare)
     for row, a in zip(say(tight, dims, seed), dims, strict=True):
         assert 1 <= len(row) <= tight.most
         unit = tight.decode(row, a)
@@ -141,13 +148,13 @@ def test_published_layout_token_for_token(tmp_path, steps, dims, scale):
     bpe, low = publish(tmp_path / "fast", chunks, scale)
     codec = FastCodec.from_folder(tmp_path / "fast", steps, dims)
     if scale == 60.0:
-        assert len(codec._next) > 1 and max(r.max() for r in (dct(c, axis=0, norm="ortho") for c in chunks)) * scale - low > 127
+        assert len(codec._next) > 1 and max(fft.dct(c, axis=0, norm="ortho").max() for c in chunks) * scale - low > 127
     for chunk in chunks[:200]:
-        rounded = np.around(dct(chunk, axis=0, norm="ortho") * scale)
+        rounded = np.around(fft.dct(chunk, axis=0, norm="ortho") * scale)
         theirs = bpe.encode("".join(map(chr, np.maximum(rounded.flatten() - low, 0).astype(int)))).ids
         assert codec.encode(chunk).tolist() == theirs
         text = bpe.decode(theirs)
-        back = idct((np.array([ord(c) for c in text]) + low).reshape(-1, dims) / scale, axis=0, norm="ortho")
+        back = fft.idct((np.array([ord(c) for c in text]) + low).reshape(-1, dims) / scale, axis=0, norm="ortho")
         assert np.allclose(codec.decode(np.array(theirs), dims), np.clip(back, -1, 1), atol=1e-6)
 
 
@@ -207,7 +214,7 @@ def test_misfits_are_refused(codec):
     with pytest.raises(UsageError, match="a chunk of 4 steps"):
         codec.slots(4, 4, [4])
     with pytest.raises(UsageError, match="a robot of 4 dimensions"):
-        codec_from_json({**codec.to_json(), "tokens": 1}).slots(8, 4, [4])
+        with_most(codec, 1).slots(8, 4, [4])
     with pytest.raises(UsageError, match="--vocabulary"):
         FastCodec.fit(walks(5, 8, 4), vocabulary=20)
     with pytest.raises(DataError, match="coefficients"):

@@ -161,6 +161,7 @@ def test_learns_acts_saves_and_loads(mixture, files, kind, decoding, tmp_path):
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
 def test_robots_of_two_widths_share_a_batch(mixture, files, decoding):
     a, policy = narrow_too(build(mixture, files, "fast", decoding=decoding, soft_tokens=1))
+    assert isinstance(policy.codec, FastCodec)
     wide = windows(mixture, 2)
     slim = [replace(w, actions=w.actions[:, :a], valid=w.valid[:, :a], embodiment="narrow") for w in wide]
     examples = [policy.encode(w) for w in (*wide, *slim)]
@@ -186,20 +187,20 @@ def test_the_last_action_is_held_beyond_the_end(mixture, files):
 
 def test_autoregressive_stops_when_all_is_said(mixture, files, monkeypatch):
     policy = build(mixture, files, "fast", decoding="autoregressive").eval()
-    calls = []
-    real = policy.model.symbol_logits
+    assert isinstance(policy.codec, FastCodec)
+    codec, calls, real = policy.codec, [], policy.model.symbol_logits
 
     def favour_long(hidden):
         """The longest token there is, again and again: few are needed."""
         calls.append(1)
         logits = real(hidden)
-        logits[..., int(policy.codec._count[0].argmax())] += 1e4
+        logits[..., int(codec._count[0].argmax())] += 1e4
         return logits
 
     monkeypatch.setattr(policy.model, "symbol_logits", favour_long)
     window = windows(mixture, 1)[0]
     chunk = policy.act({"images": window.images, "state": window.state}, window.instruction)
-    assert len(calls) == len(chunk.symbols) < policy.codec.most
+    assert len(calls) == len(chunk.symbols) < codec.most
 
 
 # ---------------------------------------------------------------------------------------------------- configs, command
