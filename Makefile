@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-robosuite smoke demo demo-full robots test test-wheel check fix bench clean
+.PHONY: help setup setup-robosuite smoke example demo demo-full robots test test-wheel check fix bench clean
 # One stage after another: the stages share the machine's cores, and the clock below means something.
 .NOTPARALLEL:
 
@@ -104,6 +104,21 @@ smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 mi
 	vla report runs/smoke
 	$(call total,make smoke)
 
+example: setup  ## the README's fine-tuning of a foreign model, as printed there, on small random weights (about 3 minutes)
+	rm -rf data/example runs/example runs/example-merged runs/small-smolvlm runs/hub
+	$(call stage,A SmolVLM of the real architecture and 20 demonstrations,30 s)
+	python benchmarks/small_smolvlm.py --out runs/small-smolvlm
+	vla data record --suite tabletop --episodes 20 --seed 0 --out data/example
+	$(call stage,LoRA for a few steps and then for a few more,60 s)
+	accelerate launch --num_processes 1 -m vla.train configs/smoke/smolvlm_lora.yaml
+	accelerate launch --num_processes 1 -m vla.train configs/smoke/smolvlm_lora.yaml run.steps=10 --resume --allow-change run.steps
+	$(call stage,Merged and pushed to a folder in place of the Hub,30 s)
+	vla merge runs/example --out runs/example-merged
+	vla push runs/example-merged you/smolvlm-tabletop --hub runs/hub --license apache-2.0
+	$(call stage,Pulled by its name and evaluated,30 s)
+	HF_HUB_OFFLINE=1 HF_HUB_CACHE=runs/hub vla eval you/smolvlm-tabletop --suite tabletop --episodes 2 --conditions policy,blank
+	$(call total,make example)
+
 test: setup  ## the tests (pytest); PYTEST="-k mixture" to choose, WORKERS=8 on a larger machine
 	python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
@@ -123,4 +138,5 @@ bench: setup  ## every benchmarks/bench_*.py on this machine
 	[ $$found = 1 ] || { echo "no benchmarks/bench_*.py"; exit 2; }
 
 clean:  ## removes smoke data, runs and caches; never data/ or runs/ of your own
-	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke data/example runs/example runs/example-merged runs/small-smolvlm \
+	  runs/hub .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

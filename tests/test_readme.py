@@ -81,6 +81,27 @@ def test_make_demo_is_the_readme_step_by_step(readme: str, checkout: Path):
     assert recipe == story.strip().splitlines()
 
 
+def test_make_example_is_the_readme_line_by_line(readme: str, checkout: Path):
+    makefile = (checkout / "Makefile").read_text()
+    rule = re.search(r"^example:.*?\n\n", makefile, re.M | re.S)
+    assert rule and "make example\n" in (checkout / ".ci/run").read_text()
+    recipe = [line.strip() for line in rule[0].splitlines() if re.match(r"\t(?!\$|rm )", line)]
+    (story,) = [block for block in blocks(readme, "bash") if "vla push" in block]
+    assert recipe == story.strip().splitlines()
+    text = vla("eval", "--help").stdout
+    assert all(option in text for option in re.findall(r"--[\w-]+", recipe[-1]))
+
+
+def test_the_example_trains_the_model_it_makes(readme: str, checkout: Path):
+    from vla.config import load_config
+    from vla.train import TrainConfig
+
+    (made,) = re.findall(r"small_smolvlm\.py --out (\S+)", readme)
+    config = load_config(checkout / "configs/smoke/smolvlm_lora.yaml", [], TrainConfig)
+    assert config.policy.backbone.kind == "hf" and config.policy.backbone.path == made and config.adapter
+    assert f"--out {config.mixture.datasets[0].path}\n" in readme and f"vla merge {config.run.out} " in readme
+
+
 def test_configs_named_in_the_readme_and_makefile_exist(readme: str, checkout: Path):
     named = set(re.findall(r"configs/[\w/]+\.yaml", readme + (checkout / "Makefile").read_text()))
     assert len(named) >= 2
