@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-robosuite smoke example demo demo-full robots test test-wheel check fix bench clean
+.PHONY: help setup setup-robosuite smoke example demo demo-full robots nano-base test test-wheel check fix bench clean
 # One stage after another: the stages share the machine's cores, and the clock below means something.
 .NOTPARALLEL:
 
@@ -73,6 +73,7 @@ nano-base: setup setup-robosuite  ## pretrains models/nano-base again, into runs
 	vla data record --suite robosuite-panda --episodes 150 --seed 0 --out data/base-panda
 	vla data questions --task touch push --scenes 4000 --out data/base-questions
 	$(call stage,Pretraining,15 min)
+	vla train configs/train/nano_base_words.yaml --resume
 	vla train configs/train/nano_base.yaml --resume
 	$(call total,make nano-base)
 
