@@ -105,7 +105,7 @@ smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 mi
 	vla report runs/smoke
 	$(call total,make smoke)
 
-example: setup  ## the README's fine-tuning of a foreign model, as printed there, on small random weights (about 3 minutes)
+example: setup  ## the README's fine-tuning of a foreign model, as printed there, on small random weights (a few minutes; learns nothing)
 	rm -rf data/example runs/example runs/example-merged runs/small-smolvlm runs/hub
 	$(call stage,A SmolVLM of the real architecture and 20 demonstrations,30 s)
 	python benchmarks/small_smolvlm.py --out runs/small-smolvlm
