@@ -99,3 +99,12 @@ def test_quantiles_match_numpy():
     stats = Stats.of(column)
     assert np.allclose(stats.values["q01"], np.quantile(column, 0.01, axis=0))
     assert np.allclose(stats.values["std"], column.std(0)) and stats.count == 1000
+
+
+def test_a_dimension_that_never_moved_takes_the_statistics_of_data_where_it_does():
+    still = Normalizer(Stats.of(np.array([[0.0, 1.0], [2.0, 1.0]])), "bounds")
+    moving = Normalizer(Stats.of(np.array([[-9.0, -1.0], [9.0, 1.0]])), "bounds")
+    both = still.completed(moving)
+    assert not both.constant.any() and both.to_unit(np.array([1.0, 1.0])).tolist() == [0.0, 1.0]
+    assert np.array_equal(both.from_unit(both.to_unit(np.array([2.0, -1.0]))), [2.0, -1.0])
+    assert moving.completed(still) is moving and both.completed(still) is both

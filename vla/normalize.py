@@ -113,6 +113,18 @@ class Normalizer:
         outside = (x < self.low) | (x > self.high)
         return np.where(self.mask, outside.mean(0), (np.abs(x) > 1).mean(0))
 
+    def completed(self, other: Normalizer) -> Normalizer:
+        """This one, with `other`'s statistics for the dimensions that are constant here and vary there; itself if there are none.
+
+        What was learned through this one stays as it is: a constant dimension was 0 to the model, and nothing it could say.
+        """
+        late = self.constant & ~other.constant
+        if not late.any() or self.scheme != other.scheme:
+            return self
+        both = self.stats.values.keys() & other.stats.values.keys()
+        values = {key: np.where(late, other.stats.values[key], self.stats.values[key]) for key in sorted(both)}
+        return Normalizer(Stats(values, self.stats.count), self.scheme, self.mask)
+
     def _check(self, x: np.ndarray) -> None:
         if x.shape[-1:] != self.low.shape:
             raise DataError("normaliser", found=f"shape {x.shape}", expected=f"(..., {self.dims})",

@@ -62,7 +62,8 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     """`policy` with the robots of `mixture` it does not know yet: their statistics, and fresh soft tokens.
 
     What it answers to the robots it knows does not change by a bit: their statistics, their rows of soft tokens and every
-    other weight stay as they are. Robots of the mixture that it knows keep the policy's statistics, not the data's.
+    other weight stay as they are. Robots of the mixture that it knows keep the policy's statistics, not the data's; but a
+    dimension that never moved so far (a gripper in a policy that only pushes) takes the data's, or it never could.
     Raises `UsageError` when a robot does not fit: too many dimensions, no soft tokens, or a known name that means another
     robot now.
     """
@@ -94,7 +95,10 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     if new:
         model.add_robots(len(new))
     embodiments = policy.embodiments | {key: mixture.embodiments[key] for key in new}
-    normalizers = policy.normalizers | {key: normalizers_of(key, mixture, config.normalization) for key in new}
+    theirs = {key: normalizers_of(key, mixture, config.normalization) for key in mixture.embodiments}
+    known = {key: {part: one.completed(theirs[key][part]) if key in theirs else one for part, one in parts.items()}
+             for key, parts in policy.normalizers.items()}  # fmt: skip
+    normalizers = known | {key: theirs[key] for key in new}
     provenance = _joined(policy.provenance, _provenance(mixture))
     return VLAPolicy(config, model, policy.writer, embodiments, normalizers, policy.codec, provenance).adopt(policy)
 
