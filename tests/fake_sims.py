@@ -131,7 +131,7 @@ class FakePolicy:
                 at = at + 0.02 * actions[-1][:2]
             rows = np.stack(actions)
             chunks.append(SimpleNamespace(actions=rows, confidence=np.full(rows.shape, 0.5, np.float32),
-                                          symbols=((rows + 1) * 127).astype(int).ravel()))  # fmt: skip
+                                          symbols=((rows + 1) * 127).astype(int)))  # fmt: skip
         return chunks
 
 

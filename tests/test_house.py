@@ -195,7 +195,7 @@ def test_constraints_admit_what_is_declared(checkout: Path):
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["sim"], *extras["dev"]]
+    declared = [*project["dependencies"], *extras["sim"], *extras["quant"], *extras["dev"]]
     for requirement in map(Requirement, declared):
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin and requirement.specifier.contains(pin), f"{requirement} against {pin}"

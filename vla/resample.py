@@ -92,6 +92,11 @@ def source_step(n: int, steps: int) -> np.ndarray:
     return np.minimum(((np.arange(n) + 0.5) * steps / n).astype(int), steps - 1)
 
 
+def rotations_of(spec: EmbodimentSpec) -> list[tuple[list[int], str]]:
+    """The action dimensions that are one absolute rotation together, and its form as `vla.rotation` names it."""
+    return [(dims, kind) for kind, dims in _groups(spec) if kind in _ROTATIONS.values()]
+
+
 def _groups(spec: EmbodimentSpec) -> list[tuple[str, list[int]]]:
     groups, at = [], 0
     for channel in spec.action:

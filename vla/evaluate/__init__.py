@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vla.durable import replace_file
 from vla.embodiment import EmbodimentSpec, explain, load_embodiment
+from vla.ensemble import Ensemble
 from vla.errors import UsageError
 from vla.evaluate.clips import save_clips
 from vla.evaluate.jobs import CONDITIONS, REPORT_SEED, Actor, Demo, Demos, check_conditions, check_seeds, make_jobs
@@ -39,12 +40,13 @@ def evaluate(
     policy: Actor, suite: str, tasks: Sequence[str] | None = None, episodes: int = 50, seed: int = REPORT_SEED,
     conditions: Sequence[str] = tuple(CONDITIONS), *, execute: int | None = None, decode: str | None = None,
     out: Path | None = None, workers: int | None = None, width: int = 32, demos: Demos | None = None, clips: int = 8,
-    progress: bool = True, pool: SimulatorPool | None = None, sims: str = "vla.sims",
+    progress: bool = True, pool: SimulatorPool | None = None, sims: str = "vla.sims", ensemble: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Closed-loop success of `policy` in `suite`; the dict of `results.json` (schema in `vla/evaluate/results.py`).
 
     `episodes` are per group (a tabletop verb, a Meta-World task). `execute` steps of each chunk are played before the
-    policy looks again (default: the policy's). `demos` feeds the replay control. With `out` the result is written there,
+    policy looks again (default: the policy's); with `ensemble`, a decay (`vla.ensemble`), overlapping chunks are averaged.
+    `demos` feeds the replay control. With `out` the result is written there,
     and up to `clips` films beside it. `pool` reuses running simulator processes; else `workers` are started (default:
     one per core), each hosting up to `width` environments per lane.
     Raises UsageError (unknown suite, task or condition; a seed the policy was trained on; another embodiment) and
@@ -61,6 +63,8 @@ def evaluate(
     decode = decode or policy.decode  # written down, not left to a default
     if not 1 <= execute <= chunk:
         raise UsageError("execute", found=execute, expected=f"1..{chunk}, the policy's chunk", fix=f"--execute {own}")
+    if ensemble is not None:
+        Ensemble(ensemble)  # refuses what is no decay before anything is started
     if episodes < 1:
         raise UsageError("episodes", found=episodes, expected="at least 1", fix="--episodes 50")
     check_seeds(policy, suite, seed, episodes)
@@ -76,7 +80,8 @@ def evaluate(
             running = pool.open(suite, image_size, LANES * width + 4, len(jobs))
 
             def play(some: Sequence[Any], tick: Any) -> Any:
-                return run_jobs(pool, running, policy, spec.key, some, execute=execute, decode=decode, width=width, tick=tick)
+                return run_jobs(pool, running, policy, spec.key, some, execute=execute, decode=decode, width=width, tick=tick,
+                                ensemble=ensemble)  # fmt: skip
 
             outcomes, _ = play(jobs, lambda: bar.update(1))
             films = save_clips(jobs, outcomes, play, spec, out, clips) if out is not None and clips else []
@@ -87,7 +92,8 @@ def evaluate(
     rows, per_task = make_rows(jobs, outcomes)
     results = {
         "schema": SCHEMA, "suite": suite, "seed": seed, "episodes": episodes, "tasks": names, "conditions": chosen,
-        "execute": execute, "chunk": chunk, "decode": decode, "policy": policy.fingerprint, "versions": versions(),
+        "execute": execute, "chunk": chunk, "decode": decode, "ensemble": ensemble,
+        "policy": policy.fingerprint, "versions": versions(),
         "rows": rows, "per_task": per_task, "records": make_records(jobs, outcomes), "clips": films, "notes": notes,
         "wall_s": round(time.perf_counter() - started, 2), "cpu_s": round(cpu_s, 2),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

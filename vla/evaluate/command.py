@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vla.ensemble import DECAY
 from vla.errors import UsageError
 from vla.evaluate import CONDITIONS, REPORT_SEED, evaluate, text_table
 from vla.evaluate.curve import CURVE_SEED, curve_table, success_curve
@@ -44,6 +45,8 @@ def add_eval_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--conditions", metavar="A,B", help="which rows of the table, see below (default: all)")
     add("--decode", choices=("mean", "argmax", "sample"), help="how symbols become actions (default: the policy's)")
     add("--execute", type=int, metavar="k", help="steps of a chunk to play before looking again (default: the policy's)")
+    add("--ensemble", type=float, nargs="?", const=DECAY, metavar="DECAY",
+        help=f"average overlapping chunks as ACT does (decay {DECAY} unless given); needs --execute below the chunk")  # fmt: skip
     add("--workers", type=int, metavar="W", help="simulator processes (default: one per core)")
     add("--json", action="store_true", help="print the result as JSON instead of a table")
     add("--no-clips", action="store_true", help="record no films")
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     results = evaluate(
         policy, args.suite, args.task, args.episodes, REPORT_SEED if args.seed is None else args.seed, conditions,
         execute=args.execute, decode=args.decode, out=out, workers=args.workers, demos=demos,
-        clips=0 if args.no_clips else 8, progress=not args.json,
+        clips=0 if args.no_clips else 8, progress=not args.json, ensemble=args.ensemble,
     )  # fmt: skip
     print(json.dumps(results) if args.json else text_table(results))
     places = [f"results {out}"] if out else []
@@ -89,10 +92,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_curve(args: argparse.Namespace, folder: Path) -> int:
-    given = [name for name, value in (("--conditions", args.conditions), ("--out", args.out)) if value is not None]
+    others = (("--conditions", args.conditions), ("--out", args.out), ("--ensemble", args.ensemble))
+    given = [name for name, value in others if value is not None]
     if given:
         raise UsageError("vla eval --curve", found=" and ".join(given),
-                         expected="neither: a curve is of the condition `policy` and is kept in eval/curve.jsonl of the run",
+                         expected="none of them: a curve is of the condition `policy`, and is kept in eval/curve.jsonl of the run",
                          fix=f"drop {' and '.join(given)}, or drop --curve")  # fmt: skip
     from vla.report import write_report
 

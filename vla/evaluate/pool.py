@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from vla.ensemble import Ensemble
 from vla.errors import MachineError, VLAError
 from vla.evaluate.jobs import Actor, Job, Outcome
+from vla.resample import rotations_of
 
 LANES = 2
 """Lanes of policy episodes per process. A further lane plays the controls that need no policy."""
@@ -158,12 +160,15 @@ class SimulatorPool:
 
 def run_jobs(
     pool: SimulatorPool, workers: int, policy: Actor, embodiment: str, jobs: Sequence[Job], *, execute: int,
-    decode: str | None, width: int, tick: Callable[[], object] = lambda: None,
+    decode: str | None, width: int, tick: Callable[[], object] = lambda: None, ensemble: float | None = None,
 ) -> tuple[dict[int, Outcome], dict[int, Trace]]:  # fmt: skip
     """Play every job; outcomes by job id, and the traces of the recorded ones.
 
-    `width` environments per lane at most; `execute` steps of every chunk are played before the policy looks again.
+    `width` environments per lane at most; `execute` steps of every chunk are played before the policy looks again; with
+    `ensemble` (a decay, see `vla.ensemble`) they are the mean of all that was said about them.
     """
+    turns = rotations_of(policy.embodiments[embodiment]) if ensemble is not None else []
+    blends: dict[int, Ensemble] = {}
     by_id = {job.id: job for job in jobs}
     acting = deque(job for job in jobs if job.controller == "policy")
     blind = deque(job for job in jobs if job.controller != "policy")
@@ -194,6 +199,7 @@ def run_jobs(
             in_flight -= 1
             for outcome in done:
                 outcomes[outcome.id] = outcome
+                blends.pop(outcome.id, None)
                 tick()
             if lane < LANES:
                 playing[worker, lane] -= len(done)
@@ -212,18 +218,22 @@ def run_jobs(
                 seeds=[by_id[job].seed * 1009 + step for _, job, step, _ in some],
                 drop_state=drop,
             )
-            for (at, job, _, _), chunk in zip(some, thought, strict=True):
-                chunks[at][job] = np.asarray(chunk.actions[:execute], np.float32)
+            for (at, job, step, _), chunk in zip(some, thought, strict=True):
+                actions = np.asarray(chunk.actions[:execute], np.float32)
+                if ensemble is not None:
+                    actions = blends.setdefault(job, Ensemble(ensemble, turns))(step, chunk.actions, execute)
+                chunks[at][job] = actions
                 if job in traces:
-                    _note(traces[job], chunk, execute)
+                    _note(traces[job], chunk, actions)
         for (worker, lane), todo in zip(answers, chunks, strict=True):
             send(worker, lane, todo)
     return outcomes, traces
 
 
-def _note(trace: Trace, chunk: Any, execute: int) -> None:
-    shape = chunk.actions.shape
-    trace.actions.append(np.asarray(chunk.actions[:execute], np.float32))
+def _note(trace: Trace, chunk: Any, actions: np.ndarray) -> None:
+    """What was carried out, and what the newest chunk said about it."""
+    shape, execute = chunk.actions.shape, len(actions)
+    trace.actions.append(actions)
     trace.confidence.append(np.asarray(chunk.confidence, np.float32).reshape(shape)[:execute])
     symbols = np.asarray(chunk.symbols)
     trace.symbols.append(symbols[:execute] if symbols.shape == shape else None)  # a sequence has none per number

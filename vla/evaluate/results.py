@@ -1,6 +1,6 @@
 """From finished episodes to figures: Wilson intervals, the rows of `results.json`, and the table for a terminal.
 
-`results.json` (schema 1): {schema, suite, seed, episodes, tasks, conditions, execute, chunk, decode, policy, versions,
+`results.json` (schema 1): {schema, suite, seed, episodes, tasks, conditions, execute, chunk, decode, ensemble, policy, versions,
 rows, per_task, records, clips, notes, wall_s, cpu_s, created}.
 A row is {group, condition, successes, n, rate, low, high, original, mean_steps, failures: {failure, timeout}}; `original`
 is {successes, n, rate, low, high} for swapped instructions ("did what the scene was drawn for") and null otherwise.
@@ -111,6 +111,7 @@ def text_table(results: Mapping[str, Any]) -> str:
     head = (
         f"{results['suite']}: {results['episodes']} episodes per group, seeds {results['seed']}..{last}, "
         f"decode {results['decode'] or 'default'}, {results['execute']} of {results['chunk']} steps executed"
+        + (f", overlapping chunks averaged (decay {results['ensemble']:g})" if results.get("ensemble") is not None else "")
     )
     rule = "  ".join("-" * width for width in widths)
     text = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [columns, *body]]

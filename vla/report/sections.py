@@ -209,7 +209,9 @@ def _setting(results: Mapping[str, Any]) -> str:
 
 def _played(results: Mapping[str, Any]) -> str:
     decode, execute, chunk = (results.get(key) for key in ("decode", "execute", "chunk"))
-    return f"decoding {decode or 'as configured'}, {execute} of {chunk} steps executed"
+    blended = results.get("ensemble")
+    return (f"decoding {decode or 'as configured'}, {execute} of {chunk} steps executed"
+            + (f", overlapping chunks averaged with decay {blended:g}" if blended is not None else ""))  # fmt: skip
 
 
 def by_task(run: Gathered) -> str:
