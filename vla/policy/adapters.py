@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vla.config import Config
-from vla.errors import CheckpointError, MachineError, UsageError
+from vla.errors import CheckpointError, UsageError
 from vla.policy.model import VLAPolicy
+from vla.policy.quantized import LoraLayer, peft, quantize
 
 Target = Literal["all-linear", "all", "attention", "openvla"]
 NAME = "default"
@@ -47,7 +47,7 @@ class AdapterConfig(Config):
     rslora: bool = False
     init: Literal["default", "gaussian"] = "default"
     quantize: Literal["none", "nf4", "int8", "int4"] = "none"
-    """Store the frozen linear layers in fewer bits: nf4 by bitsandbytes on CUDA, int8 and int4 by torchao anywhere."""
+    """Store the frozen linear layers in fewer bits: nf4 by bitsandbytes, int8 and int4 by torchao (int4 on CUDA only)."""
 
     @property
     def scale(self) -> float:
@@ -70,30 +70,41 @@ class Adapter:
         return {"config": self.config.model_dump(mode="json"), "base": self.base}
 
 
-def adapt(policy: VLAPolicy, config: AdapterConfig, base: dict[str, Any]) -> VLAPolicy:
+def adapt(policy: VLAPolicy, config: AdapterConfig, base: dict[str, Any], known: str | None = None) -> VLAPolicy:
     """`policy` with a fresh adapter, everything else frozen; changes it in place and returns it.
 
-    `base` says where the frozen part came from (`kind`, `path`); its fingerprint is taken here, before anything is quantized.
+    `base` says where the frozen part came from (`kind`, `path`); its fingerprint is taken here, before anything is quantized,
+    unless it is `known`: then `policy` is quantized already where `config` says so.
     Draws from torch's global generator. Raises `UsageError` when nothing matches the targets or there is an adapter already.
     """
     if policy.adapter is not None:
         raise UsageError("adapter", found="a policy that has one already", expected="a whole policy",
                          fix="merge the first one with `vla merge`, and adapt the result")  # fmt: skip
-    base = base | {"fingerprint": base_fingerprint(policy)}
+    base = base | {"fingerprint": known or base_fingerprint(policy)}
+    if known is None:
+        quantize_base(policy, config)
     module = policy.model.adapted
-    names = target_modules(module, config.targets)
-    if config.quantize != "none":
-        quantize(module, config.quantize, [n for n in names if n not in _heads_of(module)])
-    inject(module, config, names, NAME)
-    tables = {f"model.{name}" for name in policy.model.tables}
+    inject(module, config, target_modules(module, config.targets), NAME)
     trained = []
     for name, parameter in policy.named_parameters():
-        own = ("lora_" in name or base_name(name) in tables or name.startswith(_HEADS)) and parameter.is_floating_point()
+        own = ("lora_" in name or own_name(policy, name)) and parameter.is_floating_point()
         parameter.requires_grad_(own)
         trained += [name] * own
     policy.adapter = Adapter(config, base, tuple(trained))
     policy.saved_meaning = None  # it is another policy now
     return policy
+
+
+def quantize_base(policy: VLAPolicy, config: AdapterConfig) -> None:
+    """Store the layers an adapter of `config` goes to, but for the output head, in fewer bits, if it says so."""
+    if config.quantize != "none":
+        module = policy.model.adapted
+        quantize(module, config.quantize, [n for n in target_modules(module, config.targets) if n not in _heads_of(module)])
+
+
+def own_name(policy: VLAPolicy, name: str) -> bool:
+    """Whether a parameter of this name is every policy's own, beside an adapter too: a table or a head."""
+    return name.startswith(_HEADS) or base_name(name).removeprefix("model.") in policy.model.tables
 
 
 _HEADS = ("end_head.", "l1_head.")
@@ -146,7 +157,9 @@ def lora_config(config: AdapterConfig, names: list[str]) -> peft.LoraConfig:
 
 def inject(module: nn.Module, config: AdapterConfig, names: list[str], adapter: str) -> None:
     """Put fresh matrices beside the named layers of `module`."""
-    peft.inject_adapter_in_model(lora_config(config, names), module, adapter)
+    with warnings.catch_warnings():  # that int8 cannot be merged; what is merged here is the whole base (`vla merge`)
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
+        peft.inject_adapter_in_model(lora_config(config, names), module, adapter)
     for name, parameter in module.named_parameters():
         if f".{adapter}." in name and "lora_" in name and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()  # peft's own habit: small updates need the mantissa
@@ -154,12 +167,11 @@ def inject(module: nn.Module, config: AdapterConfig, names: list[str], adapter: 
 
 def base_fingerprint(policy: VLAPolicy) -> str:
     """sha256 over what an adapter of `policy` would rely on but not bring: names, shapes and numbers, however they are stored."""
-    tables = {f"model.{name}" for name in policy.model.tables}
     digest = hashlib.sha256()
     for name, tensor in sorted((base_name(n), p) for n, p in policy.named_parameters() if "lora_" not in n):
-        if name not in tables and not name.startswith(_HEADS):
+        if not own_name(policy, name):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().float().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -206,15 +218,18 @@ def write_adapter(policy: VLAPolicy, folder: Path) -> None:
     policy.model.adapted.peft_config[NAME].save_pretrained(folder)
 
 
-def read_adapter(policy: VLAPolicy, folder: Path, entry: dict, unquantized: bool = False) -> None:
+def read_adapter(
+    policy: VLAPolicy, folder: Path, entry: dict, unquantized: bool = False, known: str | None = None
+) -> None:
     """Put the adapter of `folder` on `policy`, whose weights are a base; `entry` is `policy.json`'s.
 
+    `known` is that base's fingerprint where it was taken before (see `adapt`).
     Raises `CheckpointError` when the base is not the one it was trained on, or a file does not fit.
     """
     base, config = entry["base"], AdapterConfig.model_validate(entry["config"])
     if unquantized:
         config = config.model_copy(update={"quantize": "none"})
-    adapt(policy, config, {k: v for k, v in base.items() if k != "fingerprint"})
+    adapt(policy, config, {k: v for k, v in base.items() if k != "fingerprint"}, known)
     assert policy.adapter is not None
     if (found := policy.adapter.base["fingerprint"]) != base["fingerprint"]:
         raise CheckpointError(folder, found=f"a base with fingerprint {found[:12]} at {base['path']}",
@@ -259,42 +274,3 @@ def merge(policy: VLAPolicy, probe: Callable[[VLAPolicy], Tensor], source: str) 
 def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
     """Name -> layer that carries an adapter."""
     return {name: child for name, child in module.named_modules() if isinstance(child, LoraLayer)}
-
-
-def quantize(module: nn.Module, how: str, names: list[str]) -> None:
-    """Replace the named linear layers' weights by weights of fewer bits, in place.
-
-    Raises `MachineError` where the package or the device for it is missing.
-    """
-    if how == "nf4":
-        _quantize_nf4(module, names)
-        return
-    try:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # pyright: ignore
-    except ImportError as error:
-        raise MachineError("adapter.quantize", found=f"{how}, and no torchao ({error})", expected="torchao",
-                           fix='pip install "tendon-vla[quant]", or adapter.quantize=none') from error  # fmt: skip
-    wanted = set(names)
-    kind = Int8WeightOnlyConfig() if how == "int8" else Int4WeightOnlyConfig()
-    quantize_(module, kind, filter_fn=lambda child, name: isinstance(child, nn.Linear) and name in wanted)
-
-
-def _quantize_nf4(module: nn.Module, names: list[str]) -> None:
-    if not torch.cuda.is_available():
-        raise MachineError("adapter.quantize", found="nf4 without CUDA", expected="a CUDA device (bitsandbytes)",
-                           fix="adapter.quantize=int8, which torchao does on a CPU")  # fmt: skip
-    try:
-        import bitsandbytes as bnb  # pyright: ignore
-    except ImportError as error:
-        raise MachineError("adapter.quantize", found=f"nf4, and no bitsandbytes ({error})", expected="bitsandbytes",
-                           fix='pip install "tendon-vla[quant]", or adapter.quantize=int8') from error  # fmt: skip
-    for name in names:
-        old = module.get_submodule(name)
-        if not isinstance(old, nn.Linear):
-            continue
-        new = bnb.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, compute_dtype=old.weight.dtype,
-                                quant_type="nf4")  # fmt: skip
-        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
-        new.bias = old.bias
-        parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent) if parent else module, last, new.to("cuda"))
