@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from vla.policy.adapters import read_adapter, write_adapter
 from vla.policy.config import PolicyConfig
 from vla.policy.model import VLAPolicy
 from vla.policy.sizes import sizes_of
+
+Below = Callable[[Path, dict, PolicyConfig, dict[str, EmbodimentSpec], ActionCodec], tuple[VLAPolicy, str]]
+"""(folder, `policy.json`'s entry, what the adapted policy is) -> a base for it to go on, and the base's fingerprint."""
 
 
 def save_policy(policy: VLAPolicy, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -49,12 +53,15 @@ def _head_tensors(policy: VLAPolicy) -> dict[str, torch.Tensor]:
 
 def read_policy(
     folder: Path, dtype: torch.dtype | None = None, attention: str | None = None, base: str | Path | None = None,
-    unquantized: bool = False,
+    unquantized: bool = False, below: Below | None = None,
 ) -> VLAPolicy:  # fmt: skip
-    """Read a policy folder; raises `CheckpointError` naming what is missing, unsafe or does not fit. See `load_policy`."""
+    """Read a policy folder; raises `CheckpointError` naming what is missing, unsafe or does not fit. See `load_policy`.
+
+    `below` gives the base of an adapter where it is in memory already (`vla/policy/sharing.py`).
+    """
     if folder.is_dir():
         refuse_unsafe(folder)  # here too, for a run's checkpoints come this way
-    meaning = _read_policy_json(folder)
+    meaning = read_meaning(folder)
     try:
         config = validate(meaning["config"], PolicyConfig, f"{folder / 'policy.json'}: config")
         where = f"{folder / 'policy.json'}: normalizers"
@@ -74,9 +81,14 @@ def read_policy(
     try:
         # The fingerprint is that of the stored numbers, so they are read as stored and converted afterwards.
         if adapter := meaning.get("adapter"):
-            below = _base_of(adapter["base"], folder, base, config, embodiments, codec, attention)
-            policy = VLAPolicy(config, below.model, below.writer, embodiments, normalizers, codec, meaning["provenance"])
-            read_adapter(policy.adopt(below), folder, adapter, unquantized)
+            under, known = (
+                (base_of(adapter["base"], folder, base, config, embodiments, codec, attention), None)
+                if below is None else below(folder, adapter, config, embodiments, codec)
+            )  # fmt: skip
+            if more := len(embodiments) - len(under.embodiments):
+                under.model.add_robots(more)
+            policy = VLAPolicy(config, under.model, under.writer, embodiments, normalizers, codec, meaning["provenance"])
+            read_adapter(policy.adopt(under), folder, adapter, unquantized, known)
         else:
             model, writer = load_backbone(folder, config.backbone, sizes_of(config, embodiments, codec), None, attention)
             policy = VLAPolicy(config, model, writer, embodiments, normalizers, codec, meaning["provenance"])
@@ -96,24 +108,22 @@ def read_policy(
     return (policy if dtype is None else policy.to(dtype)).eval()
 
 
-def _base_of(
+def base_of(
     base: dict, folder: Path, given: str | Path | None, config: PolicyConfig, embodiments: dict[str, EmbodimentSpec],
     codec: ActionCodec, attention: str | None,
 ) -> VLAPolicy:  # fmt: skip
-    """The policy below an adapter: where it was when the adapter was trained, or the `given` one, with as many robots."""
+    """The policy below an adapter: where it was when the adapter was trained, or the `given` one."""
     if base["kind"] == "model":  # a pretrained model, whose tables and heads the adapter brings
         if given is not None:
             config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"path": str(given)})})
         model, writer = build_backbone(config.backbone, sizes_of(config, embodiments, codec))
         return VLAPolicy(config, model, writer, embodiments, {}, codec)
     beside = folder / base["path"]
-    below = load_policy(given or (beside if beside.exists() else base["path"]), "cpu", attention=attention)
-    if more := len(embodiments) - len(below.embodiments):
-        below.model.add_robots(more)
-    return below
+    return load_policy(given or (beside if beside.exists() else base["path"]), "cpu", attention=attention)
 
 
-def _read_policy_json(folder: Path) -> dict:
+def read_meaning(folder: Path) -> dict:
+    """What `policy.json` says; `CheckpointError` when it is no policy's."""
     path = folder / "policy.json"
     try:
         meaning = json.loads(path.read_text())
