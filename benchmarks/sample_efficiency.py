@@ -26,7 +26,7 @@ from typing import Any
 ARMS = {"lora": "LoRA from nano-base", "full": "full fine-tuning from nano-base", "scratch": "from scratch"}
 RATES = {"lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
 """Learning rates, chosen on validation scenes (docs/results.md)."""
-KEY = ("suite", "task", "arm", "demonstrations", "seed", "steps", "batch", "lr", "rank", "episodes", "first")
+KEY = ("base", "suite", "task", "arm", "demonstrations", "seed", "steps", "batch", "lr", "rank", "episodes", "first")
 
 
 def main() -> None:

@@ -185,10 +185,16 @@ def test_positions_no_robot_of_a_batch_has_are_left_out_and_change_nothing(opene
     wide, narrow = (policy.encode(mixture.window_at(d, 0, 0)) for d in (0, 1))
     alone, both = policy.collate([narrow]), policy.collate([wide, narrow])
     assert alone.symbols.shape == (1, 16) and both.symbols.shape == (2, 24)
-    told, beside = policy.action_logits(alone)[0], policy.action_logits(both)[1]
+    told, before = policy.action_logits(alone)[0], policy.action_logits(both)
+    beside = before[1]
     assert torch.allclose(told.view(4, 4, -1), beside.view(4, 6, -1)[:, :4], atol=1e-4)
-    changed = replace(both, symbols=both.symbols.flip(0))  # nothing a parallel pass reads
-    assert torch.equal(policy.action_logits(changed), policy.action_logits(both))
+    slots = policy.writer.ids.slots
+    with torch.no_grad():  # what stands at the two dimensions only the wide robot has; the narrow one must not see it
+        rows = [slots[step * 9 + dim] for step in range(4) for dim in (4, 5)]
+        policy.model.get_input_embeddings().weight[rows] += 1.0
+    after = policy.action_logits(both)
+    assert torch.equal(after[1].view(4, 6, -1)[:, :4], beside.view(4, 6, -1)[:, :4])
+    assert not torch.allclose(after[0], before[0], atol=1e-3)
     together, apart = policy.loss(both), [policy.loss(policy.collate([e])) for e in (wide, narrow)]
     assert together.action_count == sum(one.action_count for one in apart)
     assert torch.allclose(together.action, torch.stack([one.action for one in apart]).sum(), rtol=1e-4)

@@ -8,6 +8,7 @@ Format: the Hub's README.md with YAML front matter (Mitchell et al. 2019, "Model
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import statistics
@@ -134,7 +135,7 @@ def measure_latency(policy: VLAPolicy, runs: int = 20) -> dict[str, Any]:
         policy.act(observation, _sentence(policy), key)  # actions come back as numpy, so the device has finished
         times.append(1000 * (time.perf_counter() - began))
     times = sorted(times[2:])
-    return {"robot": key, "runs": runs, "p50_ms": round(statistics.median(times), 1), "p95_ms": round(times[int(0.95 * runs)], 1),
+    return {"robot": key, "runs": runs, "p50_ms": round(statistics.median(times), 1), "p95_ms": round(times[math.ceil(0.95 * runs) - 1], 1),
             "device": str(policy.device), "threads": torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
 
 

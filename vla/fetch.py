@@ -103,7 +103,7 @@ def _download(name: hub.HubName, kind: str, allow_ignored: tuple[str, ...], cach
     with explained(name, kind, missing="no such folder here, and on the Hub: "):
         if name.pinned:
             with suppress(errors.LocalEntryNotFoundError, CheckpointError):  # not there, or not all of it: looked at again below
-                if any((folder := cached()).glob("*.safetensors")):
+                if _whole(folder := cached()).is_file():
                     return folder
         try:
             info = HfApi(endpoint=hub.endpoint()).model_info(name.repo, revision=name.revision)
@@ -126,7 +126,15 @@ def _download(name: hub.HubName, kind: str, allow_ignored: tuple[str, ...], cach
         complain(name, [*judge_names(names, ignored), *judge_keys(first, ignored, quiet=native), *judge_indices(first, names)])
         folder = snapshot([*PATTERNS, *([OPENVLA[-1]] if native else [])], info.sha)
     refuse_unsafe(folder, allow_ignored)
+    with suppress(OSError):  # a cache of somebody else's may be read, not written
+        _whole(folder).parent.mkdir(exist_ok=True)
+        _whole(folder).touch()
     return folder
+
+
+def _whole(snapshot: Path) -> Path:
+    """A mark in the Hub's cache that a snapshot was downloaded to its end; what an interrupted download left has none."""
+    return snapshot.parent.parent / ".whole" / snapshot.name
 
 
 def _need(name: hub.HubName, kind: str, names: list[str]) -> None:

@@ -38,7 +38,8 @@ def to_hub(staged: Path, name: hub.HubName, kind: str, private: bool = False, ta
             operations=[*(CommitOperationDelete(path) for path in sorted(stale)),
                         *(CommitOperationAdd(path, file) for path, file in files.items())],
         )  # fmt: skip
-        for tag in tags:
+    for tag in tags:
+        with _explained(name, f"commit {commit.oid} is there, its tag {tag} is not"):
             with contextlib.suppress(errors.RevisionNotFoundError):
                 api.delete_tag(name.repo, tag=tag, repo_type=kind)
             api.create_tag(name.repo, tag=tag, repo_type=kind, revision=commit.oid)
@@ -46,12 +47,12 @@ def to_hub(staged: Path, name: hub.HubName, kind: str, private: bool = False, ta
 
 
 @contextlib.contextmanager
-def _explained(name: hub.HubName) -> Iterator[None]:
+def _explained(name: hub.HubName, state: str = "nothing was pushed") -> Iterator[None]:
     """Turns what `huggingface_hub` raises while sending into errors that say what to do."""
     from huggingface_hub import errors
 
     def unsent(found: str) -> MachineError:
-        return MachineError(name, found=f"nothing was pushed: {found}", expected="a connection to the Hub",
+        return MachineError(name, found=f"{state}: {found}", expected="a connection to the Hub",
                             fix="run the same line again, what got through is not sent twice; or push into a folder: "
                             "--hub DIR")  # fmt: skip
 

@@ -102,7 +102,7 @@ def judge_keys(folder: Path, allow_ignored: tuple[str, ...] = (), quiet: bool = 
     """
     problems, passed = [], []
     for path in sorted(folder.rglob("*.json")):
-        if path.name in _DATA or path.name.endswith(".index.json") or _hidden(path, folder):
+        if not path.is_file() or path.name in _DATA or path.name.endswith(".index.json") or _hidden(path, folder):
             continue
         where = path.relative_to(folder).as_posix()
         try:

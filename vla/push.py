@@ -140,8 +140,8 @@ def stage_policy(root: Path, staged: Path, args: argparse.Namespace, about: str 
             _link(path, staged / inside)
     _write(staged / "policy.json", json.dumps(_meaning(policy, folder, args.base), indent=1))
     latency = None if args.no_latency else measure_latency(policy)
-    rows = [{key: result.get(key) for key in ("suite", "seed", "episodes", "policy", "rows", "per_task", "versions", "created")}
-            for result in evals]  # fmt: skip
+    rows = [{key: result.get(key) for key in ("suite", "seed", "episodes", "rows", "per_task", "versions", "created")}
+            | {"policy": policy.fingerprint} for result in evals]  # fmt: skip  under the name it leaves with
     _write(staged / EVALUATION, json.dumps({"results": rows, "latency": latency}, indent=1))
     return policy_card(policy, args.name or _local_name(root), evals, latency, args.license, args.known, about)
 

@@ -221,7 +221,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     elif base:
         policy = extend_policy(base, mixture).train()
     else:
-        policy = build_policy(config.policy, mixture).train()
+        policy = build_policy(_pinned(config.policy, start), mixture).train()
     if config.start and config.start.train == "robots":
         _freeze_but_robots(policy)
     if start:
@@ -406,6 +406,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = (step - optim.warmup) / max(1, config.run.steps - optim.warmup)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _pinned(config: PolicyConfig, start: dict | None) -> PolicyConfig:
+    """`config` with a model of the Hub at the commit that was looked at, so that what is built is what is written down."""
+    if start is None or "revision" not in start:
+        return config
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"path": _base(start)["path"]})})
 
 
 def _base(start: dict) -> dict[str, str]:

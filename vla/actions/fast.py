@@ -192,7 +192,8 @@ class FastCodec:
             longest = max(longest, 0 if most else len(self.encode(chunk)))
         self.most = most or longest
         for dims in widths:  # no motion must be sayable, or nothing is: `encode` falls back to it
-            least = len(self._tokenizer.encode(self._characters(np.zeros((self.chunk, dims), np.int64))).ids)
+            still = self._characters(np.zeros((self.chunk, dims), np.int64))
+            least = len(self._tokenizer.encode(still, add_special_tokens=False).ids)
             if least > self.most:
                 raise UsageError("--tokens", found=self.most, expected=f"{least} or more",
                                  fix=f"--tokens {least}, or leave it out")  # fmt: skip

@@ -65,6 +65,9 @@ def evaluate(
         raise UsageError("execute", found=execute, expected=f"1..{chunk}, the policy's chunk", fix=f"--execute {own}")
     if ensemble is not None:
         Ensemble(ensemble)  # refuses what is no decay before anything is started
+        if execute == chunk:
+            raise UsageError("ensemble", found=f"execute {execute}, the whole chunk", expected="chunks that overlap",
+                             fix=f"--execute {max(1, chunk // 2)}, or no --ensemble")  # fmt: skip
     if episodes < 1:
         raise UsageError("episodes", found=episodes, expected="at least 1", fix="--episodes 50")
     check_seeds(policy, suite, seed, episodes)

@@ -96,7 +96,7 @@ def _run_curve(args: argparse.Namespace, folder: Path) -> int:
     given = [name for name, value in others if value is not None]
     if given:
         raise UsageError("vla eval --curve", found=" and ".join(given),
-                         expected="none of them: a curve is of the condition `policy`, and is kept in eval/curve.jsonl of the run",
+                         expected="none of them: a curve is of the condition `policy`, kept in eval/curve.jsonl of the run",
                          fix=f"drop {' and '.join(given)}, or drop --curve")  # fmt: skip
     from vla.report import write_report
 

@@ -114,8 +114,8 @@ def base_of(
 ) -> VLAPolicy:  # fmt: skip
     """The policy below an adapter: where it was when the adapter was trained, or the `given` one."""
     if base["kind"] == "model":  # a pretrained model, whose tables and heads the adapter brings
-        if given is not None:
-            config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"path": str(given)})})
+        path = str(given or base["path"])  # at its commit, which the settings may not name
+        config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"path": path})})
         model, writer = build_backbone(config.backbone, sizes_of(config, embodiments, codec))
         return VLAPolicy(config, model, writer, embodiments, {}, codec)
     beside = folder / base["path"]
