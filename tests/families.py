@@ -172,9 +172,65 @@ def llava(folder: Path) -> None:
     _save(folder, tf.LlavaForConditionalGeneration(config), processor)
 
 
+def lfm2_vl(folder: Path) -> None:
+    """Short convolutions between attention layers: part of it only looks back."""
+    tok = tokenizer(["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"])
+    pictures = tf.Lfm2VlImageProcessor(encoder_patch_size=8, downsample_factor=2, min_image_tokens=4, max_image_tokens=4,
+                                       do_image_splitting=False, use_thumbnail=False, tile_size=32,
+                                       size={"height": 32, "width": 32})  # fmt: skip
+    processor = tf.Lfm2VlProcessor(pictures, tok, chat_template=CHAT.replace("IMAGE", "<image>"))
+    config = tf.Lfm2VlConfig(
+        text_config=dict(model_type="lfm2", **TEXT | {"num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"],
+                         block_auto_adjust_ff_dim=False, conv_L_cache=3),
+        vision_config=dict(model_type="siglip2_vision_model", **VISION, num_patches=16, patch_size=8, vision_use_head=False),
+        image_token_id=tok.convert_tokens_to_ids("<image>"), projector_hidden_size=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    _save(folder, tf.Lfm2VlForConditionalGeneration(config), processor)
+
+
+def fastvlm(folder: Path) -> None:
+    tok = tokenizer(["<image>"])
+    pictures = tf.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.0] * 3,
+                                     image_std=[1.0] * 3)  # fmt: skip
+    processor = tf.LlavaProcessor(pictures, tok, patch_size=32, vision_feature_select_strategy="full",
+                                  num_additional_image_tokens=0, chat_template=CHAT.replace("IMAGE", "<image>\n"))  # fmt: skip
+    config = tf.FastVlmConfig(
+        text_config=dict(model_type="qwen2", **TEXT), image_token_index=tok.convert_tokens_to_ids("<image>"), image_seq_length=4,
+        vision_config=dict(model_type="timm_wrapper", architecture="fastvit_t8", do_pooling=True, global_pool="avg",
+                           hidden_size=64, model_args=dict(inference_mode=True, layers=(1, 1, 1, 1), embed_dims=(8, 8, 16, 32))),
+    )  # fmt: skip
+    _save(folder, tf.FastVlmForConditionalGeneration(config), processor)
+
+
+def gemma4(folder: Path) -> None:
+    """As its small ones: a causal prefix, embeddings per layer, keys and values shared between layers."""
+    words = dict(boi_token="<|image>", eoi_token="<image|>", image_token="<|image|>", audio_token="<|audio|>",
+                 boa_token="<|audio>", eoa_token="<audio|>")  # fmt: skip
+    tok = tokenizer([*words.values(), "<|video|>"])
+    tok.init_kwargs |= words
+    tok._set_model_specific_special_tokens(words)  # pyright: ignore
+    processor = tf.Gemma4Processor(
+        tf.Gemma4AudioFeatureExtractor(), tf.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2), tok,
+        tf.Gemma4VideoProcessor(patch_size=4, pooling_kernel_size=2), chat_template=CHAT.replace("IMAGE", "<|image|>"),
+    )  # fmt: skip
+    named = ("boi", "eoi", "image", "boa", "audio")
+    ids = {f"{name}_token_id": tok.convert_tokens_to_ids(words[f"{name}_token"]) for name in named}
+    config = tf.Gemma4Config(
+        text_config=dict(**TEXT | {"num_hidden_layers": 4}, head_dim=8, global_head_dim=8, sliding_window=256,
+                         vocab_size_per_layer_input=640, hidden_size_per_layer_input=8, num_kv_shared_layers=2,
+                         layer_types=["sliding_attention", "full_attention"] * 2),
+        vision_config=dict(**VISION, num_key_value_heads=4, head_dim=8, patch_size=4, pooling_kernel_size=2,
+                           position_embedding_size=64),
+        audio_config=None, video_token_id=tok.convert_tokens_to_ids("<|video|>"),
+        eoa_token_index=tok.convert_tokens_to_ids("<audio|>"), **ids,
+    )  # fmt: skip
+    _save(folder, tf.Gemma4ForConditionalGeneration(config), processor)
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "SmolVLM": smolvlm, "Qwen2.5-VL": qwen2_5_vl, "Qwen3-VL": qwen3_vl, "PaliGemma 2": paligemma2, "Gemma 3": gemma3,
-    "InternVL": internvl, "LLaVA-OneVision": llava_onevision, "LLaVA": llava,
+    "Gemma 4": gemma4, "InternVL": internvl, "LLaVA-OneVision": llava_onevision, "LLaVA": llava, "FastVLM": fastvlm,
+    "LFM2-VL": lfm2_vl,
 }  # fmt: skip
 
 

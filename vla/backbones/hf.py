@@ -109,8 +109,8 @@ class HFBackbone(nn.Module):
         self.habits = Habits()
         embed, head = vlm.get_input_embeddings(), vlm.get_output_embeddings()
         text = vlm.config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or ()) - _ATTENDING
-        self.no_parallel = f"{vlm.config.model_type} has layers that only look back ({', '.join(sorted(kinds))})" if kinds else ""
+        self.no_parallel = ""  # `probe` may know better
+        self._recurrent = set(getattr(text, "layer_types", None) or ()) - _ATTENDING
         self._softcap = getattr(text, "final_logit_softcapping", None)
         with torch.no_grad():
             probe_ids = torch.arange(min(1024, self.vocabulary), device=embed.weight.device)
@@ -158,6 +158,14 @@ class HFBackbone(nn.Module):
     @property
     def adapted(self) -> nn.Module:
         return self.vlm
+
+    def train(self, mode: bool = True) -> HFBackbone:
+        """As any module's; but the statistics in a convolutional tower are the pretrained model's and stay."""
+        super().train(mode)
+        for module in self.vlm.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def get_input_embeddings(self) -> Any:
         return self.vlm.get_input_embeddings()
@@ -258,8 +266,11 @@ class HFBackbone(nn.Module):
         inputs: dict[str, Any] = {} if images is None or not len(images) else self.picture_inputs(images)
         inputs |= self.types(input_ids)
         mask: Any = attention_mask
-        if mask is not None and self.habits.mask_by_layer:
+        if attention_mask is not None and self.habits.mask_by_layer:
             mask = {kind: attention_mask for kind in _ATTENDING}
+            if self._recurrent:  # they take no mask of pairs, only which tokens are there: the last one reads all of those
+                there = (attention_mask[:, 0, -1, -input_ids.shape[1] :] > -1).long()
+                mask |= dict.fromkeys(self._recurrent, there)
         self._splice = (ours, self._rows(input_ids, states, robots)) if ours.any() else None
         try:
             return self.vlm.model(
@@ -280,7 +291,7 @@ class HFBackbone(nn.Module):
 
     def new_cache(self) -> Cache:
         # Without the config every layer keeps everything: the masks say who reads what.
-        return DynamicCache(config=self.vlm.config.get_text_config()) if self.no_parallel else DynamicCache()
+        return DynamicCache(config=self.vlm.config.get_text_config()) if self._recurrent else DynamicCache()
 
 
 def least_used(tokenizer: Any, rows: int, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoProcessor
 
 from vla.backbones.config import HFConfig
@@ -91,7 +92,10 @@ class HFWriter:
         facts = {"chat": self.chat, "template": getattr(self.processor, "chat_template", None), "ids": repr(self.ids),
                  "pictures": self.processor.image_processor.to_dict(), "size": self.image.to_json()}  # fmt: skip
         said = json.dumps(facts, sort_keys=True, default=str)
-        return said.encode() + self.processor.tokenizer.backend_tokenizer.to_str().encode()
+        words = Tokenizer.from_str(self.processor.tokenizer.backend_tokenizer.to_str())
+        words.no_padding()  # a processor that pads leaves that in it, until somebody reads without
+        words.no_truncation()
+        return said.encode() + words.to_str().encode()
 
     def save_pretrained(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)

@@ -358,7 +358,7 @@ class VLAPolicy(nn.Module):
         for name, tensor in sorted(own.items()):
             digest.update(name.encode())
             wide = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()  # the numbers, however stored
-            digest.update(wide.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(wide.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
