@@ -7,7 +7,8 @@ import torch
 from vla.mixture import Mixture
 from vla.policy import PolicyConfig, build_policy
 from vla.policy.choose import Chooser
-from vla.policy.decoding import Room, decode_steps, graphs_of, greedy_logits, new_cache, parallel_logits, use_graphs
+from vla.policy.decoding import Graphs, Room, decode_steps, graphs_of, greedy_logits, new_cache, parallel_logits, use_graphs
+from vla.policy.packing import use_packed
 
 SMALL = {"hidden": 32, "layers": 2, "heads": 2, "mlp": 64, "tower_channels": (8, 8, 16), "keypoints": 8, "text_vocab": 320}
 WORDS = ["lift it", "push the very very blue cube over there to the left side please", "touch the red cube", "push"]
@@ -105,6 +106,42 @@ def test_parallel_pass_is_the_policys_own(mixture):
 
 def test_graphs_are_for_cuda(policy):
     assert graphs_of(use_graphs(policy)) is None
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])
+def test_a_chunk_that_cannot_be_captured_is_said_once_and_acted_without(mixture, monkeypatch, decoding):
+    policy = make(mixture, decoding=decoding)
+    window = mixture.window_at(0, 0, 0)
+    seen = {"images": window.images, "state": window.state}
+    expected = policy.act(seen, "lift it", "tabletop", decode="argmax")
+
+    def refuse(self, policy, batch, dims):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "_capture", refuse)
+    policy.__dict__["_graphs"] = Graphs()
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs.*stream is capturing") as said:
+        chunks = [policy.act(seen, "lift it", "tabletop", decode="argmax") for _ in range(3)]
+    assert len([w for w in said if w.category is RuntimeWarning]) == 1 and graphs_of(policy) is None
+    for chunk in chunks:
+        np.testing.assert_array_equal(chunk.actions, expected.actions)
+
+
+def test_packed_weights_say_the_same_and_can_be_put_away(mixture):
+    """Two orders of adding up: the same to rounding, on one row and on many."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    for decoding in ("autoregressive", "parallel"):
+        policy = make(mixture, decoding=decoding)
+        for n in (1, 8):
+            batch = batch_of(policy, mixture, n)
+            with torch.inference_mode():
+                plain = policy.action_logits(batch)
+                packed = use_packed(policy).action_logits(batch)
+                torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
+                assert "forward" in policy.model.language_model.layers[0].self_attn.q_proj.__dict__
+                assert torch.equal(use_packed(policy, False).action_logits(batch), plain)
+    assert not [m for m in policy.model.modules() if "forward" in m.__dict__]
 
 
 def test_training_never_computes_the_whole_vocabulary(monkeypatch, checkout):

@@ -7,6 +7,7 @@ still make a whole chunk (`vla/policy/choose.py`). Masks and positions of all st
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -66,16 +67,27 @@ def decode_steps(policy: VLAPolicy, batch: Batch, choose: Choose, dims: int) -> 
     """Constrained decoding into `choose`; `dims` is the robot's own number of action dimensions, at most A."""
     if choose.decode != "sample" and not choose.waits:
         # What is fed back is the likeliest: no number leaves the device before the end.
-        graphs = graphs_of(policy)
-        choose(graphs(policy, batch, dims) if graphs is not None else greedy_logits(policy, batch, dims))
+        choose(_logits(policy, batch, dims, lambda: greedy_logits(policy, batch, dims)))
     else:
         steps(policy, batch, choose, dims, lambda: choose.done)
 
 
 def decode_parallel(policy: VLAPolicy, batch: Batch, choose: Choose) -> None:
     """A whole chunk in one pass into `choose`."""
+    choose(_logits(policy, batch, 0, lambda: policy.action_logits(batch)))
+
+
+def _logits(policy: VLAPolicy, batch: Batch, dims: int, plain: Callable[[], Tensor]) -> Tensor:
+    """By the policy's graphs where it has some, else by `plain`; for good by `plain` once a graph cannot be captured."""
     graphs = graphs_of(policy)
-    choose(graphs(policy, batch, 0) if graphs is not None else policy.action_logits(batch))
+    if graphs is None:
+        return plain()
+    try:
+        return graphs(policy, batch, dims)
+    except CaptureError as error:
+        use_graphs(policy, False)
+        warnings.warn(f"acting without CUDA graphs from now on: {error}", RuntimeWarning, stacklevel=2)
+        return plain()
 
 
 def steps(
@@ -130,6 +142,10 @@ def parallel_logits(policy: VLAPolicy, batch: Batch, tail: Tensor) -> Tensor:
     return policy.model.symbol_logits(hidden[:, T : T + N])
 
 
+class CaptureError(RuntimeError):
+    """A chunk that cannot be a CUDA graph: something in it asks the device a question, or allocates where it may not."""
+
+
 class Graphs:
     """CUDA graphs of whole chunks, one per shape of batch; the weights may change their numbers, not their places."""
 
@@ -137,10 +153,13 @@ class Graphs:
         self._captured: OrderedDict[tuple, tuple[Any, Batch, Tensor]] = OrderedDict()
 
     def __call__(self, policy: VLAPolicy, batch: Batch, dims: int) -> Tensor:
-        """(B, N, K); the tensor is overwritten by the next call with the same shapes."""
+        """(B, N, K); the tensor is overwritten by the next call with the same shapes. Raises `CaptureError`."""
         key = (policy.config.decoding, dims, *(tuple(getattr(batch, f.name).shape) for f in fields(batch)))
         if key not in self._captured:
-            self._captured[key] = self._capture(policy, batch, dims)
+            try:
+                self._captured[key] = self._capture(policy, batch, dims)
+            except Exception as error:  # CUDA, torch and models say it in many ways
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
             if len(self._captured) > _MOST_GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
@@ -178,7 +197,8 @@ class Graphs:
 def use_graphs(policy: VLAPolicy, on: bool = True) -> VLAPolicy:
     """Capture chunks as CUDA graphs from now on (or stop). Returns the policy; does nothing off CUDA.
 
-    For backbones whose picture path never asks the device a question (Prismatic without FiLM); others fail at the first chunk.
+    For backbones whose picture path never asks the device a question (Prismatic without FiLM); others say so once, at the first
+    chunk, and act without.
     """
     policy.__dict__["_graphs"] = Graphs() if on and policy.device.type == "cuda" else None
     return policy

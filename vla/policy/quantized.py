@@ -77,13 +77,13 @@ def _torchao(layers: dict[str, nn.Linear], how: str) -> None:
 
 def _nf4(module: nn.Module, layers: dict[str, nn.Linear]) -> None:
     try:
-        import bitsandbytes as bnb  # pyright: ignore
+        bnb: Any = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise MachineError("adapter.quantize", found=f"nf4, and no bitsandbytes ({error})", expected="bitsandbytes",
                            fix='pip install "tendon-vla[quant]", or adapter.quantize=int8') from error  # fmt: skip
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for name, old in layers.items():
-        new: Any = bnb.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, compute_dtype=old.weight.dtype,
+        new = bnb.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, compute_dtype=old.weight.dtype,
                                 quant_type="nf4")  # fmt: skip
         new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
         new.bias = old.bias
