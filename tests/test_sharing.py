@@ -12,7 +12,7 @@ from tests.test_policy import make, mixture, observation  # noqa: F401
 from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
 from vla.policy import AdapterConfig, Adapters, PolicyConfig, build_policy, load_policy, save_policy
-from vla.policy.adapters import adapt, own_name
+from vla.policy.adapters import adapt, merge, own_name
 
 WORDS = "touch the red cube"
 
@@ -132,6 +132,12 @@ def test_what_does_not_belong_is_refused_and_nothing_changes(folders, base, tmp_
     assert list(adapters) == ["two"]
     same(adapters.act(observation(mixture), WORDS, "tabletop", adapter="two"),
          load_policy(folders["two"], "cpu").act(observation(mixture), WORDS, "tabletop"))  # fmt: skip
+
+
+def test_one_of_several_is_not_merged_since_the_others_would_change(folders):  # noqa: F811
+    adapters = Adapters(folders, "cpu")
+    with pytest.raises(CheckpointError, match="several adapters on one base"):
+        merge(adapters[next(iter(adapters))], lambda policy: torch.zeros(1), "a")
 
 
 def test_another_dtype_is_the_one_it_has_alone(folders, mixture):  # noqa: F811

@@ -116,7 +116,8 @@ class Normalizer:
     def completed(self, other: Normalizer) -> Normalizer:
         """This one, with `other`'s statistics for the dimensions that are constant here and vary there; itself if there are none.
 
-        What was learned through this one stays as it is: a constant dimension was 0 to the model, and nothing it could say.
+        What was learned through this one stays as it is: a constant dimension was 0 to the model, and nothing it could say. But
+        what it says there means another number now: the middle of the new range, until it has learned better.
         """
         late = self.constant & ~other.constant
         if not late.any() or self.scheme != other.scheme:

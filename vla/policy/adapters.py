@@ -251,6 +251,9 @@ def merge(policy: VLAPolicy, probe: Callable[[VLAPolicy], Tensor], source: str) 
     if adapter.config.quantize != "none":
         raise CheckpointError(source, found=f"a base quantized to {adapter.config.quantize}", expected="the base in float32",
                               fix="load it with unquantized=True")  # fmt: skip
+    if policy.shares_base:
+        raise CheckpointError(source, found="one of several adapters on one base in memory", expected="an adapter loaded alone",
+                              fix="load_policy(...) and merge that: the others would change with it")  # fmt: skip
     policy.float().eval()
     before = probe(policy)
     module = policy.model.adapted

@@ -62,6 +62,8 @@ class VLAPolicy(nn.Module):
         self.saved_meaning: dict | None = None
         self.adapter: Any = None
         """`vla.policy.adapters.Adapter` when only a part of the weights is this policy's own."""
+        self.shares_base = False
+        """Whether the rest of them are other policies' too (`vla/policy/sharing.py`)."""
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
         sequence = is_sequence(codec)

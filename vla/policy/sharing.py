@@ -6,6 +6,7 @@
 Each adapter is a whole policy (`adapters["kitchen"]`) with its own matrices, tables, heads, statistics, robots and settings;
 only the base's tensors are the same objects in all of them. So acting with one is bit for bit what it is when loaded alone,
 calls may follow one another in any order, ranks, targets and decodings may differ, and one more adapter costs what it trained.
+They cannot be merged here, nor moved or cast one by one: that would be done to all.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Adapters:
         except BaseException:
             self._below = known
             raise
+        policy.shares_base = True
         self._policies[name] = policy
         return policy
 
