@@ -97,6 +97,13 @@ DANGERS: dict[str, tuple[Spoil, str]] = {
     "kernels from the Hub": (lambda f, c: change(f / "config.json", _attn_implementation_internal="evil/kernel"),
                              "config.json: _attn_implementation_internal"),
     "kernels by their usual key": (lambda f, c: change(f / "config.json", attn_implementation="evil/kernel"), "evil/kernel"),
+    "kernels by part of the model": (lambda f, c: change(f / "config.json", _attn_implementation={"": "sdpa", "text_config":
+                                     {"": ["evil/kernel"]}}), "config.json: _attn_implementation, which names code"),
+    "kernels in a list": (lambda f, c: change(f / "config.json", text_config={"attn_implementation": ["a", ["evil/kernel"]]}),
+                          "config.json: text_config.attn_implementation, which names code on the Hub (evil/kernel)"),
+    "kernels of experts": (lambda f, c: change(f / "config.json", _experts_implementation={"": "evil/kernel"}), "evil/kernel"),
+    "kernels inside": (lambda f, c: change(f / "config.json", _attn_implementation_internal={"": "evil/kernel"}),
+                       "config.json: _attn_implementation_internal"),
     "a class of other code": (lambda f, c: change(f / "config.json", tokenizer_class="evil.Tokenizer"), "evil.Tokenizer"),
     "a module": (lambda f, c: (f / "modeling.py").write_text(f"open({str(c)!r}, 'w')") and None, "modeling.py: code beside"),
     "a library": (lambda f, c: (f / "kernel.so").write_bytes(b"\x7fELF") and None, "kernel.so: code beside"),

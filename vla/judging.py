@@ -28,7 +28,9 @@ REMOTE = ("auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementa
 OPENVLA = ("auto_map", "custom_pipelines", "*.py", "*_checkpoint.pt")
 """What OpenVLA's own folders carry and the native reader never runs: keys, modules, and OFT's further files, whose tensors
 vla/backbones/prismatic_zip.py reads without their pickle."""
-_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # `user/name` is code from the Hub
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+            "_experts_implementation_internal")  # fmt: skip
+"""Keys under which `user/name` is code from the Hub; the value may be one for each part of a model."""
 _CLASSES = ("tokenizer_class", "processor_class", "image_processor_type", "feature_extractor_type", "video_processor_type")
 _DATA = ("tokenizer.json", "vocab.json", "added_tokens.json", "manifest.json", "dataset_statistics.json")  # keys are words
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
@@ -113,8 +115,8 @@ def judge_keys(folder: Path, allow_ignored: tuple[str, ...] = (), quiet: bool = 
         for at, key, value in _walk(tree):
             if key in REMOTE and value:
                 (passed if key in allow_ignored else problems).append(f"{where}: {at}")
-            elif key in _KERNELS and isinstance(value, str) and "/" in value:
-                problems.append(f"{where}: {at}, which names code on the Hub ({value})")
+            elif key in _KERNELS and (kernels := [text for text in _texts(value) if "/" in text]):
+                problems.append(f"{where}: {at}, which names code on the Hub ({', '.join(kernels)})")
             elif key in _CLASSES and value and not (isinstance(value, str) and value.isidentifier()):
                 problems.append(f"{where}: {at}, which names the class {value!r} of other code")
     if passed and not quiet:
@@ -133,6 +135,19 @@ def _walk(tree: Any) -> Iterator[tuple[str, str, Any]]:
                 waiting.append((f"{at}{key}.", value))
         elif isinstance(node, list):
             waiting += [(f"{at}{i}.", value) for i, value in enumerate(node)]
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every string of a value, at any depth: transformers also takes {"": "user/name", "text_config": ...}."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, dict):
+            waiting += [*node, *node.values()]
+        elif isinstance(node, list):
+            waiting += node
 
 
 def judge_content(path: Path) -> str | None:
