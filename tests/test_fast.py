@@ -15,7 +15,11 @@ from vla.actions import FastCodec, codec_from_json
 from vla.actions.fast import dct_matrix
 from vla.errors import CheckpointError, DataError, UsageError
 
-fft: Any = pytest.importorskip("scipy.fft")  # not ours: the published tokenizer's
+
+@pytest.fixture(scope="module")
+def fft() -> Any:
+    """Not ours: the published tokenizer's."""
+    return pytest.importorskip("scipy.fft")
 
 
 def walks(count, steps, dims, seed=0):
@@ -37,7 +41,7 @@ def with_most(codec, most):
 
 def publish(folder, chunks, scale=10.0, vocabulary=512, **more):
     """A tokenizer as physical-intelligence/fast publishes one: byte-level BPE, fitted the published way."""
-    rounded = [np.around(fft.dct(c, axis=0, norm="ortho") * scale).astype(int).flatten() for c in chunks]
+    rounded = [np.around(dct_matrix(len(c)) @ c * scale).astype(int).flatten() for c in chunks]
     low, high = min(r.min() for r in rounded), max(r.max() for r in rounded)
     bpe = ByteLevelBPETokenizer()
     trainer = BpeTrainer(vocab_size=vocabulary, min_frequency=2, show_progress=False, special_tokens=[], max_token_length=10_000,
@@ -71,7 +75,7 @@ def say(codec, dims, seed, sharp=5.0):
     return [np.array(row) for row in said]
 
 
-def test_transform_is_scipys():
+def test_transform_is_scipys(fft):
     for steps in (1, 2, 8, 50):
         x = np.random.default_rng(0).normal(size=(steps, 3))
         assert np.allclose(dct_matrix(steps) @ x, fft.dct(x, axis=0, norm="ortho"), atol=1e-12)
@@ -103,8 +107,8 @@ def test_a_chunk_too_rough_for_its_symbols_loses_its_highest_frequencies(codec):
     unit = np.random.default_rng(1).uniform(-1, 1, (8, 4))
     symbols = short.encode(unit)
     assert len(symbols) <= 8 < len(with_most(codec, 99).encode(unit))
-    coefficients = fft.dct(short.decode(symbols, 4).astype(float), axis=0, norm="ortho")
-    wanted = fft.dct(unit, axis=0, norm="ortho")
+    coefficients = dct_matrix(8) @ short.decode(symbols, 4).astype(float)
+    wanted = dct_matrix(8) @ unit
     assert np.allclose(coefficients[0], wanted[0], atol=0.06) and np.allclose(coefficients[-1], 0, atol=1e-6)
 
 
@@ -130,6 +134,16 @@ def test_without_the_constraint_it_would_often_be_none(codec):
     assert broken > 50  # the published decoder answers zeros to these
 
 
+def test_no_motion_can_be_said_whatever_was_fitted():
+    """BPE has merged what was seen, not zeros: a `most` of what was seen alone could not say them."""
+    codec = FastCodec.fit([np.full((8, 1), 1.0)] * 2)
+    assert np.array_equal(codec.decode(codec.encode(np.zeros((8, 1))), 1), np.zeros((8, 1)))
+    assert codec.slots(8, 1, [1]) == codec.most == len(codec.encode(np.zeros((8, 1)))) > 1
+    for few in (0, codec.most - 1):
+        with pytest.raises(UsageError, match=rf"--tokens\n  found:    {few}\n  expected: {codec.most} or more"):
+            FastCodec.fit([np.full((8, 1), 1.0)] * 2, most=few)
+
+
 def test_confidence_falls_on_the_dimension_a_symbol_spoke_of():
     codec = FastCodec.fit(walks(5, 2, 2), vocabulary=128, most=4)
     least = "".join(chr(c) for c in range(5))
@@ -142,7 +156,7 @@ def test_confidence_falls_on_the_dimension_a_symbol_spoke_of():
 
 
 @pytest.mark.parametrize(("steps", "dims", "scale"), [(8, 4, 10.0), (10, 7, 60.0)])
-def test_published_layout_token_for_token(tmp_path, steps, dims, scale):
+def test_published_layout_token_for_token(fft, tmp_path, steps, dims, scale):
     """Against a restatement of the published algorithm; at scale 60 most characters are two bytes."""
     chunks = walks(400, steps, dims)
     bpe, low = publish(tmp_path / "fast", chunks, scale)

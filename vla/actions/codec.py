@@ -113,6 +113,16 @@ def check_chunk(kind: str, chunk: int, steps: int) -> None:
                          fix=f"policy.chunk={chunk}, or fit it again with --chunk {steps}: vla data tokenizer")  # fmt: skip
 
 
+def check_chunks(chunks: Sequence[np.ndarray]) -> int:
+    """H of chunks (H, a) to fit a codec to; raises `DataError` when there are none, or they are not chunks of one H."""
+    shapes = sorted({np.shape(c) for c in chunks})
+    if not shapes or any(len(s) != 2 or min(s) < 1 for s in shapes) or len({s[0] for s in shapes}) > 1:
+        raise DataError("action chunks", found=f"chunks of shape {shapes[:8]}" if shapes else "no chunk at all",
+                        expected="one or more (steps, dimensions), all of the same number of steps",
+                        fix="fit it to one chunk length, on episodes that have actions")  # fmt: skip
+    return shapes[0][0]
+
+
 def codec_from_json(entry: Mapping, where: str = "policy.json, codec") -> ActionCodec:
     """Rebuild a codec from `policy.json` or a tokenizer's file. Raises `CheckpointError` for an unknown or broken one."""
     from vla.actions.bins import BinCodec
@@ -140,7 +150,7 @@ def read_codec(path: str | Path) -> ActionCodec:
     except OSError as error:
         raise CheckpointError(path, found=error.strerror or error, expected="a file of `vla data tokenizer`",
                               fix=f"vla data tokenizer DATASET --kind fast --chunk 8 --out {path}") from None  # fmt: skip
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON nested too deep
         raise CheckpointError(path, found=str(error), expected="JSON", fix="copy the file again, or fit it again") from error
     if not isinstance(entry, dict):
         raise CheckpointError(path, found=type(entry).__name__, expected="a JSON object", fix="fit it again")

@@ -24,7 +24,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from vla.actions.codec import check_chunk, check_unit
+from vla.actions.codec import check_chunk, check_chunks, check_unit
 from vla.errors import CheckpointError, DataError, UsageError
 
 _NEVER = 2**30  # symbols to say something that cannot be said
@@ -135,13 +135,14 @@ class FastCodec:
         cls, chunks: Sequence[np.ndarray], *, scale: float = 10.0, vocabulary: int = 1024, most: int | None = None,
         fitted: Mapping | None = None, progress: bool = False,
     ) -> FastCodec:  # fmt: skip
-        """From chunks (H, a) in [-1, 1] of one H and any a. `most` defaults to the longest of these chunks.
+        """From chunks (H, a) in [-1, 1] of one H and any a. `most` defaults to what the longest of these chunks,
+        and no motion, take.
 
         Unlike the published fit, the alphabet holds every coefficient that numbers in [-1, 1] can have, not those that were
         seen, and BPE works on characters: bytes would cost two symbols for a rare coefficient beyond 127.
         Raises `UsageError` when the vocabulary is smaller than the alphabet.
         """
-        steps = len(chunks[0])
+        steps = check_chunks(chunks)
         largest = math.ceil(math.sqrt(steps) * scale)
         alphabet = [chr(i) for i in range(2 * largest + 1)]
         if len(alphabet) > vocabulary:
@@ -185,18 +186,17 @@ class FastCodec:
         return codec
 
     def with_most(self, chunks: Iterable[np.ndarray], most: int | None = None) -> FastCodec:
-        """The same with N = `most`, or the most symbols one of `chunks` takes. Raises `UsageError` when it is too few."""
+        """The same with N = `most`, or the most symbols one of `chunks`, or no motion of their widths, takes. Raises
+        `UsageError` when a given `most` is too few."""
         self.most, longest, widths = _NEVER, 1, set()
         for chunk in chunks:
             widths.add(chunk.shape[1])
-            longest = max(longest, 0 if most else len(self.encode(chunk)))
-        self.most = most or longest
-        for dims in widths:  # no motion must be sayable, or nothing is: `encode` falls back to it
-            still = self._characters(np.zeros((self.chunk, dims), np.int64))
-            least = len(self._tokenizer.encode(still, add_special_tokens=False).ids)
-            if least > self.most:
-                raise UsageError("--tokens", found=self.most, expected=f"{least} or more",
-                                 fix=f"--tokens {least}, or leave it out")  # fmt: skip
+            longest = max(longest, len(self.encode(chunk)) if most is None else 0)
+        # No motion must be sayable, or nothing is: `encode` falls back to it.
+        least = max((len(self.encode(np.zeros((self.chunk, dims)))) for dims in widths), default=1)
+        if most is not None and most < least:
+            raise UsageError("--tokens", found=most, expected=f"{least} or more", fix=f"--tokens {least}, or leave it out")
+        self.most = max(longest, least) if most is None else most
         return self
 
     def to_json(self) -> dict:
