@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, Field, model_validator
 
 from vla.embodiment import EmbodimentSpec
 from vla.episodes import Store
@@ -135,8 +136,46 @@ def measure_latency(policy: VLAPolicy, runs: int = 20) -> dict[str, Any]:
         policy.act(observation, _sentence(policy), key)  # actions come back as numpy, so the device has finished
         times.append(1000 * (time.perf_counter() - began))
     times = sorted(times[2:])
-    return {"robot": key, "runs": runs, "p50_ms": round(statistics.median(times), 1), "p95_ms": round(times[math.ceil(0.95 * runs) - 1], 1),
+    p50, p95 = statistics.median(times), times[math.ceil(0.95 * runs) - 1]
+    return {"robot": key, "runs": runs, "p50_ms": round(p50, 1), "p95_ms": round(p95, 1),
             "device": str(policy.device), "threads": torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
+
+
+class _Part(BaseModel, strict=True, allow_inf_nan=False):
+    successes: int | None
+    n: int
+    rate: float | None = Field(ge=0, le=1)
+    low: float | None
+    high: float | None
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Part:
+        if self.rate is not None and None in (self.successes, self.low, self.high):
+            raise ValueError("a rate without its interval")
+        return self
+
+
+class _Row(_Part):
+    group: str
+    condition: str
+    original: _Part | None
+    failures: dict[str, int] | None = None
+
+
+class _Task(_Part):
+    task: str
+    instruction: str
+
+
+class _Results(BaseModel, strict=True):
+    """What a card takes from a `results.json`; there is more in one."""
+
+    policy: str
+    suite: str
+    seed: int
+    rows: list[_Row] = Field(min_length=1)
+    per_task: list[_Task] | None = None
+    created: str | None = None
 
 
 def read_evaluations(paths: Sequence[Path], fingerprint: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -145,8 +184,8 @@ def read_evaluations(paths: Sequence[Path], fingerprint: str) -> tuple[list[dict
     for path in paths:
         try:
             result = json.loads(path.read_text())
-            fits = result["policy"] == fingerprint and bool(lines_of(result["rows"]))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            fits = _Results.model_validate(result).policy == fingerprint and bool(lines_of(result["rows"]))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             fits, result = False, {}
         mine.append(result) if fits else others.append(path.name)
     return mine, others

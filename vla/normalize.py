@@ -77,7 +77,8 @@ class Normalizer:
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all()):
             raise DataError(where, found=f"low {low.tolist()}, high {high.tolist()}", expected="finite low <= high",
                             fix="recompute the statistics; one of them is broken")  # fmt: skip
-        self.stats, self.scheme = stats, scheme
+        self.stats = stats
+        self.scheme: Scheme = scheme
         self.low, self.high = low.astype(np.float32), high.astype(np.float32)
         self.mask = np.ones(len(low), bool) if mask is None else np.asarray(mask, bool)
         if self.mask.shape != self.low.shape:
