@@ -181,6 +181,35 @@ def test_a_link_that_leads_out_is_refused(policy: Path, tmp_path: Path):
     assert load_policy(tmp_path / "policy", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "a.txt").symlink_to("nobody"), "a.txt: a link that leads nowhere"),
+        (lambda f: (f / "a.json").symlink_to("a.json"), "a.json: a link that leads nowhere"),
+        (lambda f: (f / "inside").mkdir() or (f / "a.txt").symlink_to("inside"), "a.txt: a link to a folder"),
+        (lambda f: (f / ".in").mkdir() or (f / "a.index.json").symlink_to(".in"), "a.index.json: a link to a folder"),
+        (lambda f: (f / "policy.json").unlink() or (f / "policy.json").mkdir(), "Is a directory"),
+        (lambda f: (f / "config.json").unlink() or (f / "config.json").mkdir(), "config.json"),
+        (lambda f: (f / "policy.json").write_text("5"), "'5'"),
+        (lambda f: (f / "policy.json").write_text("null"), "'None'"),
+        (lambda f: (f / "policy.json").write_text("[" * 100_000), "recursion"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_is_refused_and_no_traceback(spoil: Callable[[Path], object], words: str, policy: Path, tmp_path: Path):
+    shutil.copytree(policy, tmp_path / "policy")
+    spoil(tmp_path / "policy")
+    with pytest.raises(CheckpointError) as caught:
+        load_policy(tmp_path / "policy", "cpu")
+    assert words in str(caught.value)
+
+
+def test_folders_called_json_are_nobodys(policy: Path, tmp_path: Path):
+    shutil.copytree(policy, tmp_path / "policy")
+    (tmp_path / "policy/x.json").mkdir()
+    (tmp_path / "policy/x.index.json").mkdir()
+    assert load_policy(tmp_path / "policy", "cpu")
+
+
 def test_words_that_only_look_like_keys_are_words(policy: Path, tmp_path: Path):
     shutil.copytree(policy, tmp_path / "policy")
     (tmp_path / "policy/vocab.json").write_text('{"auto_map": 1}')

@@ -1,5 +1,6 @@
 """Several adapters over one base in memory: each acts as it does alone, and costs what it trained."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,48 @@ def test_one_of_several_is_not_merged_since_the_others_would_change(folders):  #
     adapters = Adapters(folders, "cpu")
     with pytest.raises(CheckpointError, match="several adapters on one base"):
         merge(adapters[next(iter(adapters))], lambda policy: torch.zeros(1), "a")
+
+
+def test_the_base_goes_with_its_last_adapter(folders, base, tmp_path):
+    other = load_policy(base, "cpu")
+    with torch.no_grad():
+        other.model.projector[0].weight[0, 0] += 1e-3
+    save_policy(other, tmp_path / "elsewhere")
+    save_policy(trained(tmp_path / "elsewhere"), tmp_path / "stranger")
+    adapters = Adapters(folders, "cpu")
+    adapters.remove("one")
+    with pytest.raises(CheckpointError, match="an adapter of base"):
+        adapters.add("stranger", tmp_path / "stranger")
+    adapters.remove("two")
+    assert adapters.base is None and not adapters._below
+    adapters.add("stranger", tmp_path / "stranger")
+    assert adapters.base == adapters["stranger"].adapter.base["fingerprint"]
+
+
+@pytest.mark.parametrize("entry", [{"base": {}}, {"base": None}, [1], 5, {}, {"base": {"path": 1}, "config": {}}])
+def test_an_adapter_that_does_not_say_its_base_is_refused(folders, entry):
+    path = folders["one"] / "policy.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter": entry}))
+    for read in (lambda: Adapters({"one": folders["one"]}, "cpu"), lambda: load_policy(folders["one"], "cpu")):
+        with pytest.raises(CheckpointError, match="kind, path and fingerprint"):
+            read()
+
+
+def test_an_adapter_is_not_its_own_base_nor_anothers(folders):
+    def on(name: str, path: Path) -> None:
+        file = folders[name] / "policy.json"
+        meaning = json.loads(file.read_text())
+        meaning["adapter"]["base"]["path"] = str(path)
+        file.write_text(json.dumps(meaning))
+
+    on("one", folders["one"])
+    on("two", folders["one"])
+    for name, words in (("one", "its own base"), ("two", "a base that is an adapter itself")):
+        for read in (lambda n: load_policy(folders[n], "cpu"), lambda n: Adapters({n: folders[n]}, "cpu")):
+            with pytest.raises(CheckpointError, match=words):
+                read(name)
+    with pytest.raises(CheckpointError, match="its own base"):
+        load_policy(folders["two"], "cpu", base=folders["two"])
 
 
 def test_another_dtype_is_the_one_it_has_alone(folders, mixture):  # noqa: F811

@@ -57,7 +57,7 @@ def refuse_unsafe(folder: Path, allow_ignored: tuple[str, ...] = ()) -> None:
     ignored = (*allow_ignored, *OPENVLA) if native else allow_ignored
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     problems = judge_names(files, ignored)
-    problems += [f"{name}: a link that leads out of the folder" for name, path in files.items() if not _inside(path, folder)]
+    problems += [f"{name}: a link {bad}" for name, path in files.items() for bad in [_bad_link(path, folder)] if bad]
     if not problems:  # nothing is opened in a folder that has a file of a forbidden kind or leads elsewhere
         problems += judge_keys(folder, ignored, quiet=native)
         for name, path in files.items():
@@ -109,7 +109,7 @@ def judge_keys(folder: Path, allow_ignored: tuple[str, ...] = (), quiet: bool = 
         where = path.relative_to(folder).as_posix()
         try:
             tree = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{where}: not JSON ({error})")
             continue
         for at, key, value in _walk(tree):
@@ -199,11 +199,13 @@ def judge_indices(folder: Path, names: Iterable[str]) -> list[str]:
     """Indices of sharded weights that name a shard which is missing or elsewhere; `names` are the files there are."""
     problems, there = [], set(names)
     for path in sorted(folder.glob("*.index.json")):
+        if path.is_dir():  # no loader takes it for an index
+            continue
         try:
             shards = set(json.loads(path.read_bytes())["weight_map"].values())
             if any(not isinstance(shard, str) for shard in shards):
                 raise TypeError("a shard's name is text")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{path.name}: no weight_map of shards ({type(error).__name__})")
             continue
         for shard in sorted(shards):
@@ -225,9 +227,14 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
 
 
-def _inside(path: Path, folder: Path) -> bool:
-    target, root = path.resolve(), folder.resolve()
-    if target.is_relative_to(root):
-        return True
+def _bad_link(path: Path, folder: Path) -> str | None:
+    """What is wrong with where a file lies, if it is a link or below one."""
+    try:
+        target, root = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):  # dangling, or a circle
+        return "that leads nowhere"
     # The Hub's cache keeps contents once, in blobs/ beside snapshots/<commit>/, and links to them.
-    return root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
+    in_cache = root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
+    if not (target.is_relative_to(root) or in_cache):
+        return "that leads out of the folder"
+    return "to a folder, whose files would not be looked at" if target.is_dir() else None

@@ -119,7 +119,15 @@ def base_of(
         model, writer = build_backbone(config.backbone, sizes_of(config, embodiments, codec))
         return VLAPolicy(config, model, writer, embodiments, {}, codec)
     beside = folder / base["path"]
-    return load_policy(given or (beside if beside.exists() else base["path"]), "cpu", attention=attention)
+    path = given or (beside if beside.exists() else base["path"])
+    below = fetch_policy(path)
+    # Said before anything is loaded: adapters whose bases lead round in a circle would be loaded without an end.
+    own = below.resolve() == folder.resolve()
+    if own or ((below / "policy.json").is_file() and read_meaning(below).get("adapter") is not None):
+        raise CheckpointError(folder, found=f"an adapter that is its own base ({path})" if own else f"a base that is an adapter "
+                              f"itself ({path})", expected="a whole policy below an adapter",
+                              fix="give its base: load_policy(..., base=PATH); or `vla merge` the base first")  # fmt: skip
+    return load_policy(below, "cpu", attention=attention)
 
 
 def read_meaning(folder: Path) -> dict:
@@ -130,12 +138,21 @@ def read_meaning(folder: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(folder, found="no policy.json", expected="a policy folder (weights, processor, policy.json)",
                               fix="give a run folder or its policy/ folder") from None  # fmt: skip
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:  # OSError: a folder of that name, or not ours to read
         raise CheckpointError(path, found=str(error), expected="JSON", fix="copy the folder again") from error
+    if not isinstance(meaning, dict):
+        raise CheckpointError(path, found=f"{str(meaning)[:40]!r}", expected="a JSON object", fix="copy the folder again")
     needed = ("config", "embodiments", "normalizers", "codec", "prompt", "provenance", "fingerprint")
     if missing := [key for key in needed if key not in meaning]:
         raise CheckpointError(path, found=f"no {missing}", expected=f"keys {list(needed)}",
                               fix="weights without these are not a policy; save it again")  # fmt: skip
+    entry = meaning.get("adapter")
+    base = entry.get("base") if isinstance(entry, dict) and isinstance(entry.get("config"), dict) else None
+    if entry is not None and not (
+        isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("kind", "path", "fingerprint"))
+    ):
+        raise CheckpointError(path, found=f"adapter: {str(entry)[:80]}", expected="its config, and kind, path and fingerprint of "
+                              "its base", fix="copy the folder again; policy.json is not meant to be edited")  # fmt: skip
     return meaning
 
 

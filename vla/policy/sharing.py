@@ -102,9 +102,11 @@ class Adapters:
         return policy
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; the base stays. `UsageError` when there is none of this name."""
+        """Forget an adapter; the base stays while there is another. `UsageError` when there is none of this name."""
         self[name]
         del self._policies[name]
+        if not self._policies:  # nothing is held in memory for nobody, and adapters of another base may come
+            self._below.clear()
 
     # ------------------------------------------------------------------------------------------------ acting
 
