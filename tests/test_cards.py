@@ -148,6 +148,33 @@ def test_failures_are_those_the_figures_show(tmp_path: Path):
     assert len(failures([bad])) == 2 and "10 of 40" in failures([bad])[0]
 
 
+def test_files_that_only_look_like_results_are_named(tmp_path: Path):
+    good = write_evaluation(tmp_path / "good.json", "a")
+    row, task = good["rows"][0], good["per_task"][0]
+    wrong = {
+        **{f"no {key}": {k: v for k, v in good.items() if k != key} for key in ("suite", "seed", "rows", "policy")},
+        **{f"{key} is {value}": good | {key: value} for key, value in
+           (("suite", {}), ("seed", "x"), ("rows", []), ("rows", [5]), ("rows", {}), ("per_task", 5), ("created", 5))},
+        **{f"a row without {key}": good | {"rows": [{k: v for k, v in row.items() if k != key}]}
+           for key in ("n", "group", "condition", "rate", "low", "original")},
+        **{f"a row's {key} is {value}": good | {"rows": [row | {key: value}]} for key, value in
+           (("n", "40"), ("rate", "x"), ("rate", 7), ("low", None), ("successes", None), ("original", {}), ("failures", [1]),
+            ("group", ["a"]))},
+        "no instruction": good | {"per_task": [{k: v for k, v in task.items() if k != "instruction"}] * 2},
+    }  # fmt: skip
+    for i, content in enumerate(wrong.values()):
+        (tmp_path / f"{i}.json").write_text(json.dumps(content))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "folder.json").mkdir()
+    for name, path in {**{what: f"{i}.json" for i, what in enumerate(wrong)}, "deep": "deep.json", "dir": "folder.json"}.items():
+        assert read_evaluations([tmp_path / path], "a") == ([], [path]), name
+    assert read_evaluations([tmp_path / "good.json"], "a") == ([good], [])
+    unplayed = good | {"rows": [row, row | {"condition": "nostate", "successes": None, "rate": None, "low": None, "high": None,
+                                            "failures": None}]}  # fmt: skip
+    (tmp_path / "good.json").write_text(json.dumps(unplayed))
+    assert read_evaluations([tmp_path / "good.json"], "a") == ([unplayed], [])
+
+
 def test_latency_is_measured_on_the_policy(root: Path):
     policy = load_policy(root / "policy", "cpu")
     found = measure_latency(policy, runs=4)

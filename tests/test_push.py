@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,9 @@ from small_policies import actions, write_evaluation, write_policy, write_small_
 from vla import push as pushing
 from vla.cli import main
 from vla.episodes import EpisodeStore
+from vla.episodes.hub import HubName
 from vla.errors import CheckpointError
+from vla.hub_folder import to_folder
 from vla.policy import VLAPolicy, load_policy
 
 NAME = "you/small"
@@ -236,6 +241,88 @@ def test_an_interrupted_push_leaves_the_last_one(run: Path, shelf: Path, tmp_pat
     assert push(tmp_path / "new", NAME, "--hub", shelf) == 130
     assert load_policy(NAME, "cpu").fingerprint == own.fingerprint, "the name is moved last"
     monkeypatch.undo()
+
+
+def _put(staged: Path, root: Path, start: Any, results: Any) -> None:
+    start.wait()
+    try:
+        results.put(str(to_folder(staged, root, HubName(NAME, None), "model")[0]))
+    except BaseException as error:
+        results.put(repr(error))
+
+
+def test_several_processes_push_the_same_at_once(tmp_path: Path):
+    staged = tmp_path / "staged"
+    sizes = {f"{part}/{i}.txt": 200_000 + i for part in ("a", "b") for i in range(10)}
+    for name, size in sizes.items():
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        (staged / name).write_bytes(b"x" * size)
+    fork = multiprocessing.get_context("fork")
+    for round in range(3):
+        start, results, root = fork.Event(), fork.Queue(), tmp_path / f"shelf{round}"
+        found = [fork.Process(target=_put, args=(staged, root, start, results)) for _ in range(4)]
+        for process in found:
+            process.start()
+        start.set()
+        said = {results.get(timeout=60) for _ in found}
+        for process in found:
+            process.join()
+        (folder,) = said
+        assert {n.relative_to(folder).as_posix(): n.stat().st_size for n in Path(folder).rglob("*") if n.is_file()} == sizes
+        assert [p.name for p in Path(folder).parent.iterdir()] == [Path(folder).name], "and nothing temporary"
+
+
+def test_a_partial_snapshot_is_made_whole_and_nothing_alive_is_deleted(tmp_path: Path):
+    staged, shelf, name = tmp_path / "staged", tmp_path / "shelf", HubName(NAME, None)
+    for path in ("a.txt", "b/c.txt", "d.txt"):
+        (staged / path).parent.mkdir(parents=True, exist_ok=True)
+        (staged / path).write_text(path)
+    snapshot, commit = to_folder(staged, shelf, name, "model")
+    before = {path: data for path, (data, _) in contents(snapshot).items()}
+    (snapshot / "a.txt").unlink()
+    (snapshot / "b/c.txt").unlink()
+    (snapshot / "b").rmdir()
+    (snapshot / "d.txt").write_text("d")
+    host = socket.gethostname()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    others = [snapshot.with_name(f".{commit}.tmp-{who}") for who in (f"{host}-{os.getppid()}-0", "elsewhere-1-0",
+                                                                     f"{host}-{gone.pid}-0")]  # fmt: skip
+    for other in others:
+        other.mkdir()
+    assert to_folder(staged, shelf, name, "model") == (snapshot, commit)
+    assert {path: data for path, (data, _) in contents(snapshot).items()} == before
+    assert [other.exists() for other in others] == [True, True, False]
+
+
+def test_where_no_folder_can_be_made_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").write_text("x")
+    for where in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nowhere")):
+        assert push(run, NAME, "--hub", where) == 5
+        said = capsys.readouterr().err
+        assert str(where) in said and "--hub DIR" in said
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_bad_name_of_a_policy_is_no_datasets(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    for wrong in ("name", "a/b/c", "", "you/", "../x"):
+        assert push(run, wrong, "--hub", tmp_path / "hub") == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: USER/NAME") or "USER/NAME" in said
+        assert repr(wrong) in said and "dataset" not in said and "you/name" in said
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_broken_evaluation_is_left_out_or_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    good = json.loads((run / "eval/tabletop.json").read_text())
+    (tmp_path / "no-suite.json").write_text(json.dumps({k: v for k, v in good.items() if k != "suite"}))
+    assert push(run, NAME, "--hub", tmp_path / "hub", "--eval", tmp_path / "no-suite.json") == 2
+    assert "no-suite.json" in capsys.readouterr().err
+    (tmp_path / "run/eval").mkdir(parents=True)
+    (tmp_path / "run/policy").symlink_to(run / "policy")
+    (tmp_path / "run/eval/deep.json").write_text("[" * 100_000)
+    assert push(tmp_path / "run", NAME, "--hub", tmp_path / "hub") == 0
+    assert "left out of the card" in (said := capsys.readouterr().err) and "deep.json" in said
 
 
 def test_an_adapter_finds_its_base_by_name(run: Path, shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from vla.durable import TEMPORARY, disk_full, flush, is_disk_full, replace_file, temporary_name
+from vla.durable import TEMPORARY, disk_full, flush, is_disk_full, replace_file
 from vla.episodes import hub
 from vla.errors import MachineError, UsageError
 
@@ -83,32 +86,68 @@ def to_folder(staged: Path, root: Path, name: hub.HubName, kind: str, tags: tupl
     """(snapshot folder, commit): the layout of the Hub's own cache, so that the Hub's client finds it under HF_HUB_CACHE.
 
     The commit is sha1 over the files' names and contents; pushing the same again changes nothing. A crash leaves `main` where it
-    was. Raises `MachineError` on a full disk.
+    was; what a push left half is made whole. Raises `MachineError` on a full disk, or where no folder can be made.
     """
-    digest = hashlib.sha1()
+    digest, sizes = hashlib.sha1(), {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        inside = path.relative_to(staged).as_posix()
+        sizes[inside] = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(f"{path.relative_to(staged).as_posix()}\0{hashlib.file_digest(file, 'sha1').hexdigest()}\0".encode())
+            digest.update(f"{inside}\0{hashlib.file_digest(file, 'sha1').hexdigest()}\0".encode())
     commit = digest.hexdigest()
     top = root / f"{kind}s--{name.repo.replace('/', '--')}"
     snapshot = top / "snapshots" / commit
-    if not snapshot.is_dir():
-        for leftover in snapshot.parent.glob(f".{commit}{TEMPORARY}*"):  # of a push of the same that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = temporary_name(snapshot)
-        try:
-            shutil.copytree(staged, temporary)
-            for path in temporary.rglob("*"):
-                flush(path)
-            temporary.rename(snapshot)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if is_disk_full(error):
-                raise disk_full(root, error, "what was pushed before is intact") from error
-            if not snapshot.is_dir():  # else somebody else has just pushed the very same
-                raise
-    for ref in ("main", *tags):
-        path = top / "refs" / ref
-        if not path.is_file() or path.read_text() != commit:
-            replace_file(path, commit)
+    try:
+        if _lacking(snapshot, sizes):
+            _put(staged, snapshot, sizes)
+        for ref in ("main", *tags):
+            path = top / "refs" / ref
+            if not path.is_file() or path.read_text() != commit:
+                replace_file(path, commit)
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(root, error, "what was pushed before is intact") from error
+        raise MachineError(root, found=" ".join(str(error).split())[:200], expected="a folder that can be made and written to",
+                           fix="give another: --hub DIR") from error  # fmt: skip
     return snapshot, commit
+
+
+def _put(staged: Path, snapshot: Path, sizes: dict[str, int]) -> None:
+    """Make `snapshot` hold what `staged` does, whoever else is doing the same, on this machine or on another."""
+    mine = f".{snapshot.name}{TEMPORARY}{socket.gethostname()}-"
+    with contextlib.suppress(OSError):
+        for leftover in snapshot.parent.glob(f"{mine}*"):  # of a push of the same that was killed, here
+            if not _alive(leftover.name.removeprefix(mine).partition("-")[0]):
+                shutil.rmtree(leftover, ignore_errors=True)
+    temporary = snapshot.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        shutil.copytree(staged, temporary)
+        for path in temporary.rglob("*"):
+            flush(path)
+        try:
+            temporary.rename(snapshot)
+        except OSError:
+            if not snapshot.is_dir():
+                raise
+            # Somebody else has pushed the very same, or a part of it: what is not there is put there, file by file, so that
+            # nobody ever finds less than before.
+            for name in _lacking(snapshot, sizes):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary / name, snapshot / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lacking(snapshot: Path, sizes: dict[str, int]) -> list[str]:
+    """Files that are not in `snapshot`, or not whole."""
+    return [name for name, size in sizes.items() if not (p := snapshot / name).is_file() or p.stat().st_size != size]
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True

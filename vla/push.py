@@ -92,7 +92,11 @@ def _name(args: argparse.Namespace) -> hub.HubName | None:
         if args.card:
             return None
         raise UsageError("vla push", found="no USER/NAME", expected="where to push to", fix=f"vla push {args.path} you/name")
-    name = hub.parse(f"{hub.PREFIX}{args.name}")
+    try:
+        name = hub.parse(f"{hub.PREFIX}{args.name}")
+    except UsageError as error:  # which speaks of a dataset
+        raise UsageError("USER/NAME", found=repr(args.name), expected="a user and a name, of letters, digits, '-', '_' and '.'",
+                         fix=f"vla push {args.path} you/name") from error  # fmt: skip
     assert name is not None
     if name.revision:
         raise UsageError("USER/NAME", found=args.name, expected="a name without a revision",
