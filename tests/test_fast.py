@@ -1,6 +1,7 @@
 """FAST: round trips, the published layout token for token, and that whatever is said is a whole chunk."""
 
 import json
+import math
 import pickle
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.trainers import BpeTrainer
 
-from vla.actions import FastCodec, codec_from_json
+from vla.actions import FastCodec, VQCodec, codec_from_json
 from vla.actions.fast import dct_matrix
 from vla.errors import CheckpointError, DataError, UsageError
 
@@ -199,9 +200,50 @@ def test_published_horizon_and_width_are_held_to(tmp_path):
     (tmp_path / "fast" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="download it again"):
         FastCodec.from_folder(tmp_path / "fast", 8, 4)
+    (tmp_path / "fast" / "processor_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"RecursionError[\s\S]*processor_config.json"):
+        FastCodec.from_folder(tmp_path / "fast", 8, 4)
     (tmp_path / "fast" / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match="processor_config.json"):
         FastCodec.from_folder(tmp_path / "fast", 8, 4)
+
+
+def test_published_alphabet_wider_than_needed(tmp_path):
+    """As physical-intelligence/fast is: scale 10, min_token -354, any horizon and width."""
+    far = [np.full((8, 4), x / math.sqrt(8) / 10) for x in (-354, 354)]
+    assert publish(tmp_path / "fast", [*walks(200, 8, 4), *far], vocabulary=2048)[1] == -354
+    codec = FastCodec.from_folder(tmp_path / "fast", 50, 7)
+    assert codec.max_error == 0.5 * math.sqrt(50) / 10
+    for unit in (np.ones((50, 7)), -np.ones((50, 7)), walks(1, 50, 7)[0]):
+        assert np.abs(codec.decode(codec.encode(unit), 7) - unit).max() <= codec.max_error
+
+
+@pytest.mark.parametrize("min_token", [-29, -27, -22, -16, -31, -38])  # all coefficients; fewer below; fewer above
+def test_stated_error_counts_coefficients_that_cannot_be_said(codec, min_token):
+    short = FastCodec.from_json({**codec.to_json(), "tokens": 99, "min_token": min_token})
+    rng, t, worst = np.random.default_rng(0), np.arange(8)[:, None], 0.0
+    waves = [s * np.sign(np.cos(np.pi * (t + 0.5) * k / 8)) for k in range(8) for s in (-1.0, 1.0)]
+    for unit in [*waves, *rng.choice([-1.0, 1.0], (300, 8, 1)), *rng.uniform(-1, 1, (300, 8, 1))]:
+        worst = max(worst, np.abs(short.decode(short.encode(unit), 1) - unit).max())
+    assert worst <= short.max_error + 1e-6
+    assert (short.max_error == 0.5 * math.sqrt(8) / 10) is (min_token == -29)
+    if min_token in (-16, -38):
+        assert worst > 0.5 * math.sqrt(8) / 10  # what was promised before
+
+
+@pytest.mark.parametrize("bad", [
+    {"min_token": 1000}, {"min_token": 1}, {"min_token": 1.7}, {"min_token": True}, {"min_token": "-29"}, {"min_token": None},
+    {"min_token": -3}, {"min_token": -1000}, {"min_token": -(10**12)}, {"min_token": 10**30}, {"scale": 1e-9}, {"scale": True},
+    {"scale": "10"}, {"scale": 0}, {"scale": -10.0}, {"scale": math.inf}, {"scale": math.nan}, {"scale": 10**400}, {"scale": 300},
+])  # fmt: skip
+def test_published_ranges_that_say_no_chunks_are_refused(tmp_path, codec, bad):
+    publish(tmp_path / "fast", walks(50, 8, 4))
+    config = tmp_path / "fast" / "processor_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **bad}))
+    with pytest.raises(CheckpointError, match=r"processor_config.json[\s\S]*min_token[\s\S]*of one fit"):
+        FastCodec.from_folder(tmp_path / "fast", 8, 4)
+    with pytest.raises(CheckpointError, match="whole min_token"):
+        codec_from_json({**codec.to_json(), **bad})
 
 
 # ---------------------------------------------------------------------------------------------------- files and refusals
@@ -235,3 +277,20 @@ def test_misfits_are_refused(codec):
         codec.decode(np.array([0]), 4)
     with pytest.raises(CheckpointError, match="fit it again"):
         codec_from_json({**codec.to_json(), "tokenizer": "{}"})
+    for tokens in (10**12, 0, 1.5, True):
+        with pytest.raises(CheckpointError, match=r"whole number in 1\.\.65536"):
+            codec_from_json({**codec.to_json(), "tokens": tokens})
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan, -1.0, 1e-9, 15_000, 1e300, True])
+def test_scales_without_an_alphabet_are_refused(scale):
+    with pytest.raises(UsageError, match=r"--scale[\s\S]*0.354 to 9774 for 8 steps"):
+        FastCodec.fit(walks(5, 8, 4), scale=scale, vocabulary=70_000)
+
+
+@pytest.mark.parametrize("kind", [FastCodec, VQCodec])
+def test_chunks_of_no_one_shape_are_refused(kind):
+    for chunks, found in (([], "no chunk at all"), (walks(2, 8, 4) + walks(2, 6, 4), r"\(6, 4\), \(8, 4\)"),
+                          ([np.zeros(8)], r"\(8,\)"), ([np.zeros((8, 0))], r"\(8, 0\)")):  # fmt: skip
+        with pytest.raises(DataError, match=found):
+            kind.fit(chunks)

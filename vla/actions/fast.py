@@ -28,6 +28,8 @@ from vla.actions.codec import check_chunk, check_chunks, check_unit
 from vla.errors import CheckpointError, DataError, UsageError
 
 _NEVER = 2**30  # symbols to say something that cannot be said
+_MOST = 2**16  # symbols of a chunk that a file may ask for: room for them is made before any is said
+_SURROGATES = 0xD800  # characters from here on are none by themselves
 
 
 def dct_matrix(steps: int) -> np.ndarray:
@@ -43,6 +45,9 @@ class FastCodec:
 
     A chunk that would take more is said without its highest frequencies, as many as needed; `fit` sets `most` to the longest
     it saw. Within `most`, no number is off by more than `max_error`.
+
+    A published alphabet holds the coefficients its makers saw. Others become the nearest that it holds, `max_error` says what
+    that may cost, and where it may cost half a number's range or more, `CheckpointError` is raised.
     """
 
     centres = None
@@ -51,8 +56,12 @@ class FastCodec:
         self, tokenizer: str, chunk: int, most: int, scale: float = 10.0, min_token: int = 0, fitted: Mapping | None = None
     ) -> None:
         """`tokenizer` is the content of a tokenizer.json."""
-        if chunk < 1 or most < 1 or not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"FastCodec(chunk={chunk}, most={most}, scale={scale}): chunk and most >= 1, scale > 0")
+        if chunk < 1 or not _whole(most) or not 1 <= most <= _MOST:
+            raise ValueError(f"FastCodec(chunk={chunk}, most={most}): chunk >= 1, most a whole number in 1..{_MOST}")
+        # No motion, coefficient 0, must be among them; and where all coefficients round to it, nothing else is.
+        sound = _whole(min_token) and min_token <= 0 and _number(scale)
+        if not sound or not 1 <= math.sqrt(chunk) * scale <= _SURROGATES - 1 + min_token:
+            raise _misfit(chunk, scale, min_token, f"scale {scale!r}, min_token {min_token!r}")
         self.chunk, self.most, self.scale, self.min_token = chunk, most, float(scale), min_token
         self.fitted = {**(fitted or {}), "chunk": chunk}
         self._text = tokenizer
@@ -65,14 +74,19 @@ class FastCodec:
         self._nearest = self._sayable()
         self._next, self._count = _transitions(self._bytes, self._last)
         self._least = np.zeros((len(self._next), 1), np.int64)
+        self._missing = self._unsaid()
+        if self._missing >= 1:
+            raise _misfit(chunk, scale, min_token, f"scale {scale!r}, min_token {min_token!r} and an alphabet of "
+                          f"{len(np.unique(self._nearest))}, with which a number may be off by {self._missing:.2g}")  # fmt: skip
 
     def __reduce__(self):  # loader workers are given the codec
         return FastCodec, (self._text, self.chunk, self.most, self.scale, self.min_token, self.fitted)
 
     @property
     def max_error(self) -> float:
-        """Largest |decode(encode(a)) - a| of a chunk that `most` symbols can say: half a coefficient's step in each of H."""
-        return 0.5 * math.sqrt(self.chunk) / self.scale
+        """Largest |decode(encode(a)) - a| of a chunk that `most` symbols can say: half a coefficient's step in each of H, and
+        what coefficients that the alphabet lacks may add."""
+        return min(2.0, 0.5 * math.sqrt(self.chunk) / self.scale + self._missing)
 
     # ------------------------------------------------------------------------------------------------ chunk <-> symbols
 
@@ -140,9 +154,13 @@ class FastCodec:
 
         Unlike the published fit, the alphabet holds every coefficient that numbers in [-1, 1] can have, not those that were
         seen, and BPE works on characters: bytes would cost two symbols for a rare coefficient beyond 127.
-        Raises `UsageError` when the vocabulary is smaller than the alphabet.
+        Raises `UsageError` when the vocabulary is smaller than the alphabet, or no alphabet is of that scale.
         """
         steps = check_chunks(chunks)
+        highest = (_SURROGATES - 1) // 2 / math.sqrt(steps)
+        if not _number(scale) or not 1 / math.sqrt(steps) <= scale <= highest:
+            raise UsageError("--scale", found=scale, expected=f"{1 / math.sqrt(steps):.3g} to {int(highest)} for {steps} steps",
+                             fix="--scale 10")  # fmt: skip
         largest = math.ceil(math.sqrt(steps) * scale)
         alphabet = [chr(i) for i in range(2 * largest + 1)]
         if len(alphabet) > vocabulary:
@@ -167,8 +185,8 @@ class FastCodec:
         try:
             config = json.loads((folder / "processor_config.json").read_text())
             text = (folder / "tokenizer.json").read_text()
-            scale, min_token = float(config["scale"]), int(config["min_token"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            scale, min_token = config["scale"], config["min_token"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # RecursionError: nested too deep
             raise CheckpointError(folder, found=f"{type(error).__name__}: {error}",
                                   expected="tokenizer.json, and processor_config.json with scale and min_token",
                                   fix="download all files of the tokenizer again") from error  # fmt: skip
@@ -179,6 +197,9 @@ class FastCodec:
                                       fix="use a tokenizer fitted for these chunks, or fit one: vla data tokenizer")  # fmt: skip
         try:
             codec = cls(text, chunk, 1, scale, min_token, fitted)
+        except CheckpointError as error:
+            raise CheckpointError(folder / "processor_config.json", found=error.found, expected=error.expected,
+                                  fix=error.fix) from None  # fmt: skip
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise CheckpointError(folder / "tokenizer.json", found=f"{type(error).__name__}: {error}",
                                   expected="a byte-pair tokenizer", fix="download it again") from error  # fmt: skip
@@ -221,7 +242,26 @@ class FastCodec:
         if not known:
             raise ValueError(f"no character of 0..{self._last} survives the tokenizer")
         every, near = np.arange(self._last + 1), np.array(known)
-        return near[np.abs(every[:, None] - near).argmin(1)]
+        above = np.searchsorted(near, every)
+        low, high = near[np.maximum(above - 1, 0)], near[np.minimum(above, len(near) - 1)]
+        return np.where(every - low <= high - every, low, high)
+
+    def _unsaid(self) -> float:
+        """How far a number may be off because coefficients became others: 0 where the alphabet holds all.
+
+        A step's error is at most sqrt(2 / H) times the sum of its coefficients' misses. That a chunk has few large ones bounds
+        this sum: their squares add up to (sqrt(H) * scale)^2 at most, here with what rounding adds. For any price per square,
+        H * max(miss - price * c^2) + price * squares is no less than the sum; the best of some prices is taken.
+        """
+        root = math.sqrt(self.chunk)
+        c = np.arange(-math.ceil(root * self.scale), math.ceil(root * self.scale) + 1)
+        miss = np.abs(self._nearest[np.clip(c - self.min_token, 0, self._last)] + self.min_token - c).astype(np.float64)
+        if not miss.any():
+            return 0.0
+        prices = [0.0, (miss / np.maximum(c * c, 1)).max(), *np.geomspace(1e-6, 1.0, 61)]
+        squares = (root * self.scale + 0.5 * root) ** 2
+        total = min(self.chunk * (miss - price * c * c).max() + price * squares for price in prices)
+        return float(math.sqrt(2 / self.chunk) * total / self.scale)
 
     def _read(self, symbols: np.ndarray, dims: int) -> tuple[np.ndarray, str]:
         """(which symbol completed each character, the characters), up to a whole chunk or where the text breaks."""
@@ -280,6 +320,25 @@ class _Speech:
         self.state = np.where(going, then, self.state)
         self.characters = self.characters - np.where(going, count, 0)
         self.symbols = self.symbols - going
+
+
+def _whole(number: object) -> bool:
+    """Whether it is a whole number; JSON's true and 1.0 are none."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _number(number: object) -> bool:
+    """Whether it is a finite number; JSON's true is none."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e300
+
+
+def _misfit(chunk: int, scale: float, min_token: int, found: str) -> CheckpointError:
+    lowest = f", min_token about {-math.ceil(math.sqrt(chunk) * scale)}" if _number(scale) and 0 < scale < 1e9 else ""
+    return CheckpointError("a FAST tokenizer's scale and min_token", found=found,
+                           expected=f"a whole min_token and a scale that say the coefficients of {chunk} steps in [-1, 1]: "
+                           f"scale {1 / math.sqrt(chunk):.2g} or more{lowest} or less, and an alphabet that reaches as far up",
+                           fix="take tokenizer.json and processor_config.json of one fit, or fit one: vla data tokenizer",
+                           )  # fmt: skip
 
 
 def _bytes_of(tokenizer: Tokenizer, content: dict) -> list[bytes]:
