@@ -136,7 +136,7 @@ def test_light_modules_load_no_torch(checkout: Path):
 
 UNSAFE = re.compile(
     r"trust_remote_code\s*=\s*True|\bpickle\.loads?\b|\bimport pickle\b|\btorch\.load\(|\byaml\.(unsafe_)?load\("
-    r"|\ballow_pickle\s*=\s*True|\bshell\s*=\s*True|\bmarshal\.loads?\b|\bdill\b"
+    r"|\ballow_pickle\s*=\s*True|\bshell\s*=\s*True|\bmarshal\.loads?\b|(?<!\.)\bdill\b"
 )
 
 
