@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vla.actions import VQCodec, codec_from_json
+from vla.actions import VQCodec, codec_from_json, read_codec
 from vla.errors import CheckpointError, DataError, UsageError
+from vla.policy.choose import SequenceChooser
 
 
 def motions(count, dims, seed=0):
@@ -73,6 +75,16 @@ def test_fewer_chunks_than_codes():
         assert np.allclose(few.decode(few.encode(chunk), 2), chunk, atol=1e-5)
 
 
+def test_an_only_code_is_certain():
+    one = VQCodec.fit(motions(5, 2), rounds=2, codes=1)
+    for decode in ("argmax", "mean", "sample"):
+        choose = SequenceChooser(decode, one, np.array([2]), [0])
+        choose(torch.zeros(1, 2, 1))
+        assert np.array_equal(choose.chunk(0)[1], np.ones((8, 2)))
+    with pytest.raises(UsageError, match="--codes"):
+        VQCodec.fit(motions(5, 2), codes=0)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_is_refused(codec, bad):
     unit = np.zeros((8, 2))
@@ -90,3 +102,9 @@ def test_misfits_are_refused(codec):
         codec.decode(np.array([0, 0, 0, 32]), 2)
     with pytest.raises(CheckpointError, match="fit it again"):
         codec_from_json({**codec.to_json(), "rounds": 5})
+
+
+def test_a_file_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="JSON"):
+        read_codec(tmp_path / "deep")

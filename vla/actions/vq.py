@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from vla.actions.codec import check_chunk, check_unit
+from vla.actions.codec import check_chunk, check_chunks, check_unit
 from vla.errors import DataError, UsageError
 
 
@@ -85,8 +85,12 @@ class VQCodec:
         cls, chunks: Sequence[np.ndarray], *, rounds: int = 8, codes: int = 256, seed: int = 0, iterations: int = 20,
         fitted: Mapping | None = None, progress: bool = False,
     ) -> VQCodec:  # fmt: skip
-        """From chunks (H, a) in [-1, 1] of one H; the same chunks in the same order give the same codebooks."""
-        books = {}
+        """From chunks (H, a) in [-1, 1] of one H; the same chunks in the same order give the same codebooks.
+        Raises `DataError` when there are none, or of several H, and `UsageError` for no rounds or codes."""
+        steps, books = check_chunks(chunks), {}
+        if rounds < 1 or codes < 1:
+            raise UsageError("--rounds, --codes", found=f"{rounds} and {codes}", expected="1 or more of each",
+                             fix="--rounds 8 --codes 256")  # fmt: skip
         for dims in sorted({c.shape[1] for c in chunks}):
             rest = np.stack([check_unit(c).reshape(-1) for c in chunks if c.shape[1] == dims]).astype(np.float32)
             rng, book = np.random.default_rng([seed, dims]), []
@@ -95,7 +99,7 @@ class VQCodec:
                 rest = rest - centres[nearest]
                 book.append(centres)
             books[dims] = np.stack(book)
-        return cls(books, len(chunks[0]), fitted)
+        return cls(books, steps, fitted)
 
     def to_json(self) -> dict:
         books = {str(a): base64.b64encode(book.astype("<f4").tobytes()).decode() for a, book in self.books.items()}

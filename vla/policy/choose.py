@@ -47,7 +47,7 @@ class Chooser:
             else:
                 symbols = p.argmax(-1)
             values = self.centres[symbols]
-        confidence = 1.0 - entropy / np.log(p.shape[-1])
+        confidence = 1.0 - entropy / np.log(max(p.shape[-1], 2))  # an only symbol is certain: log 1 is no divisor
         for part, tensor in zip(self.parts, (values, confidence, symbols), strict=True):
             part.append(tensor.cpu().numpy())
         return symbols
@@ -114,7 +114,7 @@ class SequenceChooser:
         entropy = -(p * np.log(np.maximum(p, 1e-12))).sum(-1)
         for row in np.flatnonzero(going):
             self.symbols[row].append(int(symbols[row]))
-            self.confidence[row].append(float(1.0 - entropy[row] / np.log(p.shape[1])))
+            self.confidence[row].append(float(1.0 - entropy[row] / np.log(max(p.shape[1], 2))))  # K = 1 is certain
             if self.decode == "mean":
                 self._p[row].append(p[row])
         self.speech.say(symbols)
