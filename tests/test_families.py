@@ -8,6 +8,7 @@ import torch
 
 from tests.families import FAMILIES
 from tests.test_policy import mixture, observation  # noqa: F401
+from vla.batch import collate
 from vla.errors import CheckpointError, VLAError
 from vla.policy import AdapterConfig, PolicyConfig, build_policy, load_policy, save_policy
 from vla.policy.adapters import adapt
@@ -133,3 +134,17 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, mixture):  # noqa: 
 def test_what_is_no_such_model_is_refused(tmp_path, mixture):  # noqa: F811
     with pytest.raises(VLAError):
         made(("nothing", tmp_path / "nothing"), mixture)
+
+
+def test_positions_nobody_has_are_left_out_where_they_would_stand(family, mixture):  # noqa: F811
+    """Four of six action dimensions, two left out of a parallel pass: the others stay where they stood, on one axis or three."""
+    policy = made(family, mixture, action_dim=6).eval()
+    example = policy.encode(mixture.window(0))
+    if not policy.narrows:  # told by probing
+        assert not policy.model.attention_only and policy.collate([example]).symbols.shape == (1, 24)
+        return
+    narrow, wide = policy.collate([example]), collate([example], policy.writer.ids.pad)
+    assert narrow.symbols.shape == (1, 16) and wide.symbols.shape == (1, 24)
+    with torch.inference_mode():
+        left, whole = policy.action_logits(narrow), policy.action_logits(wide).view(4, 6, -1)[:, :4]
+    torch.testing.assert_close(left.view(whole.shape), whole, rtol=1e-3, atol=1e-3)

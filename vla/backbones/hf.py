@@ -213,6 +213,10 @@ class HFBackbone(nn.Module):
         positions = rope(**{name: value for name, value in known.items() if name in takes})[0]
         return positions.clamp(min=0)
 
+    @property
+    def attention_only(self) -> bool:
+        return not self.habits.mask_by_layer  # layers of several kinds: some of them may not attend at all
+
     def tail_positions(self, positions: Tensor, tail: int) -> Tensor:
         steps = torch.arange(1, tail + 1, device=positions.device)
         if positions.ndim == 3:  # (3, B, T): text goes on after the furthest of the three

@@ -299,6 +299,7 @@ class NanoVLM(PreTrainedModel):
     # ---------------------------------------------------------------------------- what a policy asks (protocol.Backbone)
 
     no_parallel = ""
+    attention_only = True
     prefix_reads_tail = False
     tables = ("robots.weight", "lm_head.weight", "language_model.embed_tokens.weight")
     parts = {"vision": ("tower", "keypoints", "patch_positions", "camera_positions"), "projector": ("projector", "state_in"),

@@ -315,6 +315,8 @@ class PrismaticVLM(PreTrainedModel):
 
     # ---------------------------------------------------------------------------------- what a policy asks (protocol.Backbone)
 
+    attention_only = True
+
     @property
     def prefix_reads_tail(self) -> bool:
         return self.config.bidirectional

@@ -102,6 +102,9 @@ class Backbone(Protocol):
     """Names of the parameters that are words, symbols, slots or robots: always learned, beside an adapter too."""
     parts: dict[str, tuple[str, ...]]
     """`vision`, `projector`, `language` -> prefixes of their parameters' names; what can be frozen apart."""
+    attention_only: bool
+    """Positions read one another through the attention mask alone, so one that it hides can as well be left out. Not so where a
+    layer convolves its neighbours (LFM2)."""
     prefix_reads_tail: bool
     """In a parallel pass the prefix reads the action positions too (OpenVLA-OFT)."""
 

@@ -108,10 +108,10 @@ class VLAPolicy(nn.Module):
     @property
     def narrows(self) -> bool:
         """Whether action positions that no robot of a batch has can be left out. Nothing reads them then; not so where the words
-        before attend to every position (OFT), where numbers are read off all of a step's at once, where one follows another, or
-        where a symbol is not one dimension's."""
-        return (self.config.decoding == "parallel" and self.l1_head is None and not self.model.prefix_reads_tail
-                and not is_sequence(self.codec))  # fmt: skip
+        before attend to every position (OFT), where layers convolve, where numbers are read off all of a step's at once, where
+        one follows another, or where a symbol is not one dimension's."""
+        return (self.config.decoding == "parallel" and self.l1_head is None and self.model.attention_only
+                and not self.model.prefix_reads_tail and not is_sequence(self.codec))  # fmt: skip
 
     def positions_of(self, batch: Batch) -> Tensor:
         """(N,): where the action positions of a batch stand among the H * A of the policy's widest robot."""
