@@ -102,12 +102,17 @@ def test_the_bases_tensors_are_one_and_memory_grows_by_the_adapter_alone(folders
     assert not torch.equal(adapters["one"].model.lm_head.weight, adapters["two"].model.lm_head.weight)
 
 
-def test_what_does_not_belong_is_refused_and_nothing_changes(folders, base, tmp_path, mixture):  # noqa: F811
+def _stranger(base: Path, folder: Path) -> None:
+    """`folder`/stranger: an adapter of another base, one number away from `base`."""
     other = load_policy(base, "cpu")
     with torch.no_grad():
         other.model.projector[0].weight[0, 0] += 1e-3
-    save_policy(other, tmp_path / "elsewhere")
-    save_policy(trained(tmp_path / "elsewhere"), tmp_path / "stranger")
+    save_policy(other, folder / "elsewhere")
+    save_policy(trained(folder / "elsewhere"), folder / "stranger")
+
+
+def test_what_does_not_belong_is_refused_and_nothing_changes(folders, base, tmp_path, mixture):  # noqa: F811
+    _stranger(base, tmp_path)
     adapters = Adapters(folders, "cpu")
     fingerprint = adapters.base
     with pytest.raises(CheckpointError, match="an adapter of base"):
@@ -142,11 +147,7 @@ def test_one_of_several_is_not_merged_since_the_others_would_change(folders):  #
 
 
 def test_the_base_goes_with_its_last_adapter(folders, base, tmp_path):
-    other = load_policy(base, "cpu")
-    with torch.no_grad():
-        other.model.projector[0].weight[0, 0] += 1e-3
-    save_policy(other, tmp_path / "elsewhere")
-    save_policy(trained(tmp_path / "elsewhere"), tmp_path / "stranger")
+    _stranger(base, tmp_path)
     adapters = Adapters(folders, "cpu")
     adapters.remove("one")
     with pytest.raises(CheckpointError, match="an adapter of base"):
