@@ -13,9 +13,9 @@ import torch
 
 from vla.actions import BinCodec
 from vla.backbones.config import PrismaticConfig
-from vla.backbones.images import ImagePreparation
 from vla.backbones.prismatic_model import PrismaticModelConfig, PrismaticVLM
 from vla.embodiment import Camera, Channel, EmbodimentSpec
+from vla.images import ImagePreparation
 from vla.normalize import Normalizer, Stats
 from vla.policy.config import CodecConfig, PolicyConfig
 from vla.policy.model import VLAPolicy

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from vla.actions import ActionCodec, hold, is_sequence
 from vla.answers import Question
-from vla.backbones.images import prepare_image
 from vla.backbones.protocol import Writer
 from vla.config import Config
 from vla.embodiment import EmbodimentSpec
+from vla.images import prepare_image
 from vla.normalize import Normalizer
 from vla.prompt import act_prompt, answer_prompt, clean_instruction
 from vla.randomness import Purpose, generator

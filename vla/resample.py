@@ -14,12 +14,16 @@ With n == H everything is returned as it came, bit for bit.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError
 from vla.rotation import convert
 from vla.rotation import resample as turn_along
+
+if TYPE_CHECKING:  # a robot resamples too, and has no pydantic
+    from vla.embodiment import EmbodimentSpec
 
 _RATES = ("eef_delta_position", "eef_delta_euler_xyz", "eef_delta_axis_angle", "eef_delta_rot6d", "joint_delta", "joint_velocity")
 _ROTATIONS = {

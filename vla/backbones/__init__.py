@@ -1,6 +1,7 @@
 """Vision-language backbones. Importing this package registers the embedded default natively with transformers.
 
-`protocol` says what a policy asks of one; `nano` is the embedded default, `hf` any Hugging Face model, `prismatic` OpenVLA's.
+`protocol` says what a policy asks of one; `nano` is the embedded default, `hf` any Hugging Face model, `prismatic` OpenVLA's,
+`student` a small network for the robot itself.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from typing import Any
 
 import torch
 
-from vla.backbones.config import BackboneConfig, HFConfig, NanoConfig, PrismaticConfig
-from vla.backbones.images import ImagePreparation, prepare_image
+from vla.backbones.config import BackboneConfig, HFConfig, NanoConfig, PrismaticConfig, StudentConfig
 from vla.backbones.nano import NanoVLM, NanoVLMConfig
 from vla.backbones.nano_processor import NanoProcessor, build_tokenizer
 from vla.backbones.protocol import Backbone, Ids, Sizes, Writer
+from vla.images import ImagePreparation, prepare_image
 
 __all__ = ["Backbone", "BackboneConfig", "HFConfig", "Ids", "ImagePreparation", "NanoConfig", "NanoProcessor", "NanoVLM",
-           "NanoVLMConfig", "PrismaticConfig", "Sizes", "Writer", "build_backbone", "build_tokenizer", "load_backbone",
-           "prepare_image"]  # fmt: skip
+           "NanoVLMConfig", "PrismaticConfig", "Sizes", "StudentConfig", "Writer", "build_backbone", "build_tokenizer",
+           "load_backbone", "prepare_image"]  # fmt: skip
 
 
 def build_backbone(config: BackboneConfig, sizes: Sizes) -> tuple[Any, Writer]:
@@ -44,4 +45,6 @@ def _module(config: BackboneConfig) -> Any:
             from vla.backbones import hf as module
         case PrismaticConfig():
             from vla.backbones import prismatic as module
+        case StudentConfig():
+            from vla.backbones import student as module
     return module

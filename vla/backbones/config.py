@@ -62,12 +62,49 @@ class PrismaticConfig(Config):
     probe_image: bool = True
 
 
+class StudentConfig(Config):
+    """A small network for the robot's own computer (`vla/backbones/student.py`); sizes by budget in `vla/students/`."""
+
+    kind: Literal["student"]
+    tower: str = Field(default="conv", min_length=1)
+    """`conv`, `patch`, or a timm name of the EfficientNet and MobileNet families."""
+    pretrained: bool = False
+    """A timm tower with its weights from the Hub."""
+    image_size: int = Field(default=224, ge=32)
+    patch: int = Field(default=32, ge=16, multiple_of=8)
+    """Side of what becomes one token, for `conv` and `patch`."""
+    channels: tuple[int, int, int] = (32, 64, 128)
+    """Of the stem's stages, for `conv` and `patch`."""
+    keypoints: int = Field(default=64, ge=0)
+    """Places the instruction asks for in the fine map, said by one token; 0: none."""
+    tokens: int = Field(default=0, ge=0)
+    """Tokens a picture is condensed into (TokenLearner); 0: one per patch."""
+    hidden: int = Field(default=256, ge=16)
+    layers: int = Field(default=8, ge=1)
+    heads: int = Field(default=4, ge=1)
+    mlp: int = Field(default=1024, ge=16)
+    text_layers: int = Field(default=1, ge=0)
+    """Layers of the text encoder, computed once per instruction."""
+    text_vocab: int = Field(default=512, ge=300)
+
+    @model_validator(mode="after")
+    def _check(self) -> StudentConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
+        if self.tower in ("conv", "patch") and self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch {self.patch}")
+        if any(c % groups for c, groups in zip(self.channels, (4, 4, 8), strict=True)):
+            raise ValueError(f"channels {self.channels} must be multiples of 4, 4 and 8 (group normalisation)")
+        return self
+
+
 def _kind(value: Any) -> str:
     return value.get("kind", "nano") if isinstance(value, dict) else getattr(value, "kind", "nano")
 
 
 BackboneConfig = Annotated[
-    Annotated[NanoConfig, Tag("nano")] | Annotated[HFConfig, Tag("hf")] | Annotated[PrismaticConfig, Tag("prismatic")],
+    Annotated[NanoConfig, Tag("nano")] | Annotated[HFConfig, Tag("hf")] | Annotated[PrismaticConfig, Tag("prismatic")]
+    | Annotated[StudentConfig, Tag("student")],
     Discriminator(_kind),
 ]
 """Which one is said by `kind`; nano when it is not said."""

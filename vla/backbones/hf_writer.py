@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from transformers import AutoProcessor
 
 from vla.backbones.config import HFConfig
-from vla.backbones.images import ImagePreparation
 from vla.backbones.protocol import Ids, Sizes
 from vla.errors import CheckpointError
+from vla.images import ImagePreparation
 
 
 def open_processor(path: str, revision: str | None = None) -> Any:

@@ -160,12 +160,12 @@ class Keypoints(nn.Module):
         # Sub-pixel positions are the reason for this token: bf16 would round them to a sixteenth of the picture's half.
         with torch.autocast(mid.device.type, enabled=False):
             weights = scores.float().softmax(-1)  # (I, K, h*w)
-            places = weights @ _coordinates(h, w, mid.device).flatten(1).T  # (I, K, 2)
+            places = weights @ coordinates(h, w, mid.device).flatten(1).T  # (I, K, 2)
             values = (weights * features.float()).sum(-1)
         return self.out(torch.cat([places.flatten(1), values], dim=-1).to(sentence.dtype))
 
 
-def _coordinates(h: int, w: int, device: torch.device) -> Tensor:
+def coordinates(h: int, w: int, device: torch.device) -> Tensor:
     """(2, h, w): x to the right and y downward, both in [-1, 1]."""
     y, x = torch.meshgrid(
         torch.linspace(-1, 1, h, device=device), torch.linspace(-1, 1, w, device=device), indexing="ij"
@@ -243,7 +243,7 @@ class NanoVLM(PreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             at_image = input_ids == config.special_id("image")
             pixels = pixel_values.to(embeddings.dtype) * (2.0 / 255.0) - 1.0
-            grid = _coordinates(pixels.shape[-2], pixels.shape[-1], pixels.device).to(pixels.dtype)
+            grid = coordinates(pixels.shape[-2], pixels.shape[-1], pixels.device).to(pixels.dtype)
             mid, patches = self.tower(torch.cat([pixels, grid.expand(len(pixels), -1, -1, -1)], dim=1))
             slots = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device) if slots is None else slots
             camera = F.one_hot(slots, config.max_cameras).to(self.camera_positions.dtype) @ self.camera_positions
@@ -352,13 +352,18 @@ class NanoVLM(PreTrainedModel):
         """A new robot starts as the average of those known, and a little of its own."""
         table = self.robots
         assert table is not None
-        rows = nn.Embedding(table.num_embeddings + count, table.embedding_dim)
-        with torch.no_grad():
-            rows.weight[: table.num_embeddings] = table.weight
-            noise = torch.randn(count, table.embedding_dim) * table.weight.std().item() * 0.1
-            rows.weight[table.num_embeddings :] = table.weight.mean(0) + noise
-        self.robots = rows
-        self.config.num_robots = rows.num_embeddings
+        self.robots = more_rows(table, count)
+        self.config.num_robots = self.robots.num_embeddings
+
+
+def more_rows(table: nn.Embedding, count: int) -> nn.Embedding:
+    """`table` with `count` further rows: the mean of those there are, and a little noise."""
+    rows = nn.Embedding(table.num_embeddings + count, table.embedding_dim)
+    with torch.no_grad():
+        rows.weight[: table.num_embeddings] = table.weight
+        noise = torch.randn(count, table.embedding_dim) * table.weight.std().item() * 0.1
+        rows.weight[table.num_embeddings :] = table.weight.mean(0) + noise
+    return rows
 
 
 AutoConfig.register(NanoVLMConfig.model_type, NanoVLMConfig, exist_ok=True)

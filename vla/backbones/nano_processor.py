@@ -20,10 +20,10 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vla.backbones.config import NanoConfig
-from vla.backbones.images import ImagePreparation, prepare_image
 from vla.backbones.nano import NanoVLM, NanoVLMConfig
 from vla.backbones.protocol import Sizes
 from vla.errors import CheckpointError
+from vla.images import ImagePreparation, prepare_image
 
 
 def build_tokenizer(corpus: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from vla.backbones.images import ImagePreparation
 from vla.backbones.prismatic_model import PrismaticModelConfig
 from vla.errors import CheckpointError
+from vla.images import ImagePreparation
 from vla.prompt import ANSWER_PROMPTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model")

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vla.backbones.images import ImagePreparation
+from vla.images import ImagePreparation
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Sizes:
     soft_tokens: int
     state_token: bool  # the state is a token of the prefix
     end_token: bool  # so is the end query
+    chunk: int = 1  # H
     corpus: tuple[str, ...] = ()  # sentences, for a tokenizer learned from them
 
 

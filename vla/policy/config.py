@@ -84,4 +84,6 @@ class PolicyConfig(Config):
             raise ValueError("head: l1 needs decoding: parallel; numbers cannot be fed back as symbols")
         if self.head == "l1" and self.codec.kind != "bins":
             raise ValueError("head: l1 says no symbols: leave codec out")
+        if self.backbone.kind == "student" and (self.decoding != "parallel" or self.codec.kind != "bins"):
+            raise ValueError("a student says a chunk's bins at once: decoding: parallel and codec.kind: bins")
         return self

@@ -155,7 +155,7 @@ class VLAPolicy(nn.Module):
     @property
     def _has_idle_parts(self) -> bool:
         """Whether weights may lie outside what a batch uses: foreign models bring pooling heads and last blocks nobody reads."""
-        return self.config.backbone.kind != "nano" or self.config.state == "none" or self.l1_head is not None
+        return self.config.backbone.kind not in ("nano", "student") or self.config.state == "none" or self.l1_head is not None
 
     def _entropies(self, logits: Tensor, batch: Batch) -> Tensor:
         """(B, N, K) -> (B, N): against the true symbol, or a Gaussian over the bins around the true action."""

@@ -26,7 +26,8 @@ def sizes_of(
     """What the backbone of such a policy must hold. Raises `UsageError` when a robot does not fit."""
     A = room_for("action", config.action_dim, embodiments)
     return Sizes(
-        symbols=codec.size, slots=codec.slots(config.chunk, A, [spec.action_dim for spec in embodiments.values()]),
+        symbols=codec.size, chunk=config.chunk,
+        slots=codec.slots(config.chunk, A, [spec.action_dim for spec in embodiments.values()]),
         state=room_for("state", config.state_dim, embodiments),
         robots=len(embodiments), soft_tokens=config.soft_tokens, state_token=config.state == "token",
         end_token=config.end_weight > 0, corpus=tuple(corpus),
