@@ -53,6 +53,18 @@ class Example:
     labels: np.ndarray  # (T,) int64: the id to be said after each position of the prefix, -100 where nothing is to be learned
     causal: np.ndarray  # (T,) bool: positions only later ones may read (an answer, said word by word)
     n: int = -1
+    taught: Taught | None = None
+    """What a teacher says here, when the policy is distilled from one."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher's opinion of one window, on the student's positions (`vla/distill/`)."""
+
+    likely: np.ndarray  # (N, k) int64: its k likeliest symbols; k is 0 where only its actions are known
+    p: np.ndarray  # (N, k) float32: their probabilities, 0 where the teacher has no say
+    mean: np.ndarray  # (N,) float32 in [-1, 1]: its expected action
+    features: np.ndarray  # (e,) float32: of the instruction, and of the pictures behind it; e is 0 where none are matched
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,10 @@ class Batch:
     labels: Tensor  # (B, T) int64, -100 at padding
     causal: Tensor  # (B, T) bool
     n: Tensor  # (B,) int64 stream positions
+    likely: Tensor  # (B, N, k) int64: a teacher's likeliest symbols; k is 0 without a teacher
+    p: Tensor  # (B, N, k) float32
+    mean: Tensor  # (B, N) float32; (B, 0) without a teacher
+    features: Tensor  # (B, e) float32
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
@@ -116,7 +132,25 @@ def collate(examples: list[Example], pad_id: int, narrow: bool = False) -> Batch
         labels=torch.from_numpy(labels), causal=torch.from_numpy(causal),
         **{name: stack(name) for name in ("robot", "dims", "state", "end", "end_valid")},
         **{name: cut(name) for name in ("unit", "valid", "symbols", "said", "hidden")},
+        **_taught(examples, width),
     )  # fmt: skip
+
+
+def _taught(examples: list[Example], width: int) -> dict[str, Tensor]:
+    """What the teacher says of each, its padded action dimensions cut to `width`."""
+    said = [e.taught for e in examples if e.taught is not None]
+    B, (H, A) = len(examples), examples[0].unit.shape
+    if len(said) < B:
+        return {"likely": torch.zeros(B, 0, 0, dtype=torch.long), "p": torch.zeros(B, 0, 0), "mean": torch.zeros(B, 0),
+                "features": torch.zeros(B, 0)}  # fmt: skip
+
+    def cut(name: str) -> Tensor:
+        whole = torch.from_numpy(np.stack([getattr(t, name) for t in said]))
+        return whole if width == A else whole.view(B, H, A, -1)[:, :, :width].reshape(B, H * width, *whole.shape[2:])
+
+    return {name: cut(name) for name in ("likely", "p", "mean")} | {
+        "features": torch.from_numpy(np.stack([t.features for t in said]))
+    }
 
 
 class AugmentConfig(Config):

@@ -27,7 +27,7 @@ from vla.backbones.config import StudentConfig
 from vla.backbones.nano import SPECIALS, Keypoints, coordinates, more_rows
 from vla.backbones.nano_processor import NanoWriter, build_tokenizer
 from vla.backbones.protocol import Ids, Sizes
-from vla.backbones.student_towers import Tower, make_tower
+from vla.backbones.student_towers import LinearFrom, Tower, make_tower
 from vla.errors import CheckpointError, UsageError
 
 WORDS = 64
@@ -98,8 +98,8 @@ class Sentence(nn.Module):
         self.embed = nn.Embedding(vocab, hidden)
         self.positions = nn.Parameter(torch.zeros(WORDS, hidden))
         self.layers = nn.ModuleList(Layer(hidden, heads, 4 * hidden) for _ in range(layers))
-        self.norm, self.mix = nn.LayerNorm(hidden), nn.Linear(hidden, hidden)
-        self.mix.init_std = 0.0  # at first a sentence is its words, two of which differ loudly
+        # At first a sentence is its words, two of which differ loudly.
+        self.norm, self.mix = nn.LayerNorm(hidden), LinearFrom(hidden, hidden, 0.0)
 
     def forward(self, ids: Tensor, there: Tensor) -> Tensor:
         """`ids` (B, T) and `there` (B, T) bool: which of them are words. A row without words is the zero vector."""
@@ -184,7 +184,8 @@ class StudentNet(PreTrainedModel):
         """`pixels` (I, 3, s, s) in 0..255, `sentence` (I, d) told with each, `slots` (I,) camera numbers -> (I, P, d)."""
         sentence = F.rms_norm(sentence, sentence.shape[-1:])
         pixels = pixels.to(sentence.dtype) * (2.0 / 255.0) - 1.0
-        mid, patches = self.tower(pixels, coordinates(*pixels.shape[-2:], pixels.device).to(pixels.dtype), sentence)
+        grid = coordinates(pixels.shape[-2], pixels.shape[-1], pixels.device).to(pixels.dtype)
+        mid, patches = self.tower(pixels, grid, sentence)
         tokens = self.projector(patches) + self.patch_positions
         if self.keypoints is not None:
             tokens = torch.cat([tokens, self.keypoints(mid, sentence)[:, None]], dim=1)
@@ -225,7 +226,8 @@ class StudentNet(PreTrainedModel):
         self, input_ids: Tensor, images: Tensor | None = None, states: Tensor | None = None, *, slots: Tensor | None = None,
         robots: Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """`last_hidden_state` (B, T', d): zero but for the end query's place and the action positions."""
+        """`last_hidden_state` (B, T', d): zero but for the end query's place and the action positions; `sentence` and `seen`
+        (B, d) are what a teacher's features are compared with."""
         config, N = self.config, self.config.num_slots
         if images is None or not len(images):
             raise UsageError("a student", found="no picture", expected="at least one a sample",
@@ -239,7 +241,8 @@ class StudentNet(PreTrainedModel):
         said, end = self.act(seen, there, sentence, states, robots)
         before = input_ids.shape[1] - N - (end is not None)
         filled = [said.new_zeros(len(said), before, said.shape[-1]), *([] if end is None else [end[:, None]]), said]
-        return SimpleNamespace(last_hidden_state=torch.cat(filled, dim=1))
+        whole = torch.cat(filled, dim=1)
+        return SimpleNamespace(last_hidden_state=whole, sentence=sentence, seen=seen.mean(1))
 
     def _arrange(self, tokens: Tensor, row: Tensor, at_image: Tensor) -> tuple[Tensor, Tensor | None]:
         """(I, P, d) of all pictures -> (B, C * P, d), C the most a row has, and which are there (None: all)."""

@@ -36,6 +36,7 @@ from vla.policy.choose import chooser
 from vla.policy.config import Decode, PolicyConfig
 from vla.policy.decoding import decode_parallel, decode_steps
 from vla.policy.heads import EndHead, L1Head
+from vla.policy.lesson import Lesson
 from vla.policy.protocol import Chunk, Loss, LossWeights
 from vla.policy.sizes import room_for
 from vla.prompt import PROMPTS
@@ -64,6 +65,8 @@ class VLAPolicy(nn.Module):
         """`vla.policy.adapters.Adapter` when only a part of the weights is this policy's own."""
         self.shares_base = False
         """Whether the rest of them are other policies' too (`vla/policy/sharing.py`)."""
+        self.lesson: Lesson | None = None
+        """What it learns from a teacher, while it does (`vla/distill/`); not a part of what is saved."""
         self.provenance = provenance or {}
         """Where the policy comes from: datasets, fingerprints, recorded seeds, instructions."""
         sequence = is_sequence(codec)
@@ -126,7 +129,8 @@ class VLAPolicy(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """The losses, as sums and counts (DDP wraps `forward`, so this is it)."""
-        hidden, T = self._hidden(batch), batch.ids.shape[1]
+        output, T = self._output(batch), batch.ids.shape[1]
+        hidden: Tensor = output.last_hidden_state
         acts = hidden[:, T : T + batch.symbols.shape[1]]
         valid = batch.said  # (B, N)
         if self.l1_head is not None:
@@ -134,7 +138,10 @@ class VLAPolicy(nn.Module):
             action, right = (wrong * valid).sum(), wrong < _RIGHT
         else:
             logits = self.model.symbol_logits(acts).float()  # (B, N, K)
-            action, right = (self._entropies(logits, batch) * valid).sum(), logits.argmax(-1) == batch.symbols
+            entropies, right = self._entropies(logits, batch), logits.argmax(-1) == batch.symbols
+            if self.lesson is not None:
+                entropies = self.lesson(logits, batch, entropies, self.centres, output)
+            action = (entropies * valid).sum()
         end, end_count = action.new_zeros(()), batch.end_valid.sum()
         if self.end_head is not None:
             told = self.end_head(hidden[:, T - 1]).float()  # (B, S)
@@ -185,6 +192,9 @@ class VLAPolicy(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states (B, T + M, d) of prefix and action positions; symbols are read at the first N of those."""
+        return self._output(batch).last_hidden_state
+
+    def _output(self, batch: Batch) -> Any:
         B, N = batch.symbols.shape
         ids = self.writer.ids
         if self.config.decoding == "parallel":
@@ -194,12 +204,10 @@ class VLAPolicy(nn.Module):
             history = ids.of_symbols(batch.symbols[:, :-1]).masked_fill(batch.hidden[:, :-1], ids.act)
             tail = torch.cat([start, history], dim=1)
         mask, positions = self.attention(batch, tail.shape[1])
-        hidden = self.model.hidden(
+        return self.model.hidden(
             torch.cat([batch.ids, tail], dim=1), batch.images, batch.state, slots=batch.slots, robots=batch.robot,
             attention_mask=mask, position_ids=positions,
-        ).last_hidden_state  # fmt: skip
-        assert hidden is not None
-        return hidden
+        )  # fmt: skip
 
     def attention(self, batch: Batch, M: int) -> tuple[Tensor, Tensor]:
         """Additive mask (B, 1, T + M, T + M) and positions for a batch's prefixes and M action positions."""
@@ -354,7 +362,7 @@ class VLAPolicy(nn.Module):
         kept = {k: v for k, v in meaning.items() if k not in ("versions", "fingerprint")}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         digest.update(self.writer.state_bytes())
-        own = self.state_dict()
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("lesson.")}
         if self.adapter is not None:  # the rest is the base's, and its fingerprint is in the meaning
             own = {name: own[name] for name in self.adapter.trained}
         for name, tensor in sorted(own.items()):
