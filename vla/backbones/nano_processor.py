@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from vla.backbones.config import NanoConfig
 from vla.backbones.nano import NanoVLM, NanoVLMConfig
-from vla.backbones.protocol import Sizes
+from vla.backbones.protocol import Ids, Sizes
 from vla.errors import CheckpointError
 from vla.images import ImagePreparation, prepare_image
 
@@ -58,6 +58,22 @@ class NanoImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": stack.transpose(0, 3, 1, 2)}, tensor_type=kwargs.get("return_tensors"))
 
 
+class Lexicon(Protocol):
+    """What a sentence's writer asks of a model's config: ids laid out as `NanoVLMConfig`'s are."""
+
+    image_size: int
+    text_vocab_size: int
+    soft_tokens: int
+
+    @property
+    def image_tokens(self) -> int: ...
+
+    @property
+    def ids(self) -> Ids: ...
+
+    def special_id(self, name: str) -> int: ...
+
+
 class NanoProcessor(ProcessorMixin):
     """Images and text -> the inputs of a `NanoVLM`, image placeholders first. State and action ids are the policy's business."""
 
@@ -71,7 +87,7 @@ class NanoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
-    def of(cls, config: NanoVLMConfig, tokenizer: PreTrainedTokenizerFast) -> NanoProcessor:
+    def of(cls, config: Lexicon, tokenizer: PreTrainedTokenizerFast) -> NanoProcessor:
         """The processor that belongs to `config`."""
         return cls(NanoImageProcessor(config.image_size), tokenizer, config.special_id("image"), config.image_tokens)
 
@@ -86,9 +102,9 @@ class NanoProcessor(ProcessorMixin):
 
 
 class NanoWriter:
-    """The sentence of a `NanoVLM`: `[images][text][robot][state][end]`, and `[images][question][say]` before an answer."""
+    """The sentence of a `NanoVLM` or a `StudentNet`: `[images][text][robot][state][end]`, and `[images][question][say]` before an answer."""
 
-    def __init__(self, config: NanoVLMConfig, tokenizer: PreTrainedTokenizerFast, state: bool, end: bool) -> None:
+    def __init__(self, config: Lexicon, tokenizer: PreTrainedTokenizerFast, state: bool, end: bool) -> None:
         self.config, self.tokenizer, self.ids = config, tokenizer, config.ids
         self.image = ImagePreparation(config.image_size)
         self._tail = [self.ids.soft] * config.soft_tokens + [self.ids.state] * state + [self.ids.end] * end

@@ -97,13 +97,20 @@ class MobileTower(Tower):
         return mid, x.flatten(2).transpose(1, 2) if self.learner is None else self.learner(x)
 
 
+class LinearFrom(nn.Linear):
+    """A linear layer whose weights begin with a standard deviation of its own (`StudentNet._init_weights`)."""
+
+    def __init__(self, features_in: int, features_out: int, init_std: float) -> None:
+        super().__init__(features_in, features_out)
+        self.init_std = init_std
+
+
 class Film(nn.Module):
     """Scale and shift of each channel by the sentence; at first it changes nothing, so pretrained features survive (RT-1)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.both = nn.Linear(hidden, 2 * channels)
-        self.both.init_std = 0.0
+        self.both = LinearFrom(hidden, 2 * channels, 0.0)
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
         scale, shift = self.both(sentence)[:, :, None, None].chunk(2, dim=1)
