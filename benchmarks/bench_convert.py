@@ -137,10 +137,10 @@ _WRITER = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
+from vla.recording import EncodedEpisode, LeRobotWriter, encode_episode
 from vla.embodiment import Camera, load_embodiment
 from vla.schema import Episode
-import data_tools.lerobot as lerobot
+import vla.recording.writer as lerobot
 sys.path.insert(0, sys.argv[1])
 from bench_convert import STEPS, resident
 lerobot._COMMIT_SECONDS = 1e9  # commits are made here, and timed

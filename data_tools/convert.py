@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from data_tools.convert_pool import Job, Pool
 from data_tools.convert_report import COVERS, REPORT, Tally, begin, card_digest, fingerprint, keep, report_of, sentence
-from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
 from data_tools.lerobot_v21 import refuse_other_things
 from data_tools.sources import Source, open_source
 from data_tools.verify import verify_episodes
-from data_tools.video import VIDEO
 from data_tools.working import terminable
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, UsageError
+from vla.recording import EncodedEpisode, LeRobotWriter, encode_episode
+from vla.recording.video import VIDEO
 
 FORMATS = ("lerobot-v3.0", "lerobot-v2.1")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert_pool import fields_used
-from data_tools.lerobot import LeRobotWriter, splits
 from data_tools.sources import Source
 from vla.durable import replace_file
 from vla.errors import DataError
+from vla.recording import LeRobotWriter, splits
 
 REPORT = "meta/conversion.json"
 COVERS = "names and sizes of the files, and the first and last 64 KiB of each; not what lies between"

@@ -30,8 +30,6 @@ from tqdm import tqdm
 from data_tools.clips import cut, frames
 from data_tools.convert_pool import Job, Pool
 from data_tools.sources.lerobot import LeRobotSource
-from data_tools.stats import PixelStats, column_stats
-from data_tools.video import describe
 from vla.durable import TEMPORARY, replace_file
 from vla.embodiment import EmbodimentSpec
 from vla.episodes.cache import content_hash, default_cache
@@ -39,6 +37,8 @@ from vla.episodes.layout import Layout, read_layout
 from vla.episodes.layout_v2 import CHUNK_EPISODES, DATA_PATH, VIDEO_PATH
 from vla.episodes.rows import Rows, Span, find_frames, read_rows
 from vla.errors import UsageError
+from vla.recording.statistics import PixelStats, column_stats
+from vla.recording.video import describe
 
 VERSION = "v2.1"
 _MOMENTS = ("min", "max", "mean", "std", "count")

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.lerobot import EncodedEpisode, LeRobotWriter, encode_episode
-from data_tools.video import VIDEO
 from data_tools.working import begin_worker, one_thread_each, terminable
 from vla.embodiment import EmbodimentSpec, load_embodiment
 from vla.errors import DataError, MachineError, UsageError
+from vla.recording import EncodedEpisode, LeRobotWriter, encode_episode
+from vla.recording.video import VIDEO
 from vla.schema import Episode
 from vla.sims import SUITES, expand_tasks, find_suite, make_sim
 

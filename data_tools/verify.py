@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.committed import DATA_PATH, VIDEO_PATH, locate
 from data_tools.convert_pool import Job, Pool
-from data_tools.video import decode
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError
+from vla.recording.committed import DATA_PATH, VIDEO_PATH, locate
+from vla.recording.video import decode
 from vla.schema import Episode
 
 PSNR_LIMIT = {"rgb": 30.0, "yuv420p": 22.0}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.lerobot import LeRobotWriter
 from vla.embodiment import Camera, EmbodimentSpec, load_embodiment
 from vla.episodes import EpisodeStore
+from vla.recording import LeRobotWriter
 from vla.schema import Episode
 
 SIZE = 32

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.lerobot import LeRobotWriter
 from vla.embodiment import Camera, Channel, EmbodimentSpec
+from vla.recording import LeRobotWriter
 from vla.rotation import compose, continuous, convert
 from vla.schema import Episode
 

@@ -12,12 +12,12 @@ from huggingface_hub import DatasetCard, ModelCard
 from small_datasets import make_episode, small_spec, write_dataset
 from small_policies import small_policy, write_evaluation, write_policy, write_small_adapter
 
-from data_tools.lerobot import LeRobotWriter
 from vla.cards import dataset_card, failures, measure_latency, policy_card, read_evaluations
 from vla.cli import main
 from vla.config import validate
 from vla.episodes import EpisodeStore
 from vla.policy import VLAPolicy, load_policy
+from vla.recording import LeRobotWriter
 from vla.train import TrainConfig, train
 
 COMMIT = "0f" * 20

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_tools.columns as columns
-from data_tools.columns import EpisodeRows, Running, from_table, to_table, weighted_stats
-from data_tools.stats import column_stats
+import vla.recording.columns as columns
+from vla.recording.columns import EpisodeRows, Running, from_table, to_table, weighted_stats
+from vla.recording.statistics import column_stats
 
 FPS = 10
 

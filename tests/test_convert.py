@@ -17,17 +17,17 @@ from small_datasets import content
 from toy_source import ToySource, write_toy
 
 import data_tools.convert as conversion
-import data_tools.lerobot as lerobot
+import vla.recording.writer as lerobot
 from data_tools.check import check
 from data_tools.convert import convert
 from data_tools.convert_pool import Job
 from data_tools.convert_report import sentence
 from data_tools.sources import RawEpisode
 from data_tools.standardise import Card, card_for
-from data_tools.video import join
 from vla.cli import main
 from vla.episodes import EpisodeStore
 from vla.errors import DataError, UsageError
+from vla.recording.video import join
 
 ROWS = "data/chunk-000/file-000.parquet"
 
@@ -281,7 +281,7 @@ _CONVERT = """
 import sys
 sys.path[:0] = {paths!r}
 import data_tools.convert as conversion
-import data_tools.lerobot as lerobot
+import vla.recording.writer as lerobot
 from toy_source import ToySource
 lerobot._COMMIT_SECONDS, lerobot._COMMIT_SHARE = 0.05, 0.5
 conversion.open_source = lambda path, kind=None: ToySource(path, delay=0.15)
@@ -377,7 +377,7 @@ _FULL = """
 import resource, sys
 sys.path[:0] = {paths!r}
 import data_tools.convert as conversion
-import data_tools.lerobot as lerobot
+import vla.recording.writer as lerobot
 from toy_source import ToySource
 from vla.cli import main
 lerobot._COMMIT_SECONDS, lerobot._COMMIT_SHARE = 0.0, 0.0  # commit after every episode

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_datasets import content, make_episode, small_spec, write_dataset
 
-import data_tools.lerobot as lerobot
-from data_tools.lerobot import LeRobotWriter
-from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
-from data_tools.video import VIDEO, encode, join
+import vla.recording.writer as lerobot
 from vla.durable import temporary_name
 from vla.episodes import EpisodeStore
 from vla.errors import DataError, UsageError
 from vla.normalize import QUANTILES
+from vla.recording import LeRobotWriter
+from vla.recording.statistics import PixelStats, column_stats, constant_stats, ramp_stats
+from vla.recording.video import VIDEO, encode, join
 
 
 def test_what_was_written_is_read_back_exactly(tmp_path: Path):

@@ -20,7 +20,6 @@ from small_datasets import content, make_episode, small_spec, write_dataset
 import data_tools.lerobot_v21 as writer
 from data_tools.clips import cut
 from data_tools.convert_v21 import to_v21
-from data_tools.lerobot import LeRobotWriter
 from data_tools.lerobot_v21 import modality, write_v21
 from data_tools.sources import open_source
 from data_tools.sources.lerobot import LeRobotSource
@@ -30,6 +29,7 @@ from vla.episodes import EpisodeStore
 from vla.episodes.layout import read_layout
 from vla.episodes.rows import find_frames, read_rows
 from vla.errors import DataError, UsageError
+from vla.recording import LeRobotWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "lerobot_v21"
 DATA, VIDEO = "data/chunk-000/episode_000001.parquet", "videos/chunk-000/observation.images.wrist/episode_000001.mp4"

@@ -100,7 +100,7 @@ def test_running_it_again_continues_extends_and_never_repeats(tmp_path: Path):
 _RECORD = """
 import sys
 sys.path[:0] = {paths!r}
-import data_tools.lerobot as lerobot
+import vla.recording.writer as lerobot
 lerobot._COMMIT_SECONDS, lerobot._COMMIT_SHARE = 0.05, 0.5
 from data_tools.record import record
 from small_datasets import slow_toy

@@ -12,7 +12,6 @@ import torch
 import yaml
 from PIL import Image
 
-from data_tools.lerobot import LeRobotWriter
 from vla.answers import Answers
 from vla.config import load_config
 from vla.embodiment import Camera, Channel, EmbodimentSpec, load_embodiment
@@ -21,6 +20,7 @@ from vla.errors import DataError, UsageError
 from vla.mixture import BLOCK, SHARDS_AT_ONCE, DatasetConfig, Mixture, MixtureConfig, all_datasets, open_mixture
 from vla.policy import PolicyConfig, build_policy, load_policy
 from vla.preview import preview
+from vla.recording import LeRobotWriter
 from vla.schema import Episode
 from vla.train import TrainConfig, train
 

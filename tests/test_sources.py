@@ -13,10 +13,10 @@ import pytest
 from planted import DATA, EPISODES, VIDEO, edit_json
 from small_datasets import make_episode, small_spec, write_dataset
 
-from data_tools.lerobot import LeRobotWriter
 from data_tools.sources import open_source
 from vla.cli import main
 from vla.errors import DataError
+from vla.recording import LeRobotWriter
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -21,13 +21,13 @@ from small_datasets import make_episode, small_spec
 
 import vla.episodes.fetched as fetched
 import vla.episodes.streaming as streaming
-from data_tools.lerobot import LeRobotWriter
 from data_tools.lerobot_v21 import write_v21
 from vla.episodes import EpisodeStore
 from vla.episodes.hub import resolve
 from vla.episodes.streaming import StreamingStore
 from vla.errors import DataError, MachineError, UsageError
 from vla.mixture import Mixture
+from vla.recording import LeRobotWriter
 from vla.schema import Window
 
 REPO = "someone/toy"

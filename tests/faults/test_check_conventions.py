@@ -13,9 +13,9 @@ from planted import DATA, Fault, edit_table, judge
 from sound_dataset import DOWN, TILTED, channel, sound_spec, write_sound
 
 from data_tools.check import check
-from data_tools.stats import column_stats
 from vla.embodiment import Channel, EmbodimentSpec
 from vla.episodes import EpisodeStore
+from vla.recording.statistics import column_stats
 from vla.rotation import convert
 from vla.schema import Episode
 

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_datasets import content, make_episode, small_spec, write_dataset
 
-from data_tools.lerobot import LeRobotWriter
 from data_tools.record import record
 from vla.embodiment import Channel, load_embodiment
 from vla.episodes import EpisodeStore
 from vla.errors import DataError, MachineError, VLAError
+from vla.recording import LeRobotWriter
 
 DATA, META, VIDEO = (
     "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet",
@@ -282,7 +282,7 @@ import json, resource, sys
 sys.path[:0] = {paths!r}
 from small_datasets import ToySim
 from data_tools.record import record
-import data_tools.lerobot as lerobot
+import vla.recording.writer as lerobot
 from vla.errors import MachineError
 lerobot._COMMIT_SECONDS, lerobot._COMMIT_SHARE = 0.0, 0.0  # commit after every episode
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ and `info.json`, which says how many episodes count, goes last. So at any moment
 reader that believes `info.json` sees the last commit; what lies behind it is cut off by the next one.
 
 Memory and the time of a commit do not grow with the dataset: files that are full are closed for good, and of what was
-committed only the rows of the open data file, running statistics (`data_tools/columns.py`) and one line per episode
+committed only the rows of the open data file, running statistics (`columns.py`) and one line per episode
 (`meta/recording.json`, under 1 KB) are held.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.columns import EpisodeRows, Running, timestamps, to_table
-from data_tools.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, Committed, locate, read_committed, sweep
-from data_tools.stats import PixelStats, column_stats, constant_stats, ramp_stats
-from data_tools.video import VIDEO, describe, encode, join, joinable
 from vla.durable import disk_full, is_disk_full, replace_file
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, MachineError, UsageError
+from vla.recording.columns import EpisodeRows, Running, to_table
+from vla.recording.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, Committed, locate, read_committed, sweep
+from vla.recording.encoded import EncodedEpisode, encode_episode, image_key
+from vla.recording.statistics import PixelStats, constant_stats, ramp_stats
+from vla.recording.video import VIDEO, describe, join, joinable
 from vla.schema import Episode
 
 VERSION = "v3.0"
@@ -46,54 +45,6 @@ _DEFAULTS = {"next.done": "bool", "next.success": "bool", "timestamp": "float32"
 _EPISODES_PER_META_FILE = 2000
 _COMMIT_SECONDS, _COMMIT_SHARE, _COMMIT_BYTES = 10.0, 20.0, 64 << 20
 _GROUP_ROWS = 1 << 16
-
-
-@dataclass
-class EncodedEpisode:
-    """An episode ready to be appended: clips, columns and statistics. Small enough to travel between processes."""
-
-    clips: dict[str, bytes]  # camera -> MP4
-    state: np.ndarray  # (T, S) float32
-    action: np.ndarray  # (T, A) float32
-    instruction: str
-    success: bool
-    task: str
-    seed: int | None
-    pixels: dict[str, np.ndarray]  # camera -> (3, 256) histogram
-    stats: dict[str, dict] = field(default_factory=dict)  # feature -> statistics
-    digests: dict[str, str] = field(default_factory=dict)  # camera -> sha256 of the frames; none unless they are kept exactly
-    source: str = ""  # key in the dataset it was converted from
-    split: str = ""  # `val`, ..., where that dataset has any
-    several: bool = False  # more instructions there than the one kept
-
-    def __len__(self) -> int:
-        return len(self.action)
-
-
-def encode_episode(episode: Episode, fps: int, video: str = "lossless") -> EncodedEpisode:
-    """Encode, count and measure one episode. Raises `DataError` on NaN, a wrong shape or an empty episode."""
-    episode.validate(f"episode of {episode.task or episode.instruction!r}, seed {episode.seed}")
-    T = len(episode)
-    pixels = {camera: PixelStats.of(frames) for camera, frames in episode.images.items()}
-    last = np.arange(T) == T - 1
-    exact = episode.images if video == "lossless" else {}
-    stats = {image_key(camera): counted.to_json() for camera, counted in pixels.items()}
-    stats |= {"action": column_stats(episode.action), "next.done": column_stats(last),
-              "next.success": column_stats(last & episode.success),
-              "timestamp": column_stats(timestamps(T, fps)), "frame_index": column_stats(np.arange(T))}  # fmt: skip
-    if episode.state.shape[1]:
-        stats["observation.state"] = column_stats(episode.state)
-    return EncodedEpisode(
-        {camera: encode(frames, fps, video) for camera, frames in episode.images.items()},
-        episode.state, episode.action, episode.instruction, episode.success, episode.task, episode.seed,
-        {camera: counted.histogram for camera, counted in pixels.items()}, stats,
-        {camera: hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest() for camera, frames in exact.items()},
-    )  # fmt: skip
-
-
-def image_key(camera: str) -> str:
-    """`front` -> `observation.images.front`."""
-    return f"observation.images.{camera}"
 
 
 class LeRobotWriter:

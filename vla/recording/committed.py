@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.columns import EpisodeRows, Running, from_table
-from data_tools.stats import PixelStats
 from vla.durable import TEMPORARY
 from vla.embodiment import EmbodimentSpec, explain
 from vla.errors import DataError, UsageError
+from vla.recording.columns import EpisodeRows, Running, from_table
+from vla.recording.statistics import PixelStats
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
