@@ -41,11 +41,14 @@ class _Stream(Dataset):
 class _Examples:
     """Stream position -> Example: the policy's encoder without the policy, for workers."""
 
-    def __init__(self, mixture: Mixture, policy: VLAPolicy, seed: int) -> None:
+    def __init__(self, mixture: Mixture, policy: VLAPolicy, seed: int, targets: Any = None) -> None:
         self.mixture, self.encoder, self.augment, self.seed = mixture, policy.encoder, policy.config.augment, seed
+        self.targets = targets
 
     def __call__(self, n: int) -> Example:
-        return self.encoder.window(self.mixture.window(n), self.augment, self.seed)
+        window = self.mixture.window(n)
+        example = self.encoder.window(window, self.augment, self.seed)
+        return example if self.targets is None else self.targets.add(example, window, self.mixture.locate(n))
 
 
 class _Positions(Sampler[list[int]]):
@@ -119,14 +122,17 @@ class Batches:
 
 def make_loader(
     mixture: Mixture, policy: VLAPolicy, *, seed: int, batch: int, steps: int, first_step: int = 0, rank: int = 0,
-    world: int = 1, workers: int = 0, start: str | None = None,
+    world: int = 1, workers: int = 0, start: str | None = None, targets: Any = None,
 ) -> Loader:  # fmt: skip
-    """Batches of `rank` for steps [first_step, steps); the same whatever the number of workers."""
+    """Batches of `rank` for steps [first_step, steps); the same whatever the number of workers.
+
+    `targets` (`vla.distill.targets.Targets`) adds what a teacher says of each window.
+    """
     encoder = policy.encoder
     cameras = max(len(spec.cameras) for spec in encoder.embodiments.values())
     pictures = cameras * encoder.writer.image.size**2 * 3
     return Loader(
-        _Examples(mixture, policy, seed), _Batch(encoder.writer.ids.pad, policy.narrows),
+        _Examples(mixture, policy, seed, targets), _Batch(encoder.writer.ids.pad, policy.narrows),
         _Positions(batch, rank, world, first_step, steps), workers=workers, start=start,
         shelf=batch // world * (pictures + 2**16) + 2**16,
     )  # fmt: skip

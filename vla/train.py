@@ -16,11 +16,12 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from vla.errors import DivergedError, MachineError, Preempted, UsageError, VLAEr
 from vla.fetch import fetch_model, fetch_policy, origin
 from vla.launch import StopSignal, add_arguments, answer_launcher, die_with_launcher, introduce
 from vla.loader import make_loader, split_batch
-from vla.mixture import MixtureConfig, open_mixture
+from vla.mixture import Mixture, MixtureConfig, open_mixture
 from vla.open_loop import describe, evaluate_open_loop
 from vla.policy import AdapterConfig, PolicyConfig, VLAPolicy, build_policy, extend_policy, load_policy, read_policy, save_policy
 from vla.policy.adapters import adapt
@@ -122,7 +123,7 @@ class TrainConfig(Config):
             raise ValueError("policy: and start: exclude each other; a policy that is started from brings its own settings")
         if self.adapter and (self.freeze or (self.start and self.start.train != "all")):
             raise ValueError("adapter: already freezes everything else; leave out freeze: and start.train")
-        if self.adapter and not self.start and self.policy.backbone.kind == "nano":
+        if self.adapter and not self.start and not hasattr(self.policy.backbone, "path"):
             raise ValueError("adapter: needs something that was trained before: start: {policy: ...} or a pretrained backbone")
         if self.run.processes != "auto" and (self.run.processes < 1 or self.optim.batch % self.run.processes):
             raise ValueError(f"optim.batch {self.optim.batch} must be a multiple of run.processes {self.run.processes}")
@@ -145,7 +146,22 @@ _RESUMABLE = ("run.out", "run.log_every", "run.eval_every", "run.eval_windows", 
 """Keys that do not change what is learned, so a resumed run may change them."""
 
 
-def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ...] = ()) -> Path:
+class Teaching(Protocol):
+    """What distillation adds to a training run (`vla/distill/`)."""
+
+    def build(self, config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
+        """The fresh student."""
+        ...
+
+    def begin(self, policy: VLAPolicy, mixture: Mixture, accelerator: Accelerator) -> Any:
+        """Called on every process with the student that is going to learn: give it its lesson, have the teacher asked, and
+        return the targets `vla.loader.make_loader` adds to each window."""
+        ...
+
+
+def train(
+    config: TrainConfig, resume: bool = False, allow_change: tuple[str, ...] = (), teaching: Teaching | None = None
+) -> Path:  # fmt: skip
     """Run to the end and return the run folder. See the module docstring; raises `VLAError`s."""
     # The timeout covers the slowest thing one process does alone: decoding a large dataset into the cache, once.
     state = PartialState(cpu=not torch.cuda.is_available(), **_timeout(hours=12))
@@ -161,7 +177,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
     if config.run.threads and not torch.cuda.is_available():
         torch.set_num_threads(config.run.threads)
     stop = StopSignal()  # from here on a signal means: save at the next step, and go
-    accelerator = Accelerator(mixed_precision=_precision(config.run.precision), cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=precision_of(config.run.precision), cpu=not torch.cuda.is_available())
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UsageError("accelerate", found=str(accelerator.distributed_type), expected="plain data parallelism",
                          fix="launch without FSDP or DeepSpeed; saving sharded state is not built yet")  # fmt: skip
@@ -186,8 +202,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
             base = load_policy(folder, "cpu")
             start = {"kind": "policy", **origin(config.start.policy, folder), "fingerprint": base.fingerprint}
             start |= {"start": earlier} if (earlier := base.provenance.get("start")) else {}
-        elif config.policy.backbone.kind != "nano":
-            path = config.policy.backbone.path
+        elif path := getattr(config.policy.backbone, "path", None):
             start = {"kind": "model", **origin(path, fetch_model(path))}
         wanted = base.config if base else config.policy
         opened = open_mixture(config.mixture, wanted.chunk, config.run.seed, progress=main, seconds=wanted.chunk_seconds)
@@ -220,6 +235,8 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         policy = base.train()
     elif base:
         policy = extend_policy(base, mixture).train()
+    elif teaching:
+        policy = teaching.build(_pinned(config.policy, start), mixture).train()
     else:
         policy = build_policy(_pinned(config.policy, start), mixture).train()
     if config.start and config.start.train == "robots":
@@ -229,6 +246,13 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
         if config.adapter:
             policy = adapt(policy, config.adapter, _base(start)).train()
     _freeze(policy, config.freeze)
+    targets, problem = None, None
+    if teaching:
+        try:
+            targets = teaching.begin(policy, mixture, accelerator)
+        except VLAError as error:
+            problem = error
+        together(problem)
     names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     tables = {id(p) for m in policy.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     decayed = [p for p in names if p.ndim >= 2 and id(p) not in tables and not names[p].endswith("_positions")]
@@ -279,7 +303,7 @@ def train(config: TrainConfig, resume: bool = False, allow_change: tuple[str, ..
 
     loader = make_loader(
         mixture, policy, seed=config.run.seed, batch=config.optim.batch, steps=config.run.steps, first_step=step, rank=rank,
-        world=world, workers=config.run.workers,
+        world=world, workers=config.run.workers, targets=targets,
     )  # fmt: skip
     batches = iter(loader)
     calm = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no animation
@@ -437,7 +461,8 @@ def _freeze_but_robots(policy: VLAPolicy) -> None:
         parameter.requires_grad_(name == "model.robots.weight")
 
 
-def _precision(wanted: str) -> str:
+def precision_of(wanted: str) -> str:
+    """`wanted`, or what this device computes in."""
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():
@@ -478,15 +503,25 @@ def main(argv: list[str] | None = None) -> int:
         prog="accelerate launch -m vla.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: accelerate launch -m vla.train configs/smoke/train.yaml run.steps=50",
     )  # fmt: skip
+    return run_main(parser, TrainConfig, train, argv)
+
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def run_main(
+    parser: argparse.ArgumentParser, kind: type[C], work: Callable[[C, bool, tuple[str, ...]], Path], argv: list[str] | None
+) -> int:  # fmt: skip
+    """One process of a training command: its config read, `work` done, the launcher answered, the report written."""
     add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     die_with_launcher()
     introduce(int(os.environ.get("RANK", "0")))
     code, root = 0, None
     try:
-        config = load_config(args.config, args.overrides, TrainConfig)
+        config = load_config(args.config, args.overrides, kind)
         root = Path(config.run.out)
-        train(config, args.resume, tuple(args.allow_change))
+        work(config, args.resume, tuple(args.allow_change))
     except _OtherRank:
         code = None
     except VLAError as error:

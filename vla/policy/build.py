@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,12 +18,16 @@ from vla.policy.sizes import check_cameras, sizes_of
 from vla.prompt import PROMPTS, act_prompt
 
 
-def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
-    """A fresh policy for the robots, sentences and statistics of `mixture`. Draws from torch's global generator.
+def build_policy(
+    config: PolicyConfig, mixture: Mixture, normalizers: Mapping[str, dict[str, Normalizer]] | None = None
+) -> VLAPolicy:  # fmt: skip
+    """A fresh policy for the robots, sentences and statistics of `mixture`, or those `normalizers` say (a teacher's). Draws from
+    torch's global generator.
 
     Raises `UsageError` when `policy.action_dim` or `policy.state_dim` leave no room for one of the robots.
     """
     embodiments = mixture.embodiments
+    _check_answers(config, mixture)
     codec = build_codec(config)
     spoken = [(key, text) for key, texts in _sentences(mixture).items() for text in texts]
     corpus = [act_prompt(text, version, key) for key, text in spoken for version in PROMPTS]
@@ -31,8 +35,9 @@ def build_policy(config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
         corpus += [text for _, question, answer in mixture.answers.pairs for text in (question, answer)]
     model, writer = build_backbone(config.backbone, sizes_of(config, embodiments, codec, corpus))
     check_cameras(embodiments, model.max_cameras)
-    normalizers = {key: normalizers_of(key, mixture, config.normalization) for key in embodiments}
-    return VLAPolicy(config, model, writer, embodiments, normalizers, codec, _provenance(mixture))
+    normalizers = normalizers or {}
+    own = {key: normalizers.get(key) or normalizers_of(key, mixture, config.normalization) for key in embodiments}
+    return VLAPolicy(config, model, writer, embodiments, own, codec, _provenance(mixture))
 
 
 def build_codec(config: PolicyConfig) -> ActionCodec:
@@ -71,6 +76,7 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     if policy.adapter is not None:
         raise UsageError("start.policy", found="an adapter", expected="a whole policy",
                          fix="merge it first: vla merge ADAPTER --out DIR")  # fmt: skip
+    _check_answers(config, mixture)
     problems = []
     for key, spec in mixture.embodiments.items():
         if key in policy.embodiments:
@@ -101,6 +107,12 @@ def extend_policy(policy: VLAPolicy, mixture: Mixture) -> VLAPolicy:
     normalizers = known | {key: theirs[key] for key in new}
     provenance = _joined(policy.provenance, _provenance(mixture))
     return VLAPolicy(config, model, policy.writer, embodiments, normalizers, policy.codec, provenance).adopt(policy)
+
+
+def _check_answers(config: PolicyConfig, mixture: Mixture) -> None:
+    if config.backbone.kind == "student" and mixture.answers is not None:
+        raise UsageError("mixture.answers", found=f"{len(mixture.answers)} questions for a student", expected="none: a student "
+                         "says actions and no words", fix="leave mixture.answers out, or teach another backbone")  # fmt: skip
 
 
 def _sentences(mixture: Mixture) -> dict[str, list[str]]:

@@ -56,7 +56,7 @@ class Lesson(nn.Module):
             if config.soft:
                 total = total + config.soft * self._soft(logits, batch)
         if config.expectation:
-            expected = logits.softmax(-1) @ centres
+            expected = (logits.softmax(-1) * centres).sum(-1)  # no matrix product: autocast would round it
             total = total + config.expectation * (expected - batch.mean).abs() / _SCALE
         if self.maps is not None and batch.features.shape[1]:
             total = total + self._features(batch, output)[:, None]

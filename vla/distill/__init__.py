@@ -1,0 +1,134 @@
+"""Distil a teacher into a student: `vla.train`'s loop with one more opinion on every window.
+
+    accelerate launch -m vla.distill CONFIG [a.b=c ...] [--resume]
+
+The student shares the teacher's codec, statistics and chunk unless `policy:` says otherwise, so what is learned are the teacher's
+probabilities of action symbols (`vla/policy/lesson.py`). The teacher is asked once (`cache`), by all processes together; what it
+said is added to each window by the loader (`targets`). Everything else is training: the stream, exact resume, checkpoints, the
+run folder. With `rounds:` the student then acts, and is corrected where it went wrong (`rounds`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from vla.distill.cache import TeacherCache
+from vla.distill.config import DistillConfig, LessonConfig, RoundsConfig, TeacherConfig
+from vla.distill.targets import Targets
+from vla.distill.teacher import Teacher
+from vla.errors import CheckpointError
+from vla.fetch import fetch_policy
+from vla.mixture import Mixture
+from vla.policy import PolicyConfig, VLAPolicy, build_policy, load_policy
+from vla.policy.lesson import Lesson
+from vla.train import precision_of, run_main, train
+
+__all__ = ["DistillConfig", "LessonConfig", "RoundsConfig", "Teacher", "TeacherCache", "TeacherConfig", "distill"]
+
+_INHERITED = ("chunk", "chunk_seconds", "execute", "decode", "soft_sigma", "end_weight", "normalization", "prompt", "soft_tokens",
+              "state", "augment")  # fmt: skip
+
+
+def distill(config: DistillConfig, resume: bool = False, allow_change: tuple[str, ...] = ()) -> Path:
+    """Run to the end and return the run folder. Raises `VLAError`s."""
+    teaching = Distillation(config)
+    told = config.model_copy(update={"policy": teaching.student})
+    if config.rounds is None:
+        return train(told, resume, allow_change, teaching)
+    from vla.distill.rounds import play_rounds
+
+    return play_rounds(told, teaching, resume, allow_change)
+
+
+class Distillation:
+    """`vla.train.Teaching`: the student's settings, its lesson, and the teacher's answers."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        """Loads the teacher onto the CPU. Raises `VLAError`s for one that cannot be had."""
+        self.config = config
+        folders = [fetch_policy(name) for name in config.teacher.policy]
+        self.teacher = Teacher([load_policy(folder, "cpu") for folder in folders])
+        self.student = student_of(config.policy, self.teacher)
+
+    def build(self, config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
+        """The fresh student, with the teacher's statistics where the robot and the scheme are the teacher's."""
+        known = self.teacher.first
+        for robot in mixture.embodiments:
+            self.teacher.knows(robot, "mixture")
+        same = config.normalization == known.config.normalization
+        return build_policy(config, mixture, known.normalizers if same else None)
+
+    def begin(self, policy: VLAPolicy, mixture: Mixture, accelerator: Accelerator) -> Targets:
+        """See `Teaching.begin`. Raises `CheckpointError` when a resumed student was taught by another teacher."""
+        config, teacher = self.config, self.teacher
+        before = policy.provenance.get("teacher")
+        if before and before["fingerprint"] != teacher.fingerprint:
+            raise CheckpointError(
+                "teacher.policy", found=f"{', '.join(config.teacher.policy)} with fingerprint {teacher.fingerprint[:12]}...",
+                expected=f"the teacher this run began with ({before['policy']}, {before['fingerprint'][:12]}...)",
+                fix="put that teacher back, or begin another run: run.out=...")  # fmt: skip
+        policy.provenance = policy.provenance | {
+            "teacher": {"policy": ", ".join(config.teacher.policy), "fingerprint": teacher.fingerprint,
+                        "parameters": sum(p.numel() for p in teacher.first.parameters())}
+        }  # fmt: skip
+        cache, widths = self.ask(mixture, accelerator)
+        # The lesson's own maps are drawn after the student, so a student begins the same with or without a teacher.
+        policy.lesson = Lesson(config.lesson, policy.model.hidden_size, widths).to(accelerator.device)
+        return Targets(cache, teacher, policy, policy.config.soft_sigma)
+
+    def ask(self, mixture: Mixture, accelerator: Accelerator) -> tuple[TeacherCache, tuple[int, int]]:
+        """Have the teacher answer for every frame of the mixture's datasets, shared among the processes. Returns the cache and
+        the widths of the features (instruction, pictures)."""
+        config, teacher = self.config.teacher, self.teacher.to(accelerator.device)
+        precision = precision_of(config.precision)
+        autocast: Callable[[], AbstractContextManager[Any]] = partial(
+            torch.autocast, accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
+        )
+        pictures = teacher.first.model.hidden_size if self.config.lesson.features else 0
+        where = config.cache or f".cache/teacher/{teacher.fingerprint[:16]}-{config.top}-{config.batch}-{precision}-{pictures}"
+        cache = TeacherCache.open(Path(where), teacher, mixture, top=config.top, batch=config.batch, precision=precision,
+                                  pictures=pictures)  # fmt: skip
+        missing = cache.missing()
+        accelerator.wait_for_everyone()  # all have seen the same list before anybody shortens it
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        with tqdm(total=sum(cache.frames(block) for block in mine), unit="frame", desc="asking the teacher", dynamic_ncols=True,
+                  disable=not accelerator.is_main_process or not mine,
+                  mininterval=0.5 if sys.stderr.isatty() else 20.0) as bar:  # fmt: skip
+            for done in cache.ask(teacher, autocast, mine):
+                bar.update(done)
+        accelerator.wait_for_everyone()
+        words = cache.read_sentences(teacher) if pictures else 0
+        teacher.to(torch.device("cpu"))  # its memory on the device is the student's now
+        return cache, (words, pictures)
+
+
+def student_of(asked: PolicyConfig, teacher: Teacher) -> PolicyConfig:
+    """The student's settings: what was asked, and for the rest the teacher's."""
+    known, own = teacher.first.config, asked.model_fields_set
+    update: dict[str, Any] = {key: getattr(known, key) for key in _INHERITED if key not in own}
+    if "codec" not in own and known.codec.kind == "bins":
+        update["codec"] = known.codec
+    return PolicyConfig.model_validate(asked.model_dump() | {k: _plain(v) for k, v in update.items()})
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `accelerate launch -m vla.distill`."""
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch -m vla.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: accelerate launch -m vla.distill configs/distill/tabletop.yaml teacher.policy=runs/teacher",
+    )  # fmt: skip
+    return run_main(parser, DistillConfig, distill, argv)
