@@ -101,6 +101,16 @@ def rotations_of(spec: EmbodimentSpec) -> list[tuple[list[int], str]]:
     return [(dims, kind) for kind, dims in _groups(spec) if kind in _ROTATIONS.values()]
 
 
+def standstill(spec: EmbodimentSpec, last: np.ndarray) -> np.ndarray:
+    """The action (A,) float32 that holds the robot where it is after `last`: no displacement, no velocity, the rest as it was."""
+    action, at = np.array(last, np.float32), 0
+    for channel in spec.action:
+        dims = slice(at, at := at + len(channel.dims))
+        if channel.convention in _RATES:  # no turn, written as two columns of a matrix, is not zeros
+            action[dims] = (1, 0, 0, 0, 1, 0) if channel.convention == "eef_delta_rot6d" else 0.0
+    return action
+
+
 def _groups(spec: EmbodimentSpec) -> list[tuple[str, list[int]]]:
     groups, at = [], 0
     for channel in spec.action:

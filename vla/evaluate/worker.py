@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from vla.embodiment import EmbodimentSpec
 from vla.errors import VLAError
 from vla.evaluate.jobs import Job, Outcome
+from vla.resample import standstill
 
 GREY = 127
 HELD_STEPS = 8
@@ -43,6 +43,10 @@ class Live:
     watched: bool = False
     frames: list[np.ndarray] = field(default_factory=list)
     stride: int = 1
+
+    def begin(self, observation: dict[str, Any]) -> bool:
+        """Called once, with what is seen first; whether the episode is over by that."""
+        return False
 
     def advance(self, actions: np.ndarray, render: bool) -> tuple[dict[str, Any], bool]:
         """Step through `actions` (k, A); (last observation, episode over). Only the last step draws a picture.
@@ -102,7 +106,7 @@ class Host:
         if job.given:
             options["watch"] = [job.task]
         observation, _ = sim.reset(seed=job.seed, options=options)
-        live = Live(job, sim, stride=max(1, math.ceil(sim.spec.control_hz / 20)))
+        live = _kind(job)(job, sim, stride=max(1, math.ceil(sim.spec.control_hz / 20)))
         if job.record:
             live.frames.append(sim.frame(job.record))
         self.live[job.id] = live
@@ -115,7 +119,10 @@ class Host:
         for job in starts:
             live, observation = self.start(job)
             if job.controller == "policy":
-                waiting.append((job.id, 0, self.seen(live, observation)))
+                if live.begin(observation):
+                    done.append(self.finish(live))
+                else:
+                    waiting.append((job.id, live.steps, self.seen(live, observation)))
                 continue
             control = Controller(job, live.sim)
             while not live.advance(control(live.steps)[None], render=False)[1]:
@@ -151,6 +158,14 @@ class Host:
         self.idle, self.live = {}, {}
 
 
+def _kind(job: Job) -> type[Live]:
+    if job.takeover is None:
+        return Live
+    from vla.evaluate.taken_over import TakenOver  # with it come Parquet and video, which evaluation can do without
+
+    return TakenOver
+
+
 class Controller:
     """What moves the robot when no policy does: `controller(step) -> (A,)` float32."""
 
@@ -175,14 +190,6 @@ class Controller:
                     return self.job.actions[step]
                 return standstill(self.sim.spec, self.job.actions[-1])
         raise ValueError(f"controller {self.job.controller!r}")
-
-
-def standstill(spec: EmbodimentSpec, last: np.ndarray) -> np.ndarray:
-    """The action (A,) that holds the robot where it is after `last`: displacements and velocities 0, the rest as it was."""
-    action = np.array(last, np.float32)
-    for convention in ("eef_delta_position", "eef_delta_euler_xyz", "joint_delta", "joint_velocity"):
-        action[spec.dims_with("action", convention)] = 0.0
-    return action
 
 
 def encode_clip(frames: list[np.ndarray], fps: float) -> bytes:
