@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "doctor": ("vla.doctor", "add_doctor_parser", "look at the machine: versions, devices, video, renderer"),
     "data": ("vla.cli", "_add_data_parser", "record, convert, check, mix and look at datasets"),
     "train": ("vla.cli", "_add_train_parser", "fine-tune a policy (prints and runs the accelerate line)"),
+    "distill": ("vla.cli", "_add_distill_parser", "a small student from a large teacher (prints and runs the accelerate line)"),
     "eval": ("vla.evaluate.command", "add_eval_parser", "closed-loop success in a simulator, with matched controls"),
     "merge": ("vla.merge", "add_merge_parser", "fold an adapter into its base"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
@@ -94,32 +95,49 @@ def _add_data_parser(subparsers: Any) -> None:
 
 
 def _add_train_parser(subparsers: Any) -> None:
-    from vla.launch import add_arguments
-
-    parser = subparsers.add_parser(
-        "train", help=VERBS["train"][2], formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fine-tune a policy. Prints the `accelerate launch` line that does it, and runs it.",
-        epilog="examples:\n  vla train configs/smoke/train.yaml\n"
+    _add_launched(
+        subparsers, "train", "Fine-tune a policy. Prints the `accelerate launch` line that does it, and runs it.",
+        "examples:\n  vla train configs/smoke/train.yaml\n"
         "  vla train train/demo run.steps=2000 policy.decoding=autoregressive run.out=runs/ar --resume",
     )  # fmt: skip
+
+
+def _add_distill_parser(subparsers: Any) -> None:
+    _add_launched(
+        subparsers, "distill",
+        "Distil a teacher into a student. Prints the `accelerate launch` line that does it, and runs it.",
+        "examples:\n  vla distill configs/smoke/distill.yaml\n"
+        "  vla distill distill/demo teacher.policy=runs/teacher policy.backbone.layers=6 run.out=runs/student --resume",
+    )  # fmt: skip
+
+
+def _add_launched(subparsers: Any, verb: str, description: str, examples: str) -> None:
+    """A verb that is a configuration handed to `accelerate launch -m vla.VERB`."""
+    from vla.launch import add_arguments
+
+    parser = subparsers.add_parser(verb, help=VERBS[verb][2], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   description=description, epilog=examples)  # fmt: skip
     add_arguments(parser)
     parser.add_argument("--no-check", action="store_true", help="do not look for faults in the datasets first")
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_launch)
 
 
-def _train(args: argparse.Namespace) -> int:
+def _launch(args: argparse.Namespace) -> int:
     from vla.config import load_config
     from vla.launch import launch
     from vla.train import TrainConfig, processes
 
-    config = load_config(args.config, args.overrides, TrainConfig)  # complain here, before anything is launched
+    kind = TrainConfig
+    if args.verb == "distill":
+        from vla.distill import DistillConfig as kind
+    config = load_config(args.config, args.overrides, kind)  # complain here, before anything is launched
     if not args.no_check:
         _preflight(config)
-    return launch("vla.train", args, processes(config), config.run.threads)
+    return launch(f"vla.{args.verb}", args, processes(config), config.run.threads)
 
 
 def _preflight(config: Any) -> None:
-    """`vla data check --no-frames` on every local dataset of a training config: errors refuse, warnings are counted."""
+    """`vla data check --no-frames` on every local dataset of a config: errors refuse, warnings are counted."""
     from data_tools.check import check_all
     from vla.errors import DataError
     from vla.mixture import all_datasets, recorded_as

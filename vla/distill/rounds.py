@@ -1,0 +1,187 @@
+"""On-policy rounds: the student acts, is relieved where it got to, and learns from what was done there.
+
+    RUN/round-0                 a run of its own: the student from the datasets
+    RUN/round-1 ...             a run each, started from the one before, on the datasets and every round's new one
+    RUN/data/round-1 ...        what the labeller did from the states the student reached (`vla/takeover.py`)
+    RUN/rounds.json             success after each round, and why there is no further one
+    RUN/policy                  the best student so far, by success on validation scenes
+
+Each step is resumable by itself, so the whole is. DAgger (Ross et al. 2011) aggregates: nothing collected is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from vla.checkpoint import publish
+from vla.distill.config import DistillConfig, RoundsConfig
+from vla.durable import replace_file
+from vla.errors import UsageError, VLAError
+from vla.evaluate import SimulatorPool, evaluate, wilson
+from vla.evaluate.curve import CURVE_SEED
+from vla.mixture import MixtureConfig
+from vla.mixture.config import DatasetConfig
+from vla.policy import PolicyConfig, load_policy
+from vla.takeover import collect
+from vla.train import StartConfig, train
+
+if TYPE_CHECKING:
+    from vla.distill import Distillation
+
+
+def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, allow_change: tuple[str, ...]) -> Path:
+    """All rounds; returns the run folder. Raises `VLAError`s, on every process alike."""
+    rounds, root = config.rounds, Path(config.run.out)
+    assert rounds is not None
+    if config.mixture.temperature is not None or config.mixture.named:
+        raise UsageError("mixture", found="named: or temperature:", expected="datasets and weights, to which rounds add theirs",
+                         fix="list the datasets with their weights")  # fmt: skip
+    if root.exists() and any(root.iterdir()) and not resume:
+        raise UsageError(root, found="a run", expected="an empty run folder",
+                         fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
+    began, log = time.monotonic(), _Log(root, rounds)
+    with SimulatorPool() as pool:
+        for number in range(rounds.rounds + 1):
+            data = root / "data" / f"round-{number}"
+            if number and log.lacks(number, "collected"):
+                log.entry(number)["collected"] = _by_one(partial(_collect, teaching, rounds, root, number, data, pool))
+                log.write()
+            stage = _stage(config, number, root)
+            out = train(stage, resume or stage_begun(stage), allow_change, teaching)
+            if log.lacks(number, "success"):
+                log.entry(number)["success"] = _by_one(partial(_measure, rounds, out, pool))
+                log.write()
+            _say(log.line(number))
+            _by_one(partial(_keep_best, root, log))
+            if stop := log.stop(number, (time.monotonic() - began) / 60):
+                _say(f"no further round: {stop}")
+                break
+    return root
+
+
+def _stage(config: DistillConfig, number: int, root: Path) -> DistillConfig:
+    """The training of one round."""
+    rounds = config.rounds
+    assert rounds is not None
+    run = config.run.model_copy(update={"out": str(root / f"round-{number}")})
+    if number == 0:
+        return config.model_copy(update={"run": run, "rounds": None})
+    run = run.model_copy(update={"steps": rounds.steps, "save_every": min(run.save_every, rounds.steps)})
+    before = config.mixture.datasets
+    weight = sum(d.weight for d in before) * rounds.share / (1 - rounds.share) / number
+    new = [DatasetConfig(path=str(root / "data" / f"round-{n}"), weight=weight) for n in range(1, number + 1)]
+    mixture = MixtureConfig.model_validate(config.mixture.model_dump() | {"datasets": [d.model_dump() for d in [*before, *new]]})
+    lr = rounds.lr or config.optim.lr / 3
+    optim = config.optim.model_copy(update={"lr": lr, "warmup": min(config.optim.warmup, rounds.steps // 10)})
+    start = StartConfig(policy=str(root / f"round-{number - 1}"))
+    return config.model_copy(
+        update={"run": run, "rounds": None, "mixture": mixture, "optim": optim, "start": start, "policy": PolicyConfig()}
+    )
+
+
+def stage_begun(stage: DistillConfig) -> bool:
+    return (Path(stage.run.out) / "config.yaml").is_file()
+
+
+def _collect(teaching: Distillation, rounds: RoundsConfig, root: Path, number: int, out: Path, pool: SimulatorPool) -> dict:
+    """One process: what the labeller does where the student of the round before gets to."""
+    student = load_policy(root / f"round-{number - 1}")
+    labeller = teaching.teacher.first.to(student.device) if rounds.labeller == "teacher" else "expert"
+    seed = rounds.seed + (number - 1) * rounds.episodes
+    found = collect(student, rounds.suite, rounds.tasks, rounds.episodes, seed, out, labeller=labeller, pool=pool)
+    _say(f"round {number}: {found['episodes']} of {found['scenes']} takeovers kept, {found['frames']} frames")
+    return {key: found[key] for key in ("scenes", "episodes", "frames", "ends", "seconds")}
+
+
+def _measure(rounds: RoundsConfig, run: Path, pool: SimulatorPool) -> dict:
+    """One process: success on validation scenes, by task group and in all."""
+    found = evaluate(load_policy(run), rounds.suite, rounds.tasks, rounds.measure, CURVE_SEED, ("policy",), clips=0, pool=pool)
+    groups = {row["group"]: {"successes": row["successes"], "n": row["n"]} for row in found["rows"]}
+    won, n = (sum(g[key] for g in groups.values()) for key in ("successes", "n"))
+    low, high = wilson(won, n)
+    return {"successes": won, "n": n, "rate": won / n, "low": low, "high": high, "groups": groups}
+
+
+class _Log:
+    """`rounds.json`: what each round brought."""
+
+    def __init__(self, root: Path, rounds: RoundsConfig) -> None:
+        self.path, self.rounds = root / "rounds.json", rounds
+        self.entries: list[dict[str, Any]] = json.loads(self.path.read_text())["rounds"] if self.path.is_file() else []
+
+    def entry(self, number: int) -> dict[str, Any]:
+        while len(self.entries) <= number:
+            self.entries.append({"round": len(self.entries)})
+        return self.entries[number]
+
+    def lacks(self, number: int, key: str) -> bool:
+        return key not in self.entry(number)
+
+    def write(self) -> None:
+        if PartialState().is_main_process:
+            replace_file(self.path, json.dumps({"rounds": self.entries, "best": self.best()}, indent=1))
+
+    def best(self) -> int | None:
+        """The round of the most success; of equals the first."""
+        rates = [(entry["success"]["rate"], -entry["round"]) for entry in self.entries if "success" in entry]
+        return -max(rates)[1] if rates else None
+
+    def line(self, number: int) -> str:
+        found = self.entry(number)["success"]
+        parts = "  ".join(f"{name} {g['successes']}/{g['n']}" for name, g in found["groups"].items())
+        return (f"round {number}: success {found['successes']}/{found['n']} = {found['rate']:.1%} "
+                f"[{found['low']:.1%}, {found['high']:.1%}]   {parts}")  # fmt: skip
+
+    def stop(self, number: int, minutes: float) -> str:
+        """Why no round follows `number`; empty when one does."""
+        rounds, best = self.rounds, self.best()
+        if number == rounds.rounds:
+            return f"rounds.rounds {rounds.rounds}"
+        if self.entry(number)["success"]["rate"] >= rounds.until:
+            return f"success reached rounds.until {rounds.until}"
+        if best is not None and number - best >= rounds.patience:
+            return f"{rounds.patience} rounds without a better one than round {best}"
+        if rounds.minutes is not None and minutes >= rounds.minutes:
+            return f"rounds.minutes {rounds.minutes}"
+        return ""
+
+
+def _keep_best(root: Path, log: _Log) -> None:
+    source = root / f"round-{log.best()}" / "policy"
+
+    def copy(into: Path) -> None:
+        shutil.copytree(source, into)
+
+    publish(root / "policy", copy)
+
+
+def _by_one(work: Callable[[], Any]) -> Any:
+    """What `work` returns on the main process, for all; its `VLAError` is everybody's."""
+    state, answer = PartialState(), [None, None]
+    if state.is_main_process:
+        try:
+            answer[0] = work()
+        except VLAError as error:
+            if state.num_processes == 1:
+                raise
+            answer[1] = error  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if state.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        tqdm.write(text)
