@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Generator
 from pathlib import Path
 
 # Before numpy, torch or mujoco is imported anywhere. Two test processes of two threads each fight for two cores.
@@ -46,6 +48,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 no_gpu = not torch.cuda.is_available()
             if no_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, sched: object) -> None:
+    """A test that took its process along (as one that hangs does in the end) has failed; xdist would try it again and again."""
+    unit = getattr(sched, "workqueue", {}).get(crashitem.split("::")[0])
+    if unit and crashitem in unit:
+        unit[crashitem] = True
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """A training run takes over the signals that stop it and keeps them; no later test, and nothing it forks, inherits them."""
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    try:
+        return (yield)
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from children import LIMIT
 from safetensors.torch import load_file, save_file
 
 from tests.test_policy import make, mixture, observation  # noqa: F401
@@ -164,10 +165,10 @@ def test_training_an_adapter_resumes_to_the_bit(base, mixture, tmp_path):  # noq
         config = tmp_path / f"{name}.yaml"
         config.write_text(json.dumps({**values, "run": run}))
         command = [sys.executable, "-m", "vla.cli", "train", str(config), "--no-check"]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, timeout=LIMIT)
         if name == "cut":
             shutil.rmtree(out / "checkpoints/step_00000006")
-            subprocess.run([*command, "--resume"], check=True, capture_output=True)
+            subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=LIMIT)
         ends.append(load_file(out / "checkpoints/step_00000006/state.safetensors"))
         assert load_policy(out, "cpu").adapter is not None
     assert ends[0].keys() == ends[1].keys() and any("lora_B" in name for name in ends[0])

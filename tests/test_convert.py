@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import LIMIT
 from small_datasets import content
 from toy_source import ToySource, write_toy
 
@@ -303,7 +304,7 @@ def test_killed_in_the_middle_and_run_again_equals_never_killed(tmp_path: Path, 
     while process.poll() is None and (json.loads(info.read_text())["total_episodes"] if info.exists() else 0) < 1:
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.wait(60)
     stopped = json.loads(info.read_text())["total_episodes"]
     assert 0 < stopped < 22 and report(out)["complete"] is False
     assert content(out, tmp_path / "cache") == expected[:stopped]
@@ -394,7 +395,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_committed(src: Path, tmp_path: 
     monkeypatch.setattr(conversion, "open_source", lambda path, kind=None: ToySource(path, noise=True))
     run(src, tmp_path / "whole")
     limit = max(p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()) * 2 // 3
-    done = subprocess.run([sys.executable, script, src, out, str(limit)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, src, out, str(limit)], capture_output=True, text=True, timeout=LIMIT)
     kept = json.loads((out / "meta/info.json").read_text())["total_episodes"]
     assert done.returncode == 5 and f"{kept} episodes are safe" in done.stderr and 0 < kept < 9
     expected = content(tmp_path / "whole", tmp_path / "cache")

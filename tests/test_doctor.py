@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from children import LIMIT
 
 from vla import doctor
 from vla.doctor import FAIL, OK, WARN, Check
@@ -154,5 +155,5 @@ def test_the_parser_offers_help_with_an_example(capsys):
 
 def test_importing_the_doctor_imports_nothing_heavy():
     code = "import sys, vla.doctor; print({'torch', 'numpy', 'mujoco', 'av'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

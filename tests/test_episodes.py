@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import children
 from PIL import Image
 from small_datasets import SIZE, content, make_episode, small_spec, write_dataset
 
@@ -108,12 +109,8 @@ def test_a_store_works_in_forked_and_spawned_workers(root: Path, method: str):
     expected = (_digest(store), float(store.action.sum()))  # opened and used before the fork
     context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
-    workers = [context.Process(target=_child, args=(store, queue)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    assert [queue.get(timeout=60) for _ in workers] == [expected] * 2
-    for worker in workers:
-        worker.join()
+    with children(context, _child, *[(store, queue)] * 2) as workers:
+        assert [queue.get(timeout=60) for _ in workers] == [expected] * 2
 
 
 def test_pickle_carries_names_not_frames(root: Path):
@@ -300,10 +297,6 @@ def test_two_processes_that_open_at_once_decode_once(root: Path):
         cache._build = lambda *a: (queue.put(os.getpid()), build(*a))
         open_quietly(root)
 
-    workers = [context.Process(target=go) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    with children(context, go, *[()] * 3):
+        pass
     assert queue.get(timeout=5) and queue.empty()

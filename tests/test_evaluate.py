@@ -163,7 +163,7 @@ def test_a_dead_process_is_a_machine_error_and_the_pool_starts_again():
         assert row(run(FakePolicy(), pool, ("policy",), episodes=2), "policy")["n"] == 2
         for process in pool.processes:
             process.kill()
-            process.wait()
+            process.wait(60)
         with pytest.raises(MachineError, match="it ended with status -9"):
             run(FakePolicy(), pool, ("policy",), episodes=2)
         assert row(run(FakePolicy(), pool, ("policy",), episodes=2), "policy")["n"] == 2

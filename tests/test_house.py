@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from children import LIMIT
 
 PACKAGES = ("vla", "serve", "data_tools")
 
@@ -22,7 +23,7 @@ def tracked(root: Path) -> list[Path]:
     git = shutil.which("git")
     if git and (root / ".git").exists():
         done = subprocess.run([git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root,
-                              capture_output=True, text=True, check=True)
+                              capture_output=True, text=True, check=True, timeout=LIMIT)
         return [root / name for name in done.stdout.split("\0") if name and (root / name).is_file()]
     skip = {".venv", "data", "runs"}
     return [p for p in root.rglob("*") if p.is_file() and not skip & set(p.relative_to(root).parts)]
@@ -39,7 +40,7 @@ def sources(root: Path) -> list[Path]:
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
-    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True, timeout=LIMIT)
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
@@ -83,7 +84,7 @@ def copy(checkout: Path, tmp_path: Path) -> Path:
 
 def lint(root: Path) -> subprocess.CompletedProcess[str]:
     command = Path(sys.executable).parent / "lint-imports"
-    return subprocess.run([str(command), "--no-logo", "--no-cache"], cwd=root, capture_output=True, text=True)
+    return subprocess.run([str(command), "--no-logo", "--no-cache"], cwd=root, capture_output=True, text=True, timeout=LIMIT)
 
 
 def test_the_contracts_hold(copy: Path):
@@ -128,7 +129,7 @@ def test_light_modules_load_no_torch(checkout: Path):
     code = "import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module(m)\nprint('torch' in sys.modules)"
     modules = light_modules(checkout)
     assert "vla.schema" in modules and len(modules) > 8
-    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, cwd=checkout)
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, cwd=checkout, timeout=LIMIT)
     assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def test_a_forked_child_that_drops_a_batch_frees_nothing():
     batch = laid.take()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)
         del batch
         gc.collect()
         os._exit(int(shelves._taken[0, 0] != 1))

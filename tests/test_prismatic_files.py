@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import LIMIT
 from prismatic_folder import TINY, statistics, tokenizer_of, write_oft, write_tiny
 from safetensors.torch import load_file, save_file
 
@@ -178,7 +179,7 @@ def test_reading_never_holds_more_than_the_weights_and_one_tensor(tmp_path, dtyp
     stored = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
     assert stored > 180_000_000
     command = [sys.executable, "-c", READ, str(tmp_path), *([dtype] if dtype else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     grown, weights, largest = map(int, done.stdout.split())
     assert weights == pytest.approx(stored * (2 if dtype else 1), rel=0.01)

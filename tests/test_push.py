@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import LIMIT, children
 from hub_stand_in import HubStandIn, hub  # noqa: F401  the fixture
 from hub_uploads import TOKEN
 from small_datasets import write_dataset
@@ -211,7 +212,7 @@ def test_another_process_finds_it_by_the_hubs_own_variables(run: Path, tmp_path:
     code = f"from vla.policy import load_policy; print(load_policy({NAME!r}, 'cpu').fingerprint)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"),
-                                            "PYTHONPATH": str(Path(pushing.__file__).parents[1])})  # fmt: skip
+                                            "PYTHONPATH": str(Path(pushing.__file__).parents[1])}, timeout=LIMIT)  # fmt: skip
     assert done.stdout.strip() == load_policy(run, "cpu").fingerprint, done.stderr
 
 
@@ -244,7 +245,7 @@ def test_an_interrupted_push_leaves_the_last_one(run: Path, shelf: Path, tmp_pat
 
 
 def _put(staged: Path, root: Path, start: Any, results: Any) -> None:
-    start.wait()
+    start.wait(LIMIT)
     try:
         results.put(str(to_folder(staged, root, HubName(NAME, None), "model")[0]))
     except BaseException as error:
@@ -260,13 +261,9 @@ def test_several_processes_push_the_same_at_once(tmp_path: Path):
     fork = multiprocessing.get_context("fork")
     for round in range(3):
         start, results, root = fork.Event(), fork.Queue(), tmp_path / f"shelf{round}"
-        found = [fork.Process(target=_put, args=(staged, root, start, results)) for _ in range(4)]
-        for process in found:
-            process.start()
-        start.set()
-        said = {results.get(timeout=60) for _ in found}
-        for process in found:
-            process.join()
+        with children(fork, _put, *[(staged, root, start, results)] * 4) as found:
+            start.set()
+            said = {results.get(timeout=60) for _ in found}
         (folder,) = said
         assert {n.relative_to(folder).as_posix(): n.stat().st_size for n in Path(folder).rglob("*") if n.is_file()} == sizes
         assert [p.name for p in Path(folder).parent.iterdir()] == [Path(folder).name], "and nothing temporary"

@@ -7,6 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from children import LIMIT
 from torch import nn
 
 from tests.test_policy import make, mixture, observation  # noqa: F401
@@ -118,6 +119,6 @@ def test_native_code_is_not_fetched_where_the_package_for_it_is_installed(tmp_pa
     pytest.importorskip("bitsandbytes")
     (tmp_path / "kernels.py").write_text("def get_kernel(*a, **k):\n    print('FETCHED')\n    raise OSError\n")
     code = "import sys; sys.path.insert(0, sys.argv[1])\nimport vla.policy, bitsandbytes, kernels\nprint('there', kernels)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert "there" in done.stdout and "FETCHED" not in done.stdout and not done.stderr.strip()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from children import LIMIT
 
 from vla.embodiment import EmbodimentSpec
 from vla.mixture import MixtureConfig
@@ -35,7 +36,7 @@ def commands(text: str, word: str) -> list[str]:
 
 
 def vla(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vla.cli", *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "vla.cli", *words], capture_output=True, text=True, timeout=LIMIT)
 
 
 def verb(command: str) -> tuple[str, ...]:

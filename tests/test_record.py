@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import LIMIT
 from small_datasets import ToySim, content
 
 import data_tools.record as recorder
@@ -128,11 +129,11 @@ def test_killed_at_any_moment_and_run_again_equals_never_killed(tmp_path: Path, 
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
-        process.wait()
+        process.wait(60)
         stopped_at.append(committed())
         assert content(out, tmp_path / "cache") == expected[: stopped_at[-1]]
     assert [0, *stopped_at, 24] == sorted({0, *stopped_at, 24}), f"the kills came at {stopped_at}, not during a recording"
-    subprocess.run([sys.executable, script, out], check=True)
+    subprocess.run([sys.executable, script, out], check=True, timeout=LIMIT)
     assert content(out, tmp_path / "cache") == expected
     one, two = (json.loads((r / "meta/recording.json").read_text()) for r in (tmp_path / "whole", out))
     assert one == two

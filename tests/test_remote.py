@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import LIMIT
 from toy_remote import Toy
 
 from vla.errors import DataError, MachineError, UsageError
@@ -131,7 +132,7 @@ def test_the_child_ends_with_its_parent():
         "from test_remote import toy\n"
         "sim = toy(); sim.reset(seed=1); print(sim._room._child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     child = Path(f"/proc/{int(done.stdout)}")
     for _ in range(200):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import call
 from PIL import Image
 from rlds_writing import AUDIO, STEP, TEXT, example, framed, image, jpeg, record, tensor, tree, write
 
@@ -309,11 +310,14 @@ def test_descriptions_that_say_nothing_are_refused(toy: Path, file: str, content
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
+def _first_two(source) -> list:
+    return [source.read(key) for key in source.keys()[:2]]
+
+
 def test_a_source_travels_to_spawned_workers():
     source = open_source(GOLDEN)
     assert len(pickle.dumps(source)) < 20_000
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        far = pool.map(source.read, source.keys()[:2])
+    far = call(multiprocessing.get_context("spawn"), _first_two, source)
     for raw, key in zip(far, source.keys(), strict=False):
         here = source.read(key)
         assert raw.key == key and np.array_equal(raw.images["observation/image"], here.images["observation/image"])

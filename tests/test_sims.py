@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+from children import LIMIT
 from playing import fingerprint
 
 from vla.errors import DataError, UsageError
@@ -30,7 +31,7 @@ def test_same_seed_is_the_same_scene_in_another_process(table, button):
         f"print(json.dumps([fingerprint(*case) for case in {cases!r}]))"
     )
     paths = json.dumps([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run([sys.executable, "-c", code, paths], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, paths], capture_output=True, text=True, check=True, timeout=LIMIT)
     assert json.loads(done.stdout) == [fingerprint(*case) for case in cases]
     assert "Error" not in done.stderr, "renderers are closed quietly at exit"
 

@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from children import LIMIT
 from playing import fingerprint
 
 from data_tools import record as recorder
@@ -60,7 +61,7 @@ def test_same_seed_is_the_same_scene_in_another_process(suite, task, sims):
         f"print(json.dumps(fingerprint({suite!r}, {task!r}, 7)))"
     )
     paths = json.dumps([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run([sys.executable, "-c", code, paths], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, paths], capture_output=True, text=True, check=True, timeout=LIMIT)
     assert json.loads(done.stdout) == fingerprint(suite, task, 7)
     assert "Error" not in done.stderr, "renderers are closed quietly at exit"
 

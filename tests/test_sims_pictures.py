@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import LIMIT, call
 from playing import play
 
 from vla.errors import MachineError
@@ -93,7 +94,7 @@ def render_elsewhere(**environment):
     """Run check_renderer in a process with other variables."""
     code = "from vla.sims.render import check_renderer; print(check_renderer())"
     env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, timeout=LIMIT)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL")
@@ -123,5 +124,4 @@ def _draw(_: int) -> str:
 def test_a_forked_process_is_told_to_spawn(table):
     """OpenGL does not survive a fork; without the check the child dies deep inside the driver."""
     table.reset(seed=0)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert "spawn" in pool.map(_draw, [0])[0]
+    assert "spawn" in call(multiprocessing.get_context("fork"), _draw, 0)

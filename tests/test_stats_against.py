@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import LIMIT
 from faults.test_check_conventions import bare, each, redeclared, with_action, with_state  # type: ignore[import-not-found]
 from sound_dataset import sound_spec, write_sound
 
@@ -154,7 +155,8 @@ def test_the_table_names_the_worst_first(trained: Path, tmp_path: Path):
 
 def test_no_torch_is_needed(trained: Path):
     code = "import sys; from data_tools.against import fit; fit(*sys.argv[1:]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(trained.parent / "d"), str(trained)], capture_output=True, text=True)
+    words = [sys.executable, "-c", code, str(trained.parent / "d"), str(trained)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout.strip() == "False", done.stderr
 
 

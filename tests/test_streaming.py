@@ -192,7 +192,8 @@ def test_workers_share_what_they_fetch(
     store.frame("front", 0)  # a reader that the fork inherits
     context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
-    workers = [context.Process(target=_child, args=(store, seed, queue)) for seed in range(3 if method == "fork" else 1)]
+    workers = [context.Process(target=_child, args=(store, seed, queue), daemon=True)
+               for seed in range(3 if method == "fork" else 1)]  # fmt: skip
     for worker in workers:
         worker.start()
     for _ in workers:
@@ -209,7 +210,7 @@ def test_workers_that_want_more_than_there_is_room_for_still_get_their_frames(pu
     store = stream(pushed, tmp_path, max_gb=1e-9)
     context: Any = multiprocessing.get_context("fork")
     queue = context.Queue()
-    workers = [context.Process(target=_child, args=(store, seed, queue)) for seed in range(3)]
+    workers = [context.Process(target=_child, args=(store, seed, queue), daemon=True) for seed in range(3)]
     for worker in workers:
         worker.start()
     here = whole(dataset)
@@ -308,7 +309,7 @@ def test_prefetch_works_in_a_worker_begun_while_its_parent_prefetches(
     assert begun.wait(60)  # it holds a lock, which a fork inherits
     context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
-    worker = context.Process(target=_ahead_child, args=(store, queue))
+    worker = context.Process(target=_ahead_child, args=(store, queue), daemon=True)
     worker.start()
     there, total = queue.get(timeout=60)
     assert all(there) and total == int(here.frame("front", int(store.shards[1])).astype(np.int64).sum())

@@ -95,7 +95,7 @@ def test_sigkill_and_resume_give_the_uninterrupted_run_bit_for_bit(demos, straig
     process = start(tmp_path, values)
     wait_for_lines(process, tmp_path / "killed/metrics.jsonl", random.Random(workers).randint(3, 10))
     os.kill(json.loads((tmp_path / "killed/STATUS.json").read_text())["pid"], signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=90)
     code, output = launch(tmp_path, values, "--resume")
     assert code == 0, output
     assert losses(tmp_path / "killed") == losses(straight)

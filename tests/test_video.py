@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from children import children
 from PIL import Image
 from small_datasets import write_dataset
 
@@ -128,15 +129,10 @@ def _digest_into(store: EpisodeStore, results) -> None:
 def test_a_decoder_that_was_open_before_survives_new_processes(root: Path, method: str):
     context: Any = multiprocessing.get_context(method)
     store = open_video(root)
-    expected, results = digest(store), context.SimpleQueue()
-    children = [context.Process(target=_digest_into, args=(store, results)) for _ in range(2)]
-    for child in children:
-        child.start()
-    assert digest(store) == expected, "children must not disturb their parent"
-    assert {results.get() for _ in children} == {expected}
-    for child in children:
-        child.join(20)
-        assert child.exitcode == 0
+    expected, results = digest(store), context.Queue()
+    with children(context, _digest_into, *[(store, results)] * 2) as started:
+        assert digest(store) == expected, "children must not disturb their parent"
+        assert {results.get(timeout=60) for _ in started} == {expected}
 
 
 def test_threads_have_decoders_of_their_own(root: Path):

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
 from small_datasets import content, make_episode, small_spec, write_dataset
@@ -303,7 +304,7 @@ def test_disk_full_while_recording_keeps_every_committed_episode(tmp_path: Path)
     toy: dict[str, Any] = dict(workers=0, image_size=32, progress=False, make=ToySim)
     record("tabletop", ["touch-red"], 5, 0, tmp_path / "five", **toy)
     limit = max(p.stat().st_size for p in (tmp_path / "five").rglob("*") if p.is_file()) + 500
-    done = subprocess.run([sys.executable, script, out, str(limit)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, script, out, str(limit)], capture_output=True, text=True, check=True, timeout=LIMIT)
     where, found, expected, fix, code = json.loads(done.stdout)
     kept = json.loads((out / "meta/info.json").read_text())["total_episodes"]
     assert 0 < kept < 40 and code == 5
