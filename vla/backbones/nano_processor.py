@@ -102,7 +102,8 @@ class NanoProcessor(ProcessorMixin):
 
 
 class NanoWriter:
-    """The sentence of a `NanoVLM` or a `StudentNet`: `[images][text][robot][state][end]`, and `[images][question][say]` before an answer."""
+    """The sentence of a `NanoVLM` or a `StudentNet`: `[images][text][robot][state][end]`; before an answer in words
+    `[images][question][say]`."""
 
     def __init__(self, config: Lexicon, tokenizer: PreTrainedTokenizerFast, state: bool, end: bool) -> None:
         self.config, self.tokenizer, self.ids = config, tokenizer, config.ids

@@ -96,17 +96,19 @@ class Sentence(nn.Module):
     def __init__(self, vocab: int, hidden: int, heads: int, layers: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, hidden)
-        self.positions = nn.Parameter(torch.zeros(WORDS, hidden))
         self.layers = nn.ModuleList(Layer(hidden, heads, 4 * hidden) for _ in range(layers))
+        if not layers:
+            return
+        self.positions = nn.Parameter(torch.zeros(WORDS, hidden))
         # At first a sentence is its words, two of which differ loudly.
         self.norm, self.mix = nn.LayerNorm(hidden), LinearFrom(hidden, hidden, 0.0)
 
     def forward(self, ids: Tensor, there: Tensor) -> Tensor:
         """`ids` (B, T) and `there` (B, T) bool: which of them are words. A row without words is the zero vector."""
         words = self.embed(ids.clamp(max=self.embed.num_embeddings - 1))
-        share = there / there.sum(-1, keepdim=True).clamp(min=1)
+        share = (there / there.sum(-1, keepdim=True).clamp(min=1)).to(words.dtype)
         bag = (words * share[..., None]).sum(1)
-        if not self.layers:
+        if not len(self.layers):
             return bag
         at = (there.long().cumsum(-1) - 1).clamp(0, WORDS - 1)
         x, mask = words + self.positions[at], additive(there, words.dtype)
@@ -167,7 +169,7 @@ class StudentNet(PreTrainedModel):
             for added in (module.out, module.down):
                 with torch.no_grad():
                     added.weight.mul_(deep)
-        elif isinstance(module, Sentence):
+        elif isinstance(module, Sentence) and len(module.layers):
             nn.init.normal_(module.positions, std=0.3)
         elif isinstance(module, StudentNet):
             for table in (module.patch_positions, module.steps, *([] if module.end is None else [module.end])):
@@ -242,6 +244,8 @@ class StudentNet(PreTrainedModel):
         before = input_ids.shape[1] - N - (end is not None)
         filled = [said.new_zeros(len(said), before, said.shape[-1]), *([] if end is None else [end[:, None]]), said]
         whole = torch.cat(filled, dim=1)
+        if there is not None:  # a camera that a row does not have is not looked at, and not counted
+            seen = seen * (there.shape[1] / there.sum(1, keepdim=True))[..., None].to(seen.dtype)
         return SimpleNamespace(last_hidden_state=whole, sentence=sentence, seen=seen.mean(1))
 
     def _arrange(self, tokens: Tensor, row: Tensor, at_image: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -122,7 +122,8 @@ class TokenLearner(nn.Module):
 
     def __init__(self, channels: int, tokens: int) -> None:
         super().__init__()
-        self.where = nn.Sequential(nn.Conv2d(channels, channels // 4, 1), nn.ReLU(), nn.Conv2d(channels // 4, tokens, 1))
+        maps = nn.Conv2d(channels // 4, tokens, 1, bias=False)  # a softmax over places takes a bias away again
+        self.where = nn.Sequential(nn.Conv2d(channels, channels // 4, 1), nn.ReLU(), maps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.where(x).flatten(2).softmax(-1) @ x.flatten(2).transpose(1, 2)
