@@ -136,11 +136,11 @@ class FakePolicy:
 
 
 @contextmanager
-def fake_pool() -> Iterator[SimulatorPool]:
-    """Two processes of this simulator; they inherit sys.path and import this module from it."""
+def fake_pool(workers: int = 2) -> Iterator[SimulatorPool]:
+    """Processes of this simulator; they inherit sys.path and import this module from it."""
     sys.path.insert(0, os.path.dirname(__file__))
     try:
-        with SimulatorPool(2, "fake_sims") as running:
+        with SimulatorPool(workers, "fake_sims") as running:
             yield running
     finally:
         sys.path.remove(os.path.dirname(__file__))

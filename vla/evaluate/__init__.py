@@ -57,7 +57,7 @@ def evaluate(
     names = module.expand_tasks(suite, list(tasks) if tasks else None)
     room = module.SUITES[suite]
     chosen = check_conditions(conditions)
-    spec = _embodiment(policy, room.embodiment)
+    spec = same_robot(policy, load_embodiment(room.embodiment))
     chunk, own = policy.steps(spec.key)
     execute = own if execute is None else execute
     decode = decode or policy.decode  # written down, not left to a default
@@ -106,19 +106,18 @@ def evaluate(
     return results
 
 
-def _embodiment(policy: Actor, name: str) -> EmbodimentSpec:
-    """The policy's spec of this robot, checked against the simulator's: same channels and cameras, any picture size."""
+def same_robot(policy: Actor, there: EmbodimentSpec, place: str = "simulator") -> EmbodimentSpec:
+    """The policy's spec of the robot `there`: same channels and cameras, any picture size. Raises `UsageError` otherwise."""
     known: Mapping[str, EmbodimentSpec] = policy.embodiments
-    there = load_embodiment(name)
     name = there.key
     if name not in known:
-        raise UsageError("policy", found=f"embodiments {sorted(known)}", expected=f"{name!r}, the robot of this suite",
-                         fix="choose the suite the policy was trained for, or train with its data")  # fmt: skip
+        raise UsageError("policy", found=f"embodiments {sorted(known)}", expected=f"{name!r}, the robot of this {place}",
+                         fix=f"choose a {place} the policy was trained for, or train with its data")  # fmt: skip
     differences = explain(known[name].model_copy(update={"cameras": {}}), there.model_copy(update={"cameras": {}}))
     if missing := sorted(known[name].cameras.keys() - there.cameras.keys()):
-        differences.append(f"cameras {missing} do not exist in the simulator, which has {sorted(there.cameras)}")
+        differences.append(f"cameras {missing} do not exist in the {place}, which has {sorted(there.cameras)}")
     if differences:
-        raise UsageError(f"embodiment {name!r}", found="policy against simulator: " + "; ".join(differences),
+        raise UsageError(f"embodiment {name!r}", found=f"policy against {place}: " + "; ".join(differences),
                          expected="the same channels, units and cameras",
                          fix="record and train again with this version")  # fmt: skip
     return known[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from vla.embodiment import EmbodimentSpec
 from vla.errors import UsageError
 from vla.report.lines import CONDITIONS
 from vla.schema import Observation
+
+if TYPE_CHECKING:
+    from vla.recording import EncodedEpisode
 
 REPORT_SEED = 900_000
 """First seed of reported episodes; 500000+ is for choosing a checkpoint or a decoder."""
@@ -63,6 +66,13 @@ class Demos:
     """One reason per dataset that gave nothing, such as `data/demo: no such folder`."""
 
 
+class Keep(NamedTuple):
+    """How an episode is encoded for a dataset: frames per second, and one of `vla.recording.VIDEO`."""
+
+    fps: int
+    video: str = "lossless"
+
+
 @dataclass(frozen=True)
 class Job:
     """One episode. `task` and `seed` draw the scene; `given`, when set, is the task that is judged instead of `task`."""
@@ -85,6 +95,12 @@ class Job:
     """(T, A) of the replayed demonstration."""
     record: int = 0
     """Side of the clip's pictures in pixels; 0 records none."""
+    takeover: int | None = None
+    """Control steps after which the policy is relieved (`vla/evaluate/taken_over.py`); None: never."""
+    controller_after: str = "expert"
+    """Who relieves it: `expert` or `policy`, another one."""
+    keep: Keep | None = None
+    """How to store what was done after the takeover."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,8 @@ class Outcome:
     fps: float = 0.0
     stride: int = 1
     """Control steps per picture of the clip."""
+    kept: EncodedEpisode | None = field(default=None, repr=False)
+    """What was done after the takeover, when that succeeded."""
 
 
 def check_conditions(conditions: Sequence[str]) -> list[str]:
@@ -122,6 +140,17 @@ def check_seeds(policy: Actor, suite: str, seed: int, episodes: int) -> None:
 
     In any task, because in a language-conditioned suite the scene depends on the seed and not on the task.
     """
+    if shown := trained_on(policy, suite, seed, episodes):
+        raise UsageError(
+            f"evaluation seeds {seed}..{seed + episodes - 1} of suite {suite!r}",
+            found=f"seeds the policy was trained on ({shown})",
+            expected="seeds disjoint from every recorded seed",
+            fix=f"--seed {REPORT_SEED} (or drop --seed)",
+        )
+
+
+def trained_on(policy: Actor, suite: str, seed: int, episodes: int) -> str:
+    """Which of the seeds from `seed` on the policy was trained on, in words; "" when none of them."""
     last = seed + episodes - 1
     clashes = [
         f"{task}: {max(seed, low)}" + (f"..{min(last, high)}" if max(seed, low) < min(last, high) else "")
@@ -129,14 +158,7 @@ def check_seeds(policy: Actor, suite: str, seed: int, episodes: int) -> None:
         for low, high in ranges
         if low <= last and seed <= high
     ]
-    if clashes:
-        shown = "; ".join(clashes[:5]) + (f"; and {len(clashes) - 5} more" if len(clashes) > 5 else "")
-        raise UsageError(
-            f"evaluation seeds {seed}..{last} of suite {suite!r}",
-            found=f"seeds the policy was trained on ({shown})",
-            expected="seeds disjoint from every recorded seed",
-            fix=f"--seed {REPORT_SEED} (or drop --seed)",
-        )
+    return "; ".join(clashes[:5]) + (f"; and {len(clashes) - 5} more" if len(clashes) > 5 else "")
 
 
 def make_jobs(
