@@ -68,7 +68,7 @@ class EdgePolicy:
         export = read_export(folder)
         meaning = export.meaning
         runtime = runtime or str(meaning["runtime"]["graph"])
-        threads = threads or int(meaning["runtime"]["threads"])
+        threads = meaning["runtime"]["threads"] if threads is None else threads
         graph, sentence = export.graph(runtime), meaning["graphs"]["sentence"]
         if verify:
             export.verify([sentence, graph, "tokenizer.json"])

@@ -131,6 +131,10 @@ def _understand(path: Path, file: Path, meaning: dict[str, Any]) -> ExportFolder
         raise ValueError(f"no sha256 and bytes of {vague}")
     if not (meaning["chunk"] >= 1 and 1 <= meaning["execute"] <= meaning["chunk"]):
         raise ValueError(f"chunk {meaning['chunk']}, execute {meaning['execute']}")
+    if (seconds := meaning["chunk_seconds"]) is not None and not float(seconds) > 0:
+        raise ValueError(f"chunk_seconds {seconds}")
+    if not (isinstance(meaning["runtime"]["graph"], str) and meaning["runtime"]["threads"] >= 1 <= meaning["text"]["vocab"]):
+        raise ValueError(f"runtime {meaning['runtime']}, text {meaning['text']}")
     return ExportFolder(path, meaning, robots, normalizers, ImagePreparation(**meaning["image"]))
 
 
@@ -180,8 +184,8 @@ def load_onnxruntime(folder: Path) -> Any:
 
 
 def _explain(path: Path, error: Exception, version: str) -> CheckpointError | MachineError:
-    said = " ".join(str(error).split())[:400]
-    if any(sign in said.lower() for sign in ("opset", "ir version", "ir_version")):
+    said = " ".join(str(error).split())[-300:]  # what is wrong stands at the end, behind names of its own functions
+    if any(sign in str(error).lower() for sign in ("opset", "ir version")):
         return MachineError(path, found=f"onnxruntime {version} says: {said}", expected="an onnxruntime that knows its opset",
                             fix=f"pip install -U -r {path.parent / 'requirements.txt'}, or export with --opset")  # fmt: skip
     return CheckpointError(path, found=f"onnxruntime {version} says: {said}", expected="a whole ONNX graph", fix=_AGAIN)

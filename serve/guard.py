@@ -228,7 +228,7 @@ class Guard:
     def _judge_action(self, action: Any) -> tuple[np.ndarray, list[str]]:
         try:
             given = np.asarray(action)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             given = np.array(None)
         if given.dtype.kind not in "biuf":
             return self._last, [f"no numbers: {type(action).__name__}"]
@@ -263,11 +263,11 @@ class Guard:
     def _count(self, held: bool, confidence: Any) -> None:
         self._holds.append(held)
         try:
-            sure = np.asarray(confidence, np.float64) if confidence is not None else np.zeros(0)
+            sure = np.asarray(confidence)
         except (TypeError, ValueError):
-            sure = np.zeros(0)
-        if np.isfinite(sure).any():  # an L1 head says NaN: it knows nothing of its confidence
-            self._sure.append(float(sure[np.isfinite(sure)].mean()))
+            sure = np.array(None)
+        if sure.dtype.kind in "biuf" and np.isfinite(sure).any():  # an L1 head says NaN: it knows nothing of its confidence
+            self._sure.append(float(sure[np.isfinite(sure)].astype(np.float64).mean()))
         if self.needs_help:
             return
         if sum(self._holds) >= self.most_holds:

@@ -109,9 +109,10 @@ def _numbers(state: Any) -> np.ndarray | None:
     if state is None:
         return None
     try:
+        given = np.asarray(state)
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(state, np.float32)
-    except (TypeError, ValueError):
+            return given.astype(np.float32) if given.dtype.kind in "biuf" else np.zeros(0, np.float32)
+    except (TypeError, ValueError, OverflowError):
         return np.zeros(0, np.float32)
 
 
