@@ -124,7 +124,8 @@ def main() -> None:
     args = parser.parse_args()
     base = load_policy(args.base, "cpu")
     sizes = {name: getattr(args, name) for name in ("hidden", "layers", "heads", "mlp")}
-    changed = {"backbone": base.config.backbone.model_dump() | sizes, "decoding": "autoregressive", "action_dim": None, "state_dim": None}
+    changed = {"backbone": base.config.backbone.model_dump() | sizes, "decoding": "autoregressive", "action_dim": None,
+               "state_dim": None}  # fmt: skip
     config = PolicyConfig.model_validate(base.config.model_dump() | changed)
     mixture, _ = open_mixture(load_config(args.mixture, [], TrainConfig).mixture, config.chunk, 0)
     policy = grow(base, config, mixture)

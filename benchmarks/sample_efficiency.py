@@ -19,7 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,14 @@ def sweep(args: argparse.Namespace) -> None:
                 key = vars(args) | {"arm": arm, "demonstrations": count, "seed": seed, "lr": rates[arm]}
                 key = {name: key[name] for name in KEY}
                 if not any(all(line.get(k) == v for k, v in key.items()) for line in read(args.out)):
-                    line = key | apart(args, key, data)
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    with open(args.out, "a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    print(json.dumps(line), flush=True)
+                    write(args.out, key | apart(key, partial(cell, args.base, key, data)))
+
+
+def write(path: Path, line: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
 
 
 def record(suite: str, task: str, count: int) -> Path:
@@ -84,8 +88,8 @@ def record(suite: str, task: str, count: int) -> Path:
     return data
 
 
-def apart(args: argparse.Namespace, key: dict, data: Path) -> dict:
-    """`cell` in a child of this process: {successes, of, seconds, parameters, peak_mb}."""
+def apart(key: dict, work: Callable[[Path], dict]) -> dict:
+    """`work(run folder)` in a child of this process: {successes, of, seconds, parameters} and its peak_mb."""
     run = Path(f"runs/efficiency/{key['suite']}-{key['task']}-{key['demonstrations']}-{key['arm']}-{key['seed']}-{key['first']}")
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,7 @@ def apart(args: argparse.Namespace, key: dict, data: Path) -> dict:
             with open(log, "w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            result.write_text(json.dumps(cell(args.base, key, data, run)))
+            result.write_text(json.dumps(work(run)))
             code = 0
         except BaseException:
             import traceback
@@ -114,7 +118,6 @@ def apart(args: argparse.Namespace, key: dict, data: Path) -> dict:
 
 
 def cell(base: str, key: dict, data: Path, run: Path) -> dict:
-    from vla.evaluate import evaluate
     from vla.policy import load_policy
     from vla.train import TrainConfig, train
 
@@ -133,7 +136,14 @@ def cell(base: str, key: dict, data: Path, run: Path) -> dict:
         tree["adapter"] = {"rank": key["rank"], "targets": "all"}
     began = time.perf_counter()
     train(TrainConfig.model_validate(tree))
-    seconds = time.perf_counter() - began
+    return measured(run, key, time.perf_counter() - began)
+
+
+def measured(run: Path, key: dict, seconds: float) -> dict:
+    """Success of a run's policy on fresh scenes."""
+    from vla.evaluate import evaluate
+    from vla.policy import load_policy
+
     policy = load_policy(run, "cpu")
     found = evaluate(policy, key["suite"], [key["task"]], key["episodes"], key["first"], ["policy"], workers=1, clips=0,
                      progress=False)  # fmt: skip
@@ -158,13 +168,13 @@ def rate(lines: Sequence[dict]) -> tuple[float, float, float, int]:
     return (good / of, *wilson(good, of), of)
 
 
-def table(lines: list[dict]) -> str:
+def table(lines: list[dict], arms: Mapping[str, str] = ARMS) -> str:
     """Markdown: one row per task and arm, one column per number of demonstrations; per cent, [interval], each seed's own."""
     counts = sorted({line["demonstrations"] for line in lines})
     out = ["| task | arm | " + " | ".join(map(str, counts)) + " | trained | training | memory |"]
     out.append("| --- " * (5 + len(counts)) + "|")
     for task in sorted({line["task"] for line in lines}):
-        for arm, words in ARMS.items():
+        for arm, words in arms.items():
             found = cells(lines, task, arm)
             if not found:
                 continue
@@ -181,10 +191,13 @@ def table(lines: list[dict]) -> str:
     return "\n".join(out)
 
 
-def draw(lines: list[dict]) -> str:
+TONES = ("#b45206", "#1f5aa6", "#777777")
+
+
+def draw(lines: list[dict], arms: Mapping[str, str] = ARMS) -> str:
     """One panel per task: success against demonstrations, a line and its intervals per arm, as one SVG."""
     tasks, counts, wide, high = (*({line[k] for line in lines} for k in ("task", "demonstrations")), 400, 250)
-    tones = {"lora": "#b45206", "full": "#1f5aa6", "scratch": "#777777"}
+    tones = dict(zip(arms, TONES, strict=True))
     size = f"{wide * len(tasks)} {high + 30}"
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="sans-serif" font-size="12">',
            '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
@@ -207,7 +220,7 @@ def draw(lines: list[dict]) -> str:
                         f'<circle cx="{x[n]:.1f}" cy="{at:.1f}" r="3.5" fill="{tone}"/>']  # fmt: skip
     for k, (arm, tone) in enumerate(tones.items()):
         out += [f'<rect x="{60 + k * 230}" y="{high + 8}" width="12" height="12" fill="{tone}"/>',
-                _text(78 + k * 230, high + 18, ARMS[arm], "start")]  # fmt: skip
+                _text(78 + k * 230, high + 18, arms[arm], "start")]  # fmt: skip
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

@@ -57,7 +57,7 @@ class Simulator(gymnasium.Env):
         low, high = self.spec.limits("state")
         picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict({
-            "images": gymnasium.spaces.Dict({self.camera: picture}),
+            "images": gymnasium.spaces.Dict(dict.fromkeys(self.spec.cameras, picture)),
             "state": gymnasium.spaces.Box(low, high, dtype=np.float32),
         })  # fmt: skip
         self._steps = -1  # before the first reset
@@ -110,7 +110,7 @@ class Simulator(gymnasium.Env):
         return {"success": success, "failure": failure, "watched": self._watched(), "step": self._steps}
 
     def _observe(self, render: bool) -> dict[str, Any]:
-        images = {self.camera: self.frame(self.image_size)} if render else {}
+        images = {name: self.view(name, self.image_size) for name in self.spec.cameras} if render else {}
         return {"images": images, "state": self._state()}
 
     def __str__(self) -> str:
@@ -130,6 +130,10 @@ class Simulator(gymnasium.Env):
     @abstractmethod
     def frame(self, size: int = 240) -> np.ndarray:
         """(size, size, 3) uint8 through the policy's camera."""
+
+    def view(self, camera: str, size: int) -> np.ndarray:
+        """(size, size, 3) uint8 through one of the robot's cameras; most suites have one."""
+        return self.frame(size)
 
     @abstractmethod
     def _scene(self, seed: int) -> None:

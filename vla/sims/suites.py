@@ -116,6 +116,10 @@ SUITES: dict[str, Suite] = {
         name="tabletop", embodiment="tabletop", tasks=TABLETOP_TASKS, known=TABLETOP_TASKS,
         group=lambda task: task.split("-")[0], instruction=tabletop_instruction,
     ),
+    "tabletop-wrist": Suite(
+        name="tabletop-wrist", embodiment="tabletop_wrist", tasks=TABLETOP_TASKS, known=TABLETOP_TASKS,
+        group=lambda task: task.split("-")[0], instruction=tabletop_instruction,
+    ),
     "metaworld": Suite(
         name="metaworld", embodiment="metaworld_sawyer", tasks=("button-press-topdown-v3",),
         known=tuple(METAWORLD_SENTENCES), group=lambda task: task, instruction=METAWORLD_SENTENCES.__getitem__,

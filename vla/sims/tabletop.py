@@ -55,7 +55,7 @@ class Tabletop(Simulator):
         self._model = copy.copy(shared) if self.randomise else shared
         self._data = mujoco.MjData(self._model)
         self._twin_data = _twin_data()
-        self._camera_id = self._model.camera(self.camera).id
+        self._camera_ids = {name: self._model.camera(name).id for name in self.spec.cameras}
         self._site = self._model.site("ee").id
         self._cubes = [self._model.body(colour).id for colour in COLOURS]
         self._judge_of: Judge = Judge(task, np.zeros((4, 3)))
@@ -160,7 +160,16 @@ class Tabletop(Simulator):
 
     def frame(self, size: int = 240) -> np.ndarray:
         """(size, size, 3) uint8 through `front`."""
-        return eye_for("tabletop", self._model, size).picture(self._model, self._data, self._camera_id)
+        return self.view(self.camera, size)
+
+    def view(self, camera: str, size: int) -> np.ndarray:
+        return eye_for("tabletop", self._model, size).picture(self._model, self._data, self._camera_ids[camera])
+
+
+class TabletopWrist(Tabletop):
+    """The same scenes and tasks, seen by a second camera on the hand as well."""
+
+    suite = "tabletop-wrist"
 
 
 def randomise(model: Any, rng: np.random.Generator) -> None:
