@@ -68,7 +68,9 @@ class EdgePolicy:
         export = read_export(folder)
         meaning = export.meaning
         runtime = runtime or str(meaning["runtime"]["graph"])
-        threads = meaning["runtime"]["threads"] if threads is None else threads
+        workers: int = meaning["runtime"]["threads"] if threads is None else threads
+        if workers < 1:
+            raise UsageError("threads", found=workers, expected="at least 1", fix="leave it out")
         graph, sentence = export.graph(runtime), meaning["graphs"]["sentence"]
         if verify:
             export.verify([sentence, graph, "tokenizer.json"])
@@ -76,8 +78,8 @@ class EdgePolicy:
         optional = ("slots", *(() if meaning["state_token"] else ("state",)), "robot")
         return cls(
             export, Graph(export.path / sentence, 1, {"ids": "int64"}, ["sentence"]),
-            Graph(export.path / graph, threads, _POLICY_INPUTS, ["unit", "symbols", "confidence"], optional),
-            tokenizer, runtime, threads,
+            Graph(export.path / graph, workers, _POLICY_INPUTS, ["unit", "symbols", "confidence"], optional),
+            tokenizer, runtime, workers,
         )  # fmt: skip
 
     @property

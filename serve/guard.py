@@ -170,7 +170,7 @@ class Guard:
         try:
             self.robot.check_observation(observation, "observation")
         except DataError as error:
-            return f"observation: {error.found}"
+            return f"observation: {error.found}".replace("; ", ", ")  # which parts the reasons of a verdict
         digest = zlib.crc32(np.asarray(observation.get("state"), np.float32).tobytes() if self.robot.state else b"")
         for camera in self.robot.cameras:
             digest = zlib.crc32(np.ascontiguousarray(observation["images"][camera]).data, digest)

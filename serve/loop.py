@@ -107,6 +107,10 @@ class Player:
         """The observation of this tick is with the policy."""
         self._looked = self.step
 
+    def unheard(self) -> None:
+        """Nothing came of the last look: the next tick looks again."""
+        self._looked = None
+
     def said(self, chunk: Any, at: int) -> None:
         """`chunk` was said of the observation of tick `at`; what lies before the present tick is skipped."""
         passed = self.step - at
@@ -195,7 +199,9 @@ class ControlLoop:
         """`hz`: ticks a second; chunks are at the robot's own rate, and another is warned of. `execute`: ticks of a chunk played
         before the next look (default: the policy's); with `ensemble`, a decay (`vla.ensemble`), overlapping chunks are averaged.
         `guard` says which robot it is. A guard without a `deadline` is given one tick."""
-        self.policy, self.io, self.guard, self.period = policy, robot_io, guard, 1.0 / hz
+        self.policy: Any = policy
+        self.io: Any = robot_io
+        self.guard, self.period = guard, 1.0 / hz
         self.robot = guard.robot.key
         steps, own = policy.steps(self.robot)
         self.execute = own if execute is None else execute
@@ -316,10 +322,13 @@ class ControlLoop:
         try:
             chunk, seconds = answer.result()
         except VLAError as error:
-            return f"policy: {error.where}: {error.found}"
+            player.unheard()
+            return f"policy: {error.where}: {error.found}".replace("; ", ", ")
         report.thinking.append(seconds)
         report.looks += 1
-        if not (why := self.guard.said(chunk.actions)):
+        if why := self.guard.said(chunk.actions):
+            player.unheard()
+        else:
             player.said(chunk, at)
         return why
 

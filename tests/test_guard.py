@@ -100,7 +100,7 @@ def test_no_observation_and_no_chunk_upsets_it(thing, age):
 def test_a_sound_action_passes_untouched():
     verdict = table_guard(deadline=0.1).judge(np.array([0.1, -0.2, 1.0, -1.0]), confidence=0.9, late=0.01)
     assert not verdict.hold and not verdict.reason and not verdict.needs_help
-    np.testing.assert_array_equal(verdict.action, np.float32([0.1, -0.2, 1.0, -1.0]))
+    np.testing.assert_array_equal(verdict.action, np.array([0.1, -0.2, 1.0, -1.0], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_repeated_holds_ask_for_help_and_hold_until_it_came():
 
 def test_low_confidence_counts_over_a_whole_window_and_nan_is_none():
     guard = table_guard(window=4, confidence=0.5)
-    said = [guard.judge([0] * 4, confidence=c).needs_help for c in (0.1, 0.85, float("nan"), 0.4, 0.4)]
+    said = [guard.judge([0] * 4, confidence=c).needs_help for c in (0.1, 0.85, np.nan, 0.4, 0.4)]
     assert said[:4] == [""] * 4 and "confidence 0.44" in said[4]
 
 
