@@ -17,6 +17,7 @@ import vla.takeover as takeover
 from vla.episodes import EpisodeStore
 from vla.errors import MachineError, UsageError
 from vla.mixture import MixtureConfig, open_mixture
+from vla.schema import Window
 from vla.takeover import collect, label_logged
 
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -194,9 +195,9 @@ def test_refusals(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     go(FakePolicy(), tmp_path / "ds", pool, episodes=5)
     other = FakePolicy("blind")
     other.fingerprint = "0" * 64
-    for learner, kw in ((other, {}), (FakePolicy(), {"alone": 0.5}), (FakePolicy(), {"labeller": other})):
+    for learner, labeller, alone in ((other, "expert", 0.25), (FakePolicy(), "expert", 0.5), (FakePolicy(), other, 0.25)):
         with pytest.raises(UsageError, match="the settings it was begun with"):
-            go(learner, tmp_path / "ds", pool, **kw)
+            go(learner, tmp_path / "ds", pool, labeller=labeller, alone=alone)
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -257,7 +258,8 @@ def test_the_tabletop_and_a_mixture_with_demonstrations(tmp_path: Path):
         "cache_dir": str(tmp_path / "cache"), "holdout": 0.0,
     })  # fmt: skip
     mixture, _ = open_mixture(config, 8, 0, progress=False)
-    windows = [mixture.window(n).validate() for n in range(24)]
+    windows = [window.validate() for n in range(24) if isinstance(window := mixture.window(n), Window)]
+    assert len(windows) == 24
     assert {Path(w.source.split(":")[0]).name for w in windows} == {"demos", "round"}
     assert {w.embodiment for w in windows} == {"tabletop"} and {w.instruction for w in windows} == {
         "touch the red cube", "lift the blue cube",
