@@ -49,7 +49,7 @@ class Product(NamedTuple):
 
 
 def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed] = (), everything: bool = False) -> dict[str, Any]:
-    """Write `target`, the graph `source` with products of `kind`; returns what was done, for export.json.
+    """Write `target`, the graph `source` with products of `kind`; returns what was done, for parity.json.
 
     `feeds`: what to calibrate `static` on; `everything`: `DELICATE` products too. Raises `UsageError` for `static` without
     feeds and for an unknown kind.
@@ -84,7 +84,7 @@ def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed] = (), 
     del model.metadata_props[:]
     onnx.checker.check_model(model)
     onnx.save(model, target)
-    return {"kind": kind, "products": len(chosen), "on_bytes": len(on_bytes),
+    return {"kind": kind, "products": [p.name for p in chosen], "on_bytes": len(on_bytes),
             "calibrated_on": len(feeds) if kind == "static" else 0,
             "float32": sorted({p.name.rpartition(".")[0] for p in found if p not in chosen})}  # fmt: skip
 
@@ -197,18 +197,33 @@ def _replace(model: Any, chosen: Sequence[Product], write: Callable[[Product], l
 
 def _ranges(model: Any, source: Path, chosen: Sequence[Product], feeds: Sequence[Feed]) -> dict[str, tuple[float, float]]:
     """tensor -> (low, high) over `feeds`, of every input of a chosen product."""
+    names = list(dict.fromkeys(p.node.input[0] for p in chosen))
+    session = _opened(source, names)
+    seen = [[(float(a.min()), float(a.max())) for a in session.run(names, feed)] for feed in feeds]
+    return {name: (min(row[i][0] for row in seen), max(row[i][1] for row in seen)) for i, name in enumerate(names)}
+
+
+def input_shapes(source: Path, names: Sequence[str], feed: Feed) -> list[tuple[int, int, int]]:
+    """(M, K, N) of the products in a float32 graph whose weights are `names`, in one run on `feed`."""
+    import onnx
+
+    chosen = [p for p in products(onnx.load(source)) if p.name in set(names)]
+    inside = [p.node.input[0] for p in chosen]
+    found = _opened(source, list(dict.fromkeys(inside))).run(inside, feed)
+    return [(int(np.prod(a.shape[:-1])), *map(int, p.weight.shape)) for a, p in zip(found, chosen, strict=True)]
+
+
+def _opened(source: Path, names: Sequence[str]) -> Any:
+    """A session of a graph that also says what these tensors inside it are."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
 
-    names = list(dict.fromkeys(p.node.input[0] for p in chosen))
-    opened = onnx.load(source)
-    opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    model = onnx.load(source)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    seen = [[(float(a.min()), float(a.max())) for a in session.run(names, feed)] for feed in feeds]
-    return {name: (min(row[i][0] for row in seen), max(row[i][1] for row in seen)) for i, name in enumerate(names)}
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _weight_only(model: Any, chosen: Sequence[Product], bits: int) -> Any:

@@ -161,6 +161,8 @@ def open_graph(path: Path, threads: int = 1, profile: Path | None = None) -> Any
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    # Threads that wait for the next call by spinning would take the cores from the simulator, or from who is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:

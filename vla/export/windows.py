@@ -33,7 +33,8 @@ def read_windows(policy: VLAPolicy, datasets: Sequence[str], count: int) -> tupl
         known = [i for i, spec in enumerate(mixture.specs) if spec.key in policy.embodiments and mixture.sizes[i]]
         if not known:
             raise DataError("vla export", found=f"robots {sorted({spec.key for spec in mixture.specs})}",
-                            expected=f"one of {sorted(policy.embodiments)}", fix="--calibrate a dataset of a robot the policy knows")  # fmt: skip
+                            expected=f"one of {sorted(policy.embodiments)}",
+                            fix="--calibrate a dataset of a robot the policy knows")  # fmt: skip
         share = -(-count // len(known))
         places = [(i, int(at)) for i in known for at in _spread(mixture.sizes[i], share)]
         parts.append([mixture.window_at(i, *mixture.place(i, at)) for i, at in places])
