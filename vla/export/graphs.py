@@ -26,7 +26,9 @@ class SentenceGraph(nn.Module):
 
     def __init__(self, text: Sentence) -> None:
         super().__init__()
-        self.embed, self.positions, self.norm, self.mix = text.embed, text.positions, text.norm, text.mix
+        self.embed = text.embed
+        if len(text.layers):
+            self.positions, self.norm, self.mix = text.positions, text.norm, text.mix
         self.layers = nn.ModuleList(Attention(cast(Layer, layer)) for layer in text.layers)
 
     def forward(self, ids: Tensor) -> Tensor:
