@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("vla.cli", "_add_train_parser", "fine-tune a policy (prints and runs the accelerate line)"),
     "distill": ("vla.cli", "_add_distill_parser", "a small student from a large teacher (prints and runs the accelerate line)"),
     "eval": ("vla.evaluate.command", "add_eval_parser", "closed-loop success in a simulator, with matched controls"),
+    "students": ("vla.fitting", "add_students_parser", "sizes of small policies, and one that fits a latency budget here"),
+    "prune": ("vla.prune", "add_prune_parser", "a policy with fewer layers, to distil from there"),
     "merge": ("vla.merge", "add_merge_parser", "fold an adapter into its base"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
     "push": ("vla.push", "add_push_parser", "share a policy or a dataset, with a card made of facts"),

@@ -95,6 +95,8 @@ class StudentConfig(Config):
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch {self.patch}")
         if any(c % groups for c, groups in zip(self.channels, (4, 4, 8), strict=True)):
             raise ValueError(f"channels {self.channels} must be multiples of 4, 4 and 8 (group normalisation)")
+        if self.tower == "patch" and not self.keypoints:
+            raise ValueError("tower: patch has its fine map for the keypoints alone: keypoints of 1 or more, or tower: conv")
         return self
 
 

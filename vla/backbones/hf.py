@@ -110,7 +110,7 @@ class HFBackbone(nn.Module):
         embed, head = vlm.get_input_embeddings(), vlm.get_output_embeddings()
         text = vlm.config.get_text_config()
         self.no_parallel = ""  # `probe` may know better
-        self._recurrent = set(getattr(text, "layer_types", None) or ()) - _ATTENDING
+        self.layers_changed()
         self._softcap = getattr(text, "final_logit_softcapping", None)
         with torch.no_grad():
             probe_ids = torch.arange(min(1024, self.vocabulary), device=embed.weight.device)
@@ -137,6 +137,11 @@ class HFBackbone(nn.Module):
             self.state_in = nn.Sequential(nn.Linear(sizes.state, d), nn.GELU(), nn.Linear(d, d)) if sizes.state_token else None
         self._splice: tuple[Tensor, Tensor] | None = None
         embed.register_forward_hook(self._replace)
+
+    def layers_changed(self) -> None:
+        """Look again at which kinds of layers there are."""
+        kinds = getattr(self.vlm.config.get_text_config(), "layer_types", None)
+        self._recurrent = set(kinds or ()) - _ATTENDING
 
     # ---------------------------------------------------------------------------------------------- what is learned where
 

@@ -97,11 +97,10 @@ class Sentence(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab, hidden)
         self.layers = nn.ModuleList(Layer(hidden, heads, 4 * hidden) for _ in range(layers))
-        if not layers:
-            return
-        self.positions = nn.Parameter(torch.zeros(WORDS, hidden))
+        self.positions: Any = nn.Parameter(torch.zeros(WORDS, hidden)) if layers else None
+        self.norm: Any = nn.LayerNorm(hidden) if layers else None
         # At first a sentence is its words, two of which differ loudly.
-        self.norm, self.mix = nn.LayerNorm(hidden), LinearFrom(hidden, hidden, 0.0)
+        self.mix: Any = LinearFrom(hidden, hidden, 0.0) if layers else None
 
     def forward(self, ids: Tensor, there: Tensor) -> Tensor:
         """`ids` (B, T) and `there` (B, T) bool: which of them are words. A row without words is the zero vector."""
@@ -312,17 +311,22 @@ def build(config: StudentConfig, sizes: Sizes) -> tuple[StudentNet, NanoWriter]:
 
     Raises `UsageError` for a tower timm does not know, `MachineError` where its pretrained weights cannot be had.
     """
-    network = StudentNet(StudentNetConfig(
+    network = StudentNet(network_config(config, sizes))
+    if config.pretrained:
+        network.tower.load_pretrained()
+    tokenizer = build_tokenizer(list(sizes.corpus), config.text_vocab)
+    return network, NanoWriter(network.config, tokenizer, sizes.state_token, sizes.end_token)
+
+
+def network_config(config: StudentConfig, sizes: Sizes) -> StudentNetConfig:
+    """What was asked, with the room a policy needs."""
+    return StudentNetConfig(
         tower=config.tower, image_size=config.image_size, patch=config.patch, channels=config.channels,
         keypoints=config.keypoints, tokens=config.tokens, hidden=config.hidden, layers=config.layers, heads=config.heads,
         mlp=config.mlp, text_layers=config.text_layers, text_vocab_size=config.text_vocab, chunk=sizes.chunk,
         num_slots=sizes.slots, num_symbols=sizes.symbols, state_dim=sizes.state, state_token=sizes.state_token,
         end_token=sizes.end_token, num_robots=sizes.robots, soft_tokens=sizes.soft_tokens,
-    ))  # fmt: skip
-    if config.pretrained:
-        network.tower.load_pretrained()
-    tokenizer = build_tokenizer(list(sizes.corpus), config.text_vocab)
-    return network, NanoWriter(network.config, tokenizer, sizes.state_token, sizes.end_token)
+    )  # fmt: skip
 
 
 def load(

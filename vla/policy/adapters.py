@@ -99,7 +99,9 @@ def quantize_base(policy: VLAPolicy, config: AdapterConfig) -> None:
     """Store the layers an adapter of `config` goes to, but for the output head, in fewer bits, if it says so."""
     if config.quantize != "none":
         module = policy.model.adapted
-        quantize(module, config.quantize, [n for n in target_modules(module, config.targets) if n not in _heads_of(module)])
+        names = [n for n in target_modules(module, config.targets) if n not in _heads_of(module)]
+        # A table may be a linear layer too (OpenVLA's of the state): what is learned itself keeps its numbers.
+        quantize(module, config.quantize, [n for n in names if not own_name(policy, f"{n}.weight")])
 
 
 def own_name(policy: VLAPolicy, name: str) -> bool:

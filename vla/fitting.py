@@ -1,0 +1,136 @@
+"""`vla students`: what the presets cost, and a student that fits a latency budget on this machine.
+
+Candidates are timed as a robot runs them: with random weights, exported, by onnxruntime (`runners`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+from pydantic import ValidationError
+
+from vla.backbones import Sizes, StudentConfig
+from vla.backbones.student import StudentNet
+from vla.errors import MachineError, UsageError
+from vla.export.graphs import PolicyGraph
+from vla.export.int8 import quantise
+from vla.export.onnx import OPSET, inputs_of, open_graph, require_onnx, trace
+from vla.policy import VLAPolicy
+from vla.students import LIMITS, PRESETS, Budget, StudentChoice, cost, preset, resolve
+from vla.students.presets import SIZES
+from vla.students.timing import TORCH, Runner, Step
+
+CLOCK = time.perf_counter
+
+
+def runners() -> Mapping[str, Runner]:
+    """Every runtime that is installed here, the likeliest first."""
+    try:
+        require_onnx()
+    except MachineError:
+        return TORCH
+    return {"onnx-int8": partial(_onnx_step, int8=True), "onnx": partial(_onnx_step, int8=False), **TORCH}
+
+
+@torch.inference_mode()
+def _onnx_step(network: StudentNet, sizes: Sizes, cameras: int, threads: int, int8: bool) -> Step:
+    """The exported graph of `network`, in memory once it is made."""
+    config = network.config
+    # What a graph asks of a policy, without robots and statistics.
+    policy = SimpleNamespace(model=network, l1_head=None, encoder=SimpleNamespace(action_dim=sizes.slots // sizes.chunk),
+                             config=SimpleNamespace(decode="mean"), centres=torch.linspace(-1, 1, sizes.symbols))  # fmt: skip
+    side = config.image_size
+    pictures = torch.randint(0, 256, (cameras, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    whole = {"images": pictures, "slots": torch.arange(cameras) % config.max_cameras, "sentence": torch.ones(1, config.hidden),
+             "state": torch.zeros(1, config.state_dim), "robot": torch.zeros(1, dtype=torch.long)}  # fmt: skip
+    inputs = {name: whole[name] for name in inputs_of(network)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "policy.onnx"
+        trace(PolicyGraph(cast(VLAPolicy, policy)), inputs, ["unit", "symbols", "confidence"], dict.fromkeys(inputs), path, OPSET)
+        if int8:
+            source, path = path, Path(folder) / "int8.onnx"
+            quantise(source, path, "dynamic")
+        session = open_graph(path, threads)
+    feed = {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()}
+
+    def step() -> list[np.ndarray]:
+        return session.run(None, feed)
+
+    return step
+
+
+def add_students_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "students", help="sizes of small policies, and one that fits a latency budget here", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  vla students\n  vla students --budget 15 --threads 1 --cameras 2",
+    )  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="MS", help="p95 of one step, in milliseconds: find a student for it")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a step may use (default 1)")
+    parser.add_argument("--cameras", type=int, default=2, metavar="N", help="pictures of a step (default 2)")
+    parser.add_argument("--preset", choices=[n for n in PRESETS if n != "rt1"], default="s",
+                        help="whose number of parameters is the most (default s)")  # fmt: skip
+    parser.add_argument("--runtime", choices=("auto", "onnx-int8", "onnx", "torch"), default="auto", help="what runs it")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the presets, or find a student. Raises `UsageError` when nothing meets the budget."""
+    if args.budget is None:
+        _list(args)
+        return 0
+    try:
+        budget = Budget(p95_ms=args.budget, threads=args.threads, cameras=args.cameras, runtime=args.runtime)
+    except ValidationError as error:
+        raise UsageError("vla students", found="; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()),
+                         expected="a time above 0, at least one thread and camera",
+                         fix="vla students --budget 15 --threads 1 --cameras 2") from None  # fmt: skip
+    tell = None if args.json else partial(print, file=sys.stderr)
+    found = resolve(StudentChoice(preset=args.preset, budget=budget), SIZES, runners(), tell, CLOCK)
+    if args.json:
+        print(json.dumps(found.record))
+    else:
+        _print(found.config, found.record["budget"])
+    return 0
+
+
+def _list(args: argparse.Namespace) -> None:
+    rows = {name: cost(preset(name), SIZES, args.cameras) | {"at_most": LIMITS[name]} for name in PRESETS}
+    if args.json:
+        print(json.dumps({"cameras": args.cameras, "presets": rows}))
+        return
+    print(f"7 action and 8 state dimensions, {args.cameras} camera(s), chunks of {SIZES.chunk}, {SIZES.symbols} bins")
+    print("preset  parameters  at most  tokens a picture  tokens in all  GFLOP a step")
+    for name, row in rows.items():
+        count, most = row["parameters"] / 1e6, row["at_most"] / 1e6
+        print(f"{name:6} {count:9.1f} M {most:6.0f} M {row['image_tokens']:17} {row['tokens']:14} {row['gflop']:13.1f}")
+
+
+def _print(config: StudentConfig, record: dict[str, Any]) -> None:
+    print("pixels patch hidden layers parameters capacity  p50 ms  p95 ms    told rounds")
+    for row in record["measured"]:
+        mark = "  <- chosen" if row == record["chosen"] else ""
+        print(f"{row['image_size']:6} {row['patch']:5} {row['hidden']:6} {row['layers']:6} {row['parameters'] / 1e6:8.1f} M "
+              f"{row['capacity']:8.2f} {row['p50_ms']:7.2f} {row['p95_ms']:7.2f} {row['predicted_p95_ms']:7.2f} "
+              f"{row['rounds']:6}{mark}")  # fmt: skip
+    asked = record["asked"]
+    print(f"\nmost capable by {record['rule']}\nwithin a p95 of {asked['p95_ms']:g} ms in {record['runtime']}, "
+          f"{asked['threads']} thread(s), {asked['cameras']} camera(s), of {record['candidates']} candidates; "
+          f"told: what the model of the costs says, off by {record['model_off_median']:.0%} in the median\n")  # fmt: skip
+    said = {name: value for name, value in config.model_dump(mode="json").items()
+            if name == "kind" or value != StudentConfig.model_fields[name].default}  # fmt: skip
+    said |= {name: getattr(config, name) for name in ("image_size", "patch", "hidden", "layers")}
+    print(yaml.safe_dump({"policy": {"backbone": said}}, sort_keys=False), end="")
