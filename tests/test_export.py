@@ -251,3 +251,18 @@ def test_damage_is_noticed(exported, tmp_path):
         file.write(b"x")
     with pytest.raises(CheckpointError, match="copy the whole folder"):
         choose_again(tmp_path / "copy")
+
+
+def test_parts_of_a_teacher(root, tmp_path, capsys):
+    from small_policies import BACKBONE, small_policy
+
+    from vla.export.parts import export_parts
+
+    teacher = small_policy(root / "data", decoding="autoregressive", backbone=BACKBONE | {"keypoints": 4}, soft_tokens=1)
+    meaning = export_parts(teacher, tmp_path / "out")
+    assert max(meaning["differences"].values()) < 1e-3 and set(meaning["differences"]) == {"vision", "decode"}
+    assert set(meaning["files"]) == {"vision.onnx", "decode.onnx"}
+    with pytest.raises(UsageError, match="parallel"):
+        export_parts(small_policy(root / "data"), tmp_path / "no")
+    assert main(["export", str(root / "policy"), "--to", "onnx", "--parts", "--out", str(tmp_path / "no")]) == 2
+    assert "student backbone" in capsys.readouterr().err and not (tmp_path / "no").exists()

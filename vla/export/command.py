@@ -14,6 +14,7 @@ from vla.export.int8 import KINDS
 from vla.export.onnx import OPSET, OPSETS, check_opset, check_student, require_onnx
 from vla.export.openvla import export_openvla
 from vla.export.parity import add_int8, report
+from vla.export.parts import export_parts
 from vla.export.runtime import choose_again
 from vla.export.windows import read_windows
 from vla.fetch import fetch_policy
@@ -54,6 +55,7 @@ def add_export_parser(subparsers: Any) -> None:
     add("--episodes", type=int, default=50, metavar="N", help="with --verify: per group (default 50)")
     add("--views", type=int, metavar="C", help="pictures of one observation when time is measured (default: the robot's cameras)")
     add("--rounds", type=int, default=100, metavar="N", help="chunks of each contestant when time is measured (default 100)")
+    add("--parts", action="store_true", help="with --to onnx: vision tower and decode step of an autoregressive nano policy")
     add("--choose", action="store_true",
         help="POLICY is an export folder: measure it here, and choose its graph and threads anew")  # fmt: skip
     add("--json", action="store_true", help="print what was written as JSON")
@@ -99,6 +101,12 @@ def _onnx(args: argparse.Namespace) -> None:
     opset = OPSET if args.opset is None else check_opset(args.opset)
     require_onnx()
     check_empty(args.out)
+    if args.parts:
+        if args.int8 or args.verify:
+            raise UsageError("--parts", found="--int8" if args.int8 else "--verify", expected="parts in float32",
+                             fix="leave it out")  # fmt: skip
+        export_parts(load_policy(args.path, device="cpu"), args.out, opset)
+        return
     verify = _suite(args.verify)
     if args.windows < 0 or args.rounds < 1 or args.episodes < 1:
         raise UsageError("vla export", found=f"--windows {args.windows} --rounds {args.rounds} --episodes {args.episodes}",

@@ -76,7 +76,7 @@ def check_student(policy: VLAPolicy) -> StudentNet:
     if no:
         raise UsageError("--to onnx", found=", ".join(no), expected="a student (policy.backbone.kind: student) whose bins become "
                          "numbers by decode mean or argmax, or by an L1 head",
-                         fix="distil it into a student (`vla distill`) and export it; an adapter is merged first (`vla merge`); "
+                         fix="distil it into a student (vla distill) and export it; an adapter is merged first (vla merge); "
                          "of a nano policy --parts writes the tower and the decode step")  # fmt: skip
     return cast(StudentNet, policy.model)
 
