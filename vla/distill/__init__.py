@@ -24,13 +24,18 @@ from tqdm import tqdm
 
 from vla.distill.cache import TeacherCache
 from vla.distill.config import DistillConfig, LessonConfig, RoundsConfig, TeacherConfig
+from vla.distill.ranks import by_one, say
 from vla.distill.targets import Targets
 from vla.distill.teacher import Teacher
 from vla.errors import CheckpointError
 from vla.fetch import fetch_policy
+from vla.fitting import runners
 from vla.mixture import Mixture
 from vla.policy import PolicyConfig, VLAPolicy, build_policy, load_policy
+from vla.policy.build import build_codec
 from vla.policy.lesson import Lesson
+from vla.policy.sizes import sizes_of
+from vla.students import StudentChoice, preset, resolve
 from vla.train import precision_of, run_main, train
 
 __all__ = ["DistillConfig", "LessonConfig", "RoundsConfig", "Teacher", "TeacherCache", "TeacherConfig", "distill"]
@@ -59,14 +64,23 @@ class Distillation:
         folders = [fetch_policy(name) for name in config.teacher.policy]
         self.teacher = Teacher([load_policy(folder, "cpu") for folder in folders])
         self.student = student_of(config.policy, self.teacher)
+        asked = config.backbone_asked or config.start
+        self.choice = config.student or (None if asked else StudentChoice())
 
     def build(self, config: PolicyConfig, mixture: Mixture) -> VLAPolicy:
         """The fresh student, with the teacher's statistics where the robot and the scheme are the teacher's."""
-        known = self.teacher.first
+        known, record = self.teacher.first, {}
         for robot in mixture.embodiments:
             self.teacher.knows(robot, "mixture")
+        if (choice := self.choice) is not None:  # a latency budget is measured by one process; a resumed run never comes here
+            sizes = sizes_of(config, mixture.embodiments, build_codec(config))
+            chosen = by_one(lambda: resolve(choice, sizes, runners(), say))
+            config, record = config.model_copy(update={"backbone": chosen.config}), {"student": chosen.record}
+            say(f"student: {chosen.record['parameters'] / 1e6:.2f} M parameters, {chosen.config.model_dump(exclude={'kind'})}")
         same = config.normalization == known.config.normalization
-        return build_policy(config, mixture, known.normalizers if same else None)
+        policy = build_policy(config, mixture, known.normalizers if same else None)
+        policy.provenance |= record
+        return policy
 
     def begin(self, policy: VLAPolicy, mixture: Mixture, accelerator: Accelerator) -> Targets:
         """See `Teaching.begin`. Raises `CheckpointError` when a resumed student was taught by another teacher."""
@@ -118,6 +132,8 @@ def student_of(asked: PolicyConfig, teacher: Teacher) -> PolicyConfig:
     update: dict[str, Any] = {key: getattr(known, key) for key in _INHERITED if key not in own}
     if "codec" not in own and known.codec.kind == "bins":
         update["codec"] = known.codec
+    if "backbone" not in own:  # `student:` decides, once the mixture is open; a resumed run has its own
+        update["backbone"] = preset("s")
     return PolicyConfig.model_validate(asked.model_dump() | {k: _plain(v) for k, v in update.items()})
 
 

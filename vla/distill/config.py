@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vla.config import Config
 from vla.policy.lesson import LessonConfig
+from vla.students import StudentChoice
 from vla.train import TrainConfig
 
 
@@ -61,6 +62,8 @@ class DistillConfig(TrainConfig):
     """`vla.train`'s config and a teacher. What `policy:` leaves out is the teacher's (codec, chunk, statistics)."""
 
     teacher: TeacherConfig
+    student: StudentChoice | None = None
+    """The student's network by preset or by a latency budget on this machine; else what `policy.backbone` says, or preset s."""
     lesson: LessonConfig = LessonConfig()
     rounds: RoundsConfig | None = None
 
@@ -68,9 +71,16 @@ class DistillConfig(TrainConfig):
     def _students(self) -> DistillConfig:
         if self.mixture.answers is not None:
             raise ValueError("mixture.answers: a student is taught actions; leave it out")
-        if self.lesson.features and not self.start and self.policy.backbone.kind != "student":
+        if self.student is not None and (self.start or "backbone" in self.policy.model_fields_set):
+            raise ValueError("student: chooses the network; leave out policy.backbone and start:")
+        if self.lesson.features and (self.start or self.backbone_asked not in (None, "student")):
             raise ValueError("lesson.instruction and lesson.pictures compare a student's sentence and view: "
-                             "policy.backbone.kind must be student")  # fmt: skip
+                             "policy.backbone.kind must be student, and start: left out")  # fmt: skip
         if not (self.lesson.soft or self.lesson.hard or self.lesson.expectation):
             raise ValueError("lesson: soft, hard and expectation are all 0, so nothing is learned")
         return self
+
+    @property
+    def backbone_asked(self) -> str | None:
+        """The kind `policy.backbone` names; None when it names none."""
+        return self.policy.backbone.kind if "backbone" in self.policy.model_fields_set else None

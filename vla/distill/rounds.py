@@ -14,19 +14,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from vla.checkpoint import publish
 from vla.distill.config import DistillConfig, RoundsConfig
+from vla.distill.ranks import by_one, say
 from vla.durable import replace_file
-from vla.errors import UsageError, VLAError
+from vla.errors import UsageError
 from vla.evaluate import SimulatorPool, evaluate, wilson
 from vla.evaluate.curve import CURVE_SEED
 from vla.mixture import MixtureConfig
@@ -54,17 +52,17 @@ def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, all
         for number in range(rounds.rounds + 1):
             data = root / "data" / f"round-{number}"
             if number and log.lacks(number, "collected"):
-                log.entry(number)["collected"] = _by_one(partial(_collect, teaching, rounds, root, number, data, pool))
+                log.entry(number)["collected"] = by_one(partial(_collect, teaching, rounds, root, number, data, pool))
                 log.write()
             stage = _stage(config, number, root)
             out = train(stage, resume or stage_begun(stage), allow_change, teaching)
             if log.lacks(number, "success"):
-                log.entry(number)["success"] = _by_one(partial(_measure, rounds, out, pool))
+                log.entry(number)["success"] = by_one(partial(_measure, rounds, out, pool))
                 log.write()
-            _say(log.line(number))
-            _by_one(partial(_keep_best, root, log))
+            say(log.line(number))
+            by_one(partial(_keep_best, root, log))
             if stop := log.stop(number, (time.monotonic() - began) / 60):
-                _say(f"no further round: {stop}")
+                say(f"no further round: {stop}")
                 break
     return root
 
@@ -99,7 +97,7 @@ def _collect(teaching: Distillation, rounds: RoundsConfig, root: Path, number: i
     labeller = teaching.teacher.first.to(student.device) if rounds.labeller == "teacher" else "expert"
     seed = rounds.seed + (number - 1) * rounds.episodes
     found = collect(student, rounds.suite, rounds.tasks, rounds.episodes, seed, out, labeller=labeller, pool=pool)
-    _say(f"round {number}: {found['episodes']} of {found['scenes']} takeovers kept, {found['frames']} frames")
+    say(f"round {number}: {found['episodes']} of {found['scenes']} takeovers kept, {found['frames']} frames")
     return {key: found[key] for key in ("scenes", "episodes", "frames", "ends", "seconds")}
 
 
@@ -163,25 +161,3 @@ def _keep_best(root: Path, log: _Log) -> None:
         shutil.copytree(source, into)
 
     publish(root / "policy", copy)
-
-
-def _by_one(work: Callable[[], Any]) -> Any:
-    """What `work` returns on the main process, for all; its `VLAError` is everybody's."""
-    state, answer = PartialState(), [None, None]
-    if state.is_main_process:
-        try:
-            answer[0] = work()
-        except VLAError as error:
-            if state.num_processes == 1:
-                raise
-            answer[1] = error  # pyright: ignore[reportArgumentType, reportCallIssue]
-    if state.num_processes > 1:
-        broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def _say(text: str) -> None:
-    if PartialState().is_main_process:
-        tqdm.write(text)
