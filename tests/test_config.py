@@ -3,6 +3,7 @@
 import pytest
 
 from vla.config import dump_config, find_config, load_config
+from vla.distill import DistillConfig
 from vla.errors import UsageError
 from vla.train import TrainConfig
 
@@ -64,8 +65,9 @@ def test_unknown_file_names_the_nearest_shipped_one():
 def test_every_shipped_training_config_is_valid_and_survives_a_round_trip(write):
     from vla.config import CONFIGS
 
-    files = sorted((CONFIGS / "train").glob("*.yaml")) + sorted((CONFIGS / "smoke").glob("*.yaml"))
+    files = [file for folder in ("train", "distill", "smoke") for file in sorted((CONFIGS / folder).glob("*.yaml"))]
     assert files
     for file in files:
-        config = load_config(file, [], TrainConfig)
-        assert load_config(write(dump_config(config)), [], TrainConfig) == config
+        kind = DistillConfig if "teacher:" in file.read_text() else TrainConfig
+        config = load_config(file, [], kind)
+        assert load_config(write(dump_config(config)), [], kind) == config

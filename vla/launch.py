@@ -108,8 +108,12 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.asked, self.name = 0, ""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def restore(self) -> None:
+        """Signals mean again what they meant before: a caller's, and its children's, are not ours to swallow."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked and number == signal.SIGINT:

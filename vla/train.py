@@ -163,6 +163,16 @@ def train(
     config: TrainConfig, resume: bool = False, allow_change: tuple[str, ...] = (), teaching: Teaching | None = None
 ) -> Path:  # fmt: skip
     """Run to the end and return the run folder. See the module docstring; raises `VLAError`s."""
+    stop = StopSignal()  # from here on a signal means: save at the next step, and go
+    try:
+        return _train(config, resume, allow_change, teaching, stop)
+    finally:
+        stop.restore()
+
+
+def _train(
+    config: TrainConfig, resume: bool, allow_change: tuple[str, ...], teaching: Teaching | None, stop: StopSignal
+) -> Path:  # fmt: skip
     # The timeout covers the slowest thing one process does alone: decoding a large dataset into the cache, once.
     state = PartialState(cpu=not torch.cuda.is_available(), **_timeout(hours=12))
     rank, world = state.process_index, state.num_processes
@@ -176,7 +186,6 @@ def train(
         torch.use_deterministic_algorithms(True, warn_only=True)
     if config.run.threads and not torch.cuda.is_available():
         torch.set_num_threads(config.run.threads)
-    stop = StopSignal()  # from here on a signal means: save at the next step, and go
     accelerator = Accelerator(mixed_precision=precision_of(config.run.precision), cpu=not torch.cuda.is_available())
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UsageError("accelerate", found=str(accelerator.distributed_type), expected="plain data parallelism",
