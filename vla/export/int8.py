@@ -210,7 +210,7 @@ def input_shapes(source: Path, names: Sequence[str], feed: Feed) -> list[tuple[i
     chosen = [p for p in products(onnx.load(source)) if p.name in set(names)]
     inside = [p.node.input[0] for p in chosen]
     found = _opened(source, list(dict.fromkeys(inside))).run(inside, feed)
-    return [(int(np.prod(a.shape[:-1])), *map(int, p.weight.shape)) for a, p in zip(found, chosen, strict=True)]
+    return [(int(np.prod(a.shape[:-1])), p.weight.shape[0], p.weight.shape[1]) for a, p in zip(found, chosen, strict=True)]
 
 
 def _opened(source: Path, names: Sequence[str]) -> Any:

@@ -54,7 +54,7 @@ class DecodeGraph(nn.Module):
         super().__init__()
         model = cast(NanoVLM, policy.model)
         text, ids = model.config.text_config, model.config.ids
-        self.heads, self.shared = text.num_attention_heads, text.num_attention_heads // text.num_key_value_heads
+        self.shared = text.num_attention_heads // cast(int, text.num_key_value_heads)
         self.embed, self.norm = model.language_model.embed_tokens, model.language_model.norm
         self.layers = model.language_model.layers
         rows = model.lm_head.weight.detach()[ids.symbols.start : ids.symbols.stop].clone()
@@ -120,7 +120,7 @@ def export_parts(policy: VLAPolicy, folder: Path, opset: int = OPSET) -> dict[st
         trace(VisionGraph(model), {"images": torch.zeros(2, size, size, 3, dtype=torch.uint8), "slots": torch.arange(2),
                                    "sentence": torch.ones(1, d)}, ["tokens"],
               {"images": {0: cameras}, "slots": {0: cameras}, "sentence": None}, temporary / "vision.onnx", opset)  # fmt: skip
-        cache = torch.zeros(text.num_hidden_layers, text.num_key_value_heads, 5, d // text.num_attention_heads)
+        cache = torch.zeros(text.num_hidden_layers, cast(int, text.num_key_value_heads), 5, d // text.num_attention_heads)
         said = {"ids": torch.zeros(1, dtype=torch.long), "position": torch.full((1,), 5), "keys": cache, "values": cache + 1}
         shapes = {"ids": None, "position": None, "keys": {2: length}, "values": {2: length}}
         trace(DecodeGraph(policy), said, ["logits", "keys_after", "values_after"], shapes, temporary / "decode.onnx", opset)
