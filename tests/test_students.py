@@ -136,7 +136,7 @@ def truth(candidate: Any) -> float:
 
 def test_what_is_said_by_hand_stays():
     machine = Machine()
-    own = {"image_size": 128, "hidden": 256, "text_layers": 0, "keypoints": 16}
+    own: dict[str, Any] = {"image_size": 128, "hidden": 256, "text_layers": 0, "keypoints": 16}
     chosen = resolve(StudentChoice(preset="xs", budget=Budget(p95_ms=10, runtime="torch"), **own), SIZES,
                      {"torch": machine.runner}, None, machine.clock)  # fmt: skip
     assert {name: getattr(chosen.config, name) for name in own} == own
