@@ -134,6 +134,26 @@ def truth(candidate: Any) -> float:
     return 0.3 + 20.0 * products + 9.0 * attention + 8 * pixels
 
 
+def test_a_burst_of_something_else_is_met_twice(monkeypatch):
+    calm = fit(Budget(p95_ms=8), SIZES, LIMITS["xs"], {}, {"torch": (m := Machine()).runner}, m.clock).record
+    monkeypatch.setattr("vla.students.budget._AT_ONCE", 1)
+    machine, best = Machine(), tuple(calm["chosen"][name] for name in GRID)
+
+    def disturbed(network, sizes, cameras, threads):
+        step = machine.runner(network, sizes, cameras, threads)
+        first = machine.prepared[-1] == best and machine.prepared.count(best) == 1
+
+        def slower() -> None:
+            before = machine.now
+            step()
+            machine.now += 3 * (machine.now - before) * first
+
+        return slower
+
+    record = fit(Budget(p95_ms=8), SIZES, LIMITS["xs"], {}, {"torch": disturbed}, machine.clock).record
+    assert record["chosen"]["capacity"] == calm["chosen"]["capacity"] and machine.prepared.count(best) == 2
+
+
 def test_what_is_said_by_hand_stays():
     machine = Machine()
     own: dict[str, Any] = {"image_size": 128, "hidden": 256, "text_layers": 0, "keypoints": 16}
