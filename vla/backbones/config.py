@@ -82,7 +82,8 @@ class StudentConfig(Config):
     hidden: int = Field(default=256, ge=16)
     layers: int = Field(default=8, ge=1)
     heads: int = Field(default=4, ge=1)
-    mlp: int = Field(default=1024, ge=16)
+    mlp: int = Field(default=704, ge=16)
+    """Gated: two products go up to it, one comes down."""
     text_layers: int = Field(default=1, ge=0)
     """Layers of the text encoder, computed once per instruction."""
     text_vocab: int = Field(default=512, ge=300)

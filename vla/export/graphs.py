@@ -63,7 +63,8 @@ class Attention(nn.Module):
             q, x = q[-last:], x[-last:]
         weights = (q.transpose(0, 1) @ k.permute(1, 2, 0)).softmax(-1)
         x = x + self.out((weights @ v.transpose(0, 1)).transpose(0, 1).reshape(-1, self.heads * self.width))
-        return x + self.down(F.relu(self.up(self.norm2(x))))
+        gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
 
 
 class PolicyGraph(nn.Module):
@@ -77,7 +78,7 @@ class PolicyGraph(nn.Module):
         self.soft_tokens = config.soft_tokens
         self.eye = make_eye(net)
         self.points = KeypointsGraph(net.keypoints) if net.keypoints is not None else None
-        self.cameras, self.said, self.robots = net.camera_positions, net.said, net.robots
+        self.cameras, self.said, self.robots, self.found = net.camera_positions, net.said, net.robots, net.found
         self.state_in = net.state_in
         self.queries = nn.Parameter(net.steps if net.end is None else torch.cat([net.end, net.steps]), requires_grad=False)
         self.layers = nn.ModuleList(Attention(cast(Layer, layer)) for layer in net.layers)
@@ -99,7 +100,8 @@ class PolicyGraph(nn.Module):
             parts.append(self.robots(robot).view(self.soft_tokens, self.hidden))
         if self.state_in is not None and state is not None:
             parts.append(self.state_in(state))
-        x = torch.cat([*parts, self.queries])
+        queries = self.queries if self.found is None else self.queries + self.found(tokens[:, -1].sum(0, keepdim=True))
+        x = torch.cat([*parts, queries])
         for i, layer in enumerate(self.layers):
             x = layer(x, self.steps if i == len(self.layers) - 1 else 0)
         said = torch.relu(self.speak(self.norm(x))[:, None] + self.dimensions.weight).view(-1, self.hidden)  # (H * A, d)

@@ -150,7 +150,7 @@ def grid(sizes: Sizes, most_parameters: int, cameras: int, own: Mapping[str, Any
 
         def config(layers: int, size: int = size, patch: int = patch, hidden: int = hidden) -> StudentConfig:
             return StudentConfig.model_validate({"kind": "student", "image_size": size, "patch": patch, "hidden": hidden,
-                                                 "layers": layers, "heads": hidden // 64, "mlp": 4 * hidden, **rest})  # fmt: skip
+                                                 "layers": layers, "heads": hidden // 64, "mlp": round(hidden * 8 / 3 / 64) * 64, **rest})  # fmt: skip
 
         one, two = (parameters(config(layers), sizes) for layers in (1, 2))
         for layers in axes["layers"]:

@@ -27,10 +27,10 @@ from vla.backbones import Sizes, StudentConfig
 from vla.backbones.student import StudentNet, network_config
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "xs": {"hidden": 256, "layers": 7, "heads": 4, "mlp": 1024},
-    "s": {"hidden": 384, "layers": 10, "heads": 6, "mlp": 1536},
-    "m": {"hidden": 512, "layers": 16, "heads": 8, "mlp": 2048},
-    "rt1": {"tower": "efficientnet_b3", "tokens": 8, "keypoints": 0, "hidden": 512, "layers": 8, "heads": 8, "mlp": 1280},
+    "xs": {"hidden": 256, "layers": 7, "heads": 4, "mlp": 704},
+    "s": {"hidden": 384, "layers": 10, "heads": 6, "mlp": 1024},
+    "m": {"hidden": 512, "layers": 16, "heads": 8, "mlp": 1344},
+    "rt1": {"tower": "efficientnet_b3", "tokens": 8, "keypoints": 0, "hidden": 512, "layers": 8, "heads": 8, "mlp": 832},
 }
 """Name -> fields of `StudentConfig`, where they are not its defaults (224 pixels, patches of 32)."""
 
