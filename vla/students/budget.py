@@ -149,8 +149,8 @@ def grid(sizes: Sizes, most_parameters: int, cameras: int, own: Mapping[str, Any
             continue
 
         def config(layers: int, size: int = size, patch: int = patch, hidden: int = hidden) -> StudentConfig:
-            return StudentConfig.model_validate({"kind": "student", "image_size": size, "patch": patch, "hidden": hidden,
-                                                 "layers": layers, "heads": hidden // 64, "mlp": round(hidden * 8 / 3 / 64) * 64, **rest})  # fmt: skip
+            wide = {"hidden": hidden, "heads": hidden // 64, "mlp": round(hidden * 8 / 3 / 64) * 64}
+            return StudentConfig.model_validate({"kind": "student", "image_size": size, "patch": patch, "layers": layers, **wide, **rest})
 
         one, two = (parameters(config(layers), sizes) for layers in (1, 2))
         for layers in axes["layers"]:
@@ -211,7 +211,9 @@ def _predict(candidates: list[Candidate]) -> None:
             if (solved >= 0).all() and wrong < least * (1 - 1e-9):
                 best, least = np.zeros(4), wrong
                 best[list(subset)] = solved
-    tail = float(np.median([t.p95_ms / t.p50_ms for _, t in known]))
+    tails = [(c.tries > 0, c.timing.p95_ms / c.timing.p50_ms) for c in candidates if c.timing is not None]
+    # A p95 of few rounds is a guess: it tells where to begin, and no more once there are better ones.
+    tail = float(np.median([ratio for sure, ratio in tails if sure] or [ratio for _, ratio in tails]))
     for candidate in candidates:
         candidate.predicted_ms = float(candidate.terms @ best) * tail
 
