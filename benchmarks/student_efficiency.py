@@ -21,7 +21,7 @@ from typing import Any
 from sample_efficiency import apart, draw, measured, read, record, table, write
 
 ARMS = {"teacher": "teacher (LoRA from nano-base)", "distilled": "student of the teacher", "scratch": "student alone"}
-STUDENT = {"kind": "student", "image_size": 64, "patch": 16, "hidden": 128, "layers": 3, "heads": 2, "mlp": 512,
+STUDENT = {"kind": "student", "image_size": 64, "patch": 16, "hidden": 128, "layers": 3, "heads": 2, "mlp": 384,
            "text_vocab": 1024}  # fmt: skip
 KEY = ("base", "suite", "task", "arm", "demonstrations", "seed", "steps", "batch", "scenes", "episodes", "first")
 

@@ -150,7 +150,8 @@ def grid(sizes: Sizes, most_parameters: int, cameras: int, own: Mapping[str, Any
 
         def config(layers: int, size: int = size, patch: int = patch, hidden: int = hidden) -> StudentConfig:
             wide = {"hidden": hidden, "heads": hidden // 64, "mlp": round(hidden * 8 / 3 / 64) * 64}
-            return StudentConfig.model_validate({"kind": "student", "image_size": size, "patch": patch, "layers": layers, **wide, **rest})
+            shape = {"image_size": size, "patch": patch, "layers": layers}
+            return StudentConfig.model_validate({"kind": "student", **shape, **wide, **rest})
 
         one, two = (parameters(config(layers), sizes) for layers in (1, 2))
         for layers in axes["layers"]:
