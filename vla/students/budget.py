@@ -108,6 +108,7 @@ def fit(
             say(line(candidate))
 
     time_them(spread, _ROUNDS_FIRST)
+    cheapest = sorted(candidates, key=lambda c: tuple(c.terms[1:]))[:_AT_ONCE]
     while True:
         _predict(candidates)
         known = [c for c in candidates if c.timing is not None]
@@ -118,6 +119,8 @@ def fit(
         open_ = [c for c in better if c.timing is None or (not c.tries and c.timing.p95_ms <= 1.1 * most)]
         # Who fits by all the others' times and did not by its own may have met something else that ran: once more.
         open_ = open_ or [c for c in better if c.tries == 1]
+        if best is None and not open_ and not any(c.tries for c in cheapest):
+            open_ = cheapest  # nothing is refused on the word of a model
         if sum(c.tries for c in known) >= _MOST or not open_:
             break
         time_them(open_[:_AT_ONCE], _ROUNDS)

@@ -4,10 +4,10 @@ For a robot of 7 action and 8 state dimensions, two cameras, chunks of 8 and 256
 are two operations, of one look and one chunk; the sentence is computed once per instruction and is not in them:
 
     preset  parameters  at most  tokens a picture  tokens in all  GFLOP
-    xs           7.6 M      8 M                50            111    1.9
-    s           21.6 M     25 M                50            111    4.7
-    m           56.7 M     60 M                50            111   12.2
-    rt1         34.9 M     40 M                 8             27    4.8
+    xs           7.8 M      8 M                50            111    1.9
+    s           21.7 M     25 M                50            111    4.7
+    m           56.4 M     60 M                50            111   12.1
+    rt1         33.8 M     40 M                 8             27    4.8
 
 `xs`, `s` and `m` are the cheap convolutional stem, patches of 32 pixels and a transformer: at equal parameters the number of
 tokens decides what a step costs, and a patch of 16 makes four times as many. `rt1` is RT-1 (Brohan et al. 2022): an
