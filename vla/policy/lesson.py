@@ -24,9 +24,13 @@ from vla.config import Config
 
 
 class LessonConfig(Config):
-    soft: float = Field(default=1.0, ge=0)
-    hard: float = Field(default=0.3, ge=0)
-    expectation: float = Field(default=1.0, ge=0)
+    """Weights. Together about as much as the loss on demonstrations alone, for the loss that says where an episode ends stands
+    beside them: from scratch it is what grounds a student, and under a lesson of three times the weight it did not (docs/results.md).
+    """
+
+    soft: float = Field(default=0.5, ge=0)
+    hard: float = Field(default=0.5, ge=0)
+    expectation: float = Field(default=0.1, ge=0)
     instruction: float = Field(default=0.0, ge=0)
     pictures: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
