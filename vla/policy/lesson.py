@@ -25,8 +25,8 @@ from vla.config import Config
 
 class LessonConfig(Config):
     """Weights. Together about as much as the loss on demonstrations alone, for the loss that says where an episode ends stands
-    beside them: from scratch it is what grounds a student, and under a lesson of three times the weight it did not (docs/results.md).
-    """
+    beside them: from scratch it is what grounds a student, and under a lesson of three times the weight it did not
+    (docs/results.md)."""
 
     soft: float = Field(default=0.5, ge=0)
     hard: float = Field(default=0.5, ge=0)
