@@ -6,6 +6,7 @@ The simulators need packages a robot has not (pydantic, gymnasium, mujoco); noth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class SimulatedRobot:
         self.frames: list[np.ndarray] | None = [sim.frame(_FILM_SIZE)] if film else None
 
     def observe(self) -> dict[str, Any]:
-        return {"images": {self.sim.camera: self.sim.frame(self.sim.image_size)}, "state": self.state}
+        images = {camera: self.sim.view(camera, self.sim.image_size) for camera in self.sim.spec.cameras}
+        return {"images": images, "state": self.state}
 
     def act(self, action: np.ndarray) -> bool:
         observation, _, terminated, truncated, info = self.sim.step(action, render=False)
@@ -77,26 +79,26 @@ def play(policy: EdgePolicy, settings: Settings, say: Callable[[str], None] | No
     guard = make_guard(policy, robot, settings)
     size = max(max(sizes) for sizes in robot.sizes.values())
     total, records, sims = Report(1.0 / robot.control_hz), [], {}
-    for n in range(settings.episodes):
-        task, seed = tasks[n % len(tasks)], settings.seed + n
-        if task not in sims:
-            sims[task] = make_sim(settings.suite, task, image_size=size)
-        sim = sims[task]
-        observation, _ = sim.reset(seed=seed, options={"render": False})
-        world = SimulatedRobot(sim, observation, film=settings.video is not None and n == 0)
-        clock = Clock() if settings.realtime else Hurried()
-        loop = ControlLoop(policy, world, robot.control_hz, guard, execute=settings.execute, ensemble=settings.ensemble,
-                           asynchronous=settings.asynchronous, clock=clock)  # fmt: skip
-        loop.on_verdict = lambda verdict, loop=loop: loop.stop() if verdict.needs_help else None
-        report = loop.run(sim.instruction)
-        total.add(report)
-        records.append({"task": task, "seed": seed, "success": world.success, **report.to_json()})
-        if say is not None:
-            say(_line(records[-1], settings.realtime))
-        if world.frames is not None and settings.video is not None:
-            _film(world.frames, robot.control_hz, settings.video)
-    for sim in sims.values():
-        sim.close()
+    with ExitStack() as opened:
+        for n in range(settings.episodes):
+            task, seed = tasks[n % len(tasks)], settings.seed + n
+            if task not in sims:
+                sims[task] = make_sim(settings.suite, task, image_size=size)
+                opened.callback(sims[task].close)
+            sim = sims[task]
+            observation, _ = sim.reset(seed=seed, options={"render": False})
+            world = SimulatedRobot(sim, observation, film=settings.video is not None and n == 0)
+            clock = Clock() if settings.realtime else Hurried()
+            loop = ControlLoop(policy, world, robot.control_hz, guard, execute=settings.execute, ensemble=settings.ensemble,
+                               asynchronous=settings.asynchronous, clock=clock)  # fmt: skip
+            loop.on_verdict = lambda verdict, loop=loop: loop.stop() if verdict.needs_help else None
+            report = loop.run(sim.instruction)
+            total.add(report)
+            records.append({"task": task, "seed": seed, "success": world.success, **report.to_json()})
+            if say is not None:
+                say(_line(records[-1], settings.realtime))
+            if world.frames is not None and settings.video is not None:
+                _film(world.frames, robot.control_hz, settings.video)
     wins = sum(r["success"] for r in records)
     return {
         "suite": settings.suite, "tasks": tasks, "seed": settings.seed, **proportion(wins, len(records)),
@@ -108,7 +110,7 @@ def play(policy: EdgePolicy, settings: Settings, say: Callable[[str], None] | No
 
 def make_guard(policy: EdgePolicy, robot: Robot, settings: Settings) -> Guard:
     """Limits from the embodiment; where nobody gave a jump, a quarter of the range of a target, half a radian of a rotation."""
-    turned = {dims[0] for dims, _ in rotations_of(robot)}  # pyright: ignore[reportArgumentType]
+    turned = {dims[0] for dims, _ in rotations_of(robot)}
     jump: dict[str, Any] = {}
     for channel, dims in robot.spans("action"):
         if dims.start in turned:

@@ -89,6 +89,13 @@ def test_run_plays_episodes_in_a_simulator(folder: Path, tmp_path: Path, capsys:
     assert [[r[k] for k in kept] for r in results[0]["records"]] == [[r[k] for k in kept] for r in results[1]["records"]]
 
 
+def test_run_shows_the_policy_every_camera(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    two = write_edge_folder(tmp_path / "two", {"tabletop_wrist": edge_spec(name="tabletop_wrist")})
+    assert main(["run", str(two), "--sim", "tabletop-wrist", "--task", "touch-red", "--episodes", "1", "--json"]) == 0
+    loop = json.loads(capsys.readouterr().out)["loop"]
+    assert loop["ticks"] > 1 and loop["looks"] > 1 and loop["holds"] == 0
+
+
 def test_run_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     two = write_edge_folder(tmp_path / "two")
     seen = write_edge_folder(tmp_path / "seen", {"tabletop": edge_spec(("front",))},

@@ -132,7 +132,8 @@ class Simulator(gymnasium.Env):
         """(size, size, 3) uint8 through the policy's camera."""
 
     def view(self, camera: str, size: int) -> np.ndarray:
-        """(size, size, 3) uint8 through one of the robot's cameras; most suites have one."""
+        """(size, size, 3) uint8 through one of the robot's cameras. Most suites have one; others say how they see here."""
+        assert camera == self.camera, f"{self.suite} cannot see through {camera!r}"
         return self.frame(size)
 
     @abstractmethod
