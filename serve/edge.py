@@ -37,7 +37,7 @@ class Chunk:
     """What the policy wants to do next; the fields of `vla.policy.Chunk`."""
 
     actions: np.ndarray  # (n, a) float32, robot units, at the robot's own control rate
-    confidence: np.ndarray  # (n, a) float32 in [0, 1]: 1 - entropy / log K of each symbol
+    confidence: np.ndarray  # (n, a) float32 in [0, 1]: 1 - entropy / log K of each symbol; NaN where numbers are said (L1)
     symbols: np.ndarray  # (n, a) int64; repeated where a policy step spans several of the robot's
 
 
@@ -142,11 +142,13 @@ class EdgePolicy:
                 expected="finite numbers", fix="use runtime='float32', or export the policy again",
             ) from error  # fmt: skip
         held = source_step(n, self.chunk)
-        return Chunk(to_robot_steps(actions, n, spec), confidence[held, :a].astype(np.float32), symbols[held, :a])  # pyright: ignore
+        return Chunk(to_robot_steps(actions, n, spec), confidence[held, :a].astype(np.float32), symbols[held, :a])
 
     def sentence(self, instruction: str, robot: str) -> np.ndarray:
         """(1, d) float32: what the policy makes of an instruction; computed once while it is among the last `SENTENCES`."""
-        key = (instruction, robot) if isinstance(instruction, str) else (clean_instruction(instruction), robot)
+        if not isinstance(instruction, str):
+            clean_instruction(instruction)  # refuses it, before somebody asks for its hash
+        key = instruction, robot
         if key in self._sentences:
             self._sentences.move_to_end(key)
             return self._sentences[key]

@@ -69,7 +69,7 @@ class Guard:
         self.max_age, self.repeats, self.deadline, self.longest = max_age, repeats, deadline, longest
         self.window, self.most_holds, self.confidence = window, most_holds, confidence
         self._spans = self.robot.spans("action")
-        self._rotations = [(slice(dims[0], dims[-1] + 1), form) for dims, form in rotations_of(self.robot)]  # pyright: ignore
+        self._rotations = [(slice(dims[0], dims[-1] + 1), form) for dims, form in rotations_of(self.robot)]
         self._motion = np.concatenate([np.full(len(c.dims), c.convention.startswith(_MOTION)) for c, _ in self._spans])
         self._from_state = self._find_in_state()
         problems = self._read_limits(tuple(waive)) + self._read_jumps(dict(jump or {})) + self._read_start(start)
@@ -218,7 +218,7 @@ class Guard:
         self._count(bool(reasons or self.needs_help), confidence)
         held = bool(reasons or self.needs_help)  # the window may have ended with this very tick
         if held:
-            command = np.clip(standstill(self.robot, self._last), self.low, self.high)  # pyright: ignore
+            command = np.clip(standstill(self.robot, self._last), self.low, self.high)
         else:
             self._known[:] = True
         self._last = command.astype(np.float32)

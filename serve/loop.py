@@ -232,7 +232,7 @@ class ControlLoop:
         Raises what the first look raises (a wrong camera, an empty instruction) before anything moves; later the robot holds
         instead. Whatever ends the run, the last thing sent is to stand still, unless the robot itself said it was over.
         """
-        rotations = rotations_of(self.guard.robot)  # pyright: ignore[reportArgumentType]
+        rotations = rotations_of(self.guard.robot)
         player = Player(self.execute, None if self.decay is None else Ensemble(self.decay, rotations))
         report, began = Report(self.period), time.perf_counter()
         self._stop.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -123,8 +124,7 @@ def test_a_faulty_action_is_held_with_its_reason(action, kw, reason):
     verdict = guard.judge(action, **kw)
     assert verdict.hold
     assert verdict.action.tolist() == [0, 0, 0, 0]  # displacements stop, the gripper stays
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(verdict.reason)
+    assert re.search(reason, verdict.reason)
 
 
 def test_rounding_beyond_a_limit_is_clipped_and_not_held():

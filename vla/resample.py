@@ -14,7 +14,8 @@ With n == H everything is returned as it came, bit for bit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,15 +23,21 @@ from vla.errors import DataError
 from vla.rotation import convert
 from vla.rotation import resample as turn_along
 
-if TYPE_CHECKING:  # a robot resamples too, and has no pydantic
-    from vla.embodiment import EmbodimentSpec
-
 _RATES = ("eef_delta_position", "eef_delta_euler_xyz", "eef_delta_axis_angle", "eef_delta_rot6d", "joint_delta", "joint_velocity")
 _ROTATIONS = {
     "eef_euler_xyz": "euler_xyz", "eef_euler_zyx": "euler_ZYX", "eef_quat_xyzw": "quat_xyzw", "eef_quat_wxyz": "quat_wxyz",
     "eef_axis_angle": "axis_angle", "eef_rot6d": "rot6d",
 }  # fmt: skip
 _TARGETS = ("eef_position", "joint_position")
+
+
+class Moved(Protocol):
+    """All that is asked of a robot here: `vla.embodiment.EmbodimentSpec` has it, and `serve.robot.Robot`, without pydantic."""
+
+    @property
+    def action(self) -> Sequence[Any]:
+        """Its action channels, each with `dims` and `convention`."""
+        ...
 
 
 def native_steps(seconds: float | None, chunk: int, hz: float) -> int:
@@ -44,7 +51,7 @@ def chunk_steps(seconds: float | None, chunk: int, execute: int, hz: float) -> t
     return n, max(1, min(n, round(execute * n / chunk)))
 
 
-def to_policy_steps(actions: np.ndarray, valid: int, steps: int, spec: EmbodimentSpec) -> tuple[np.ndarray, np.ndarray]:
+def to_policy_steps(actions: np.ndarray, valid: int, steps: int, spec: Moved) -> tuple[np.ndarray, np.ndarray]:
     """(n, A) actions at the robot's rate, the first `valid` of them real -> (steps, A) and which steps (steps,) are whole.
 
     A policy step counts when the recording covers all of it; the first one always does, with what there is.
@@ -72,7 +79,7 @@ def to_policy_steps(actions: np.ndarray, valid: int, steps: int, spec: Embodimen
     return out.astype(np.float32), whole
 
 
-def to_robot_steps(actions: np.ndarray, n: int, spec: EmbodimentSpec) -> np.ndarray:
+def to_robot_steps(actions: np.ndarray, n: int, spec: Moved) -> np.ndarray:
     """(H, A) predicted actions -> (n, A) float32 at the robot's own rate."""
     steps = len(actions)
     if n == steps:
@@ -96,12 +103,12 @@ def source_step(n: int, steps: int) -> np.ndarray:
     return np.minimum(((np.arange(n) + 0.5) * steps / n).astype(int), steps - 1)
 
 
-def rotations_of(spec: EmbodimentSpec) -> list[tuple[list[int], str]]:
+def rotations_of(spec: Moved) -> list[tuple[list[int], str]]:
     """The action dimensions that are one absolute rotation together, and its form as `vla.rotation` names it."""
     return [(dims, kind) for kind, dims in _groups(spec) if kind in _ROTATIONS.values()]
 
 
-def standstill(spec: EmbodimentSpec, last: np.ndarray) -> np.ndarray:
+def standstill(spec: Moved, last: np.ndarray) -> np.ndarray:
     """The action (A,) float32 that holds the robot where it is after `last`: no displacement, no velocity, the rest as it was."""
     action, at = np.array(last, np.float32), 0
     for channel in spec.action:
@@ -111,7 +118,7 @@ def standstill(spec: EmbodimentSpec, last: np.ndarray) -> np.ndarray:
     return action
 
 
-def _groups(spec: EmbodimentSpec) -> list[tuple[str, list[int]]]:
+def _groups(spec: Moved) -> list[tuple[str, list[int]]]:
     groups, at = [], 0
     for channel in spec.action:
         dims = list(range(at, at + len(channel.dims)))
