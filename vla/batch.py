@@ -140,7 +140,8 @@ def _taught(examples: list[Example], width: int) -> dict[str, Tensor]:
     """What the teacher says of each, its padded action dimensions cut to `width`."""
     said = [e.taught for e in examples if e.taught is not None]
     B, (H, A) = len(examples), examples[0].unit.shape
-    if len(said) < B:
+    assert len(said) in (0, B), "a teacher speaks of all windows of a batch, or of none"
+    if not said:
         return {"likely": torch.zeros(B, 0, 0, dtype=torch.long), "p": torch.zeros(B, 0, 0), "mean": torch.zeros(B, 0),
                 "features": torch.zeros(B, 0)}  # fmt: skip
 
