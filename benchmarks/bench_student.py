@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    from vla.export.measure import race
     from vla.policy import load_policy
 
     teacher, student = load_policy(args.teacher, "cpu"), load_policy(args.student, "cpu")
@@ -68,38 +69,29 @@ def main() -> None:
     told = student.instructions[0]
     runs: dict[str, tuple[Callable[[], Any], int]] = {}
     for name, policy in (("teacher, torch float32", teacher), ("student, torch float32", student)):
-        def act(policy: Any = policy) -> Any:
-            return policy.act(seen, told, args.robot)
-
-        runs[name] = act, sum(p.numel() for p in policy.parameters())
+        runs[name] = partial(policy.act, seen, told, args.robot), sum(p.numel() for p in policy.parameters())
     if args.export:
         from serve.edge import EdgePolicy
+        from serve.export_folder import read_export
 
         size = runs["student, torch float32"][1]
-        for graph in ("float32", "int8"):
-            if (args.export / {"float32": "policy.onnx", "int8": "policy.int8.onnx"}[graph]).is_file():
-                edge = EdgePolicy.load(args.export, runtime=graph, threads=args.threads)
-                runs[f"student, onnxruntime {graph}"] = (lambda edge=edge: edge.act(seen, told, args.robot)), size
+        for graph in read_export(args.export).meaning["graphs"]["policy"]:
+            edge = EdgePolicy.load(args.export, runtime=graph, threads=args.threads)
+            runs[f"student, onnxruntime {graph}"] = partial(edge.act, seen, told, args.robot), size
     if args.smolvlm:
         N = teacher.chunk * spec.action_dim
         for n in (7, N):
             runs[f"SmolVLM-256M's shape, {n} symbols"] = smolvlm(n)
-    spent: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.rounds + 1):
-        for name, (run, _) in runs.items():
-            began = time.perf_counter()
-            run()
-            if number:  # the first is warm-up
-                spent[name].append(time.perf_counter() - began)
-    p50 = {name: float(np.median(times)) for name, times in spent.items()}
+    times = race({name: run for name, (run, _) in runs.items()}, args.rounds, warm=1)
+    p50 = {name: figures["p50_ms"] for name, figures in times.items()}
     names = [name for name in runs if name.startswith("student")]
     best = min(names, key=p50.__getitem__)
     print(f"{args.threads} thread(s), {args.rounds} rounds, chunk of {teacher.chunk} x {spec.action_dim}\n")
     print("| | parameters | p50 | x the student's best |\n| --- | --- | --- | --- |")
     for name, (_, size) in runs.items():
-        print(f"| {name} | {size / 1e6:.1f} M | {1000 * p50[name]:.1f} ms | {p50[name] / p50[best]:.1f} |")
+        print(f"| {name} | {size / 1e6:.1f} M | {p50[name]:.1f} ms | {p50[name] / p50[best]:.1f} |")
     if args.out:
-        args.out.write_text(json.dumps({"threads": args.threads, "p50_ms": {n: 1000 * t for n, t in p50.items()}}, indent=1))
+        args.out.write_text(json.dumps({"threads": args.threads, "p50_ms": p50}, indent=1))
 
 
 if __name__ == "__main__":
