@@ -13,6 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 WORKERS ?= 2
 START := $(shell date +%s)
+comma := ,
 # $(call stage,what,how long)
 stage = @printf '\n=== %s  [about %s; %d s so far]\n' "$(1)" "$(2)" "$$(( $$(date +%s) - $(START) ))"
 total = @s=$$(( $$(date +%s) - $(START) )); printf '\n=== %s: %d min %d s in all\n' "$(1)" $$(( s / 60 )) $$(( s % 60 ))
@@ -92,7 +93,7 @@ robots: setup setup-robosuite  ## five robots in one policy, and each alone with
 	$(call total,make robots)
 
 smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 minutes; learns nothing)
-	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke
+	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke runs/smoke-distill runs/smoke-distill-teacher runs/smoke-export
 	$(call stage,Recording a handful of demonstrations in both simulators,30 s)
 	vla data record --suite tabletop --episodes 20 --seed 0 --out data/smoke-tabletop
 	vla data record --suite metaworld --task button-press-topdown-v3 --episodes 3 --seed 0 --out data/smoke-metaworld
@@ -103,6 +104,10 @@ smoke: setup  ## the whole path of the demo, tiny: does it run here? (under 3 mi
 	vla eval runs/smoke --suite metaworld --task button-press-topdown-v3 --episodes 2 --seed 900000 --out runs/smoke/eval/metaworld.json
 	$(call stage,The report,5 s)
 	vla report runs/smoke
+	$(call stage,A student distilled$(comma) exported$(comma) and run without torch,60 s)
+	vla distill configs/smoke/distill.yaml
+	vla export runs/smoke-distill --to onnx --int8 --windows 16 --rounds 5 --out runs/smoke-export
+	vla-edge run runs/smoke-export --sim tabletop --episodes 2
 	$(call total,make smoke)
 
 example: setup  ## the README's fine-tuning of a foreign model, as printed there, on small random weights (a few minutes; learns nothing)
@@ -139,5 +144,6 @@ bench: setup  ## every benchmarks/bench_*.py on this machine
 	[ $$found = 1 ] || { echo "no benchmarks/bench_*.py"; exit 2; }
 
 clean:  ## removes smoke data, runs and caches; never data/ or runs/ of your own
-	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke data/example runs/example runs/example-merged runs/small-smolvlm \
+	rm -rf data/smoke-tabletop data/smoke-metaworld runs/smoke runs/smoke-distill runs/smoke-distill-teacher \
+	  runs/smoke-export data/example runs/example runs/example-merged runs/small-smolvlm \
 	  runs/hub .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

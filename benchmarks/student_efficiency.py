@@ -4,9 +4,9 @@
     python benchmarks/student_efficiency.py --table
     python benchmarks/student_efficiency.py --draw docs/student_efficiency.svg
 
-The teacher is models/nano-base with LoRA on the N demonstrations. It then plays in simulation, on scenes nobody recorded, and
-what it did where it succeeded (the simulator judges) is data for its student, with its probabilities: no further demonstration
-is asked of anybody. Both students have the same network, steps, batches and seed. Arms, cells and drawing: sample_efficiency.py.
+The teacher is models/nano-base with LoRA on the N demonstrations. It then plays in simulation, on scenes nobody recorded, the task
+and what it knew before (`--known`), and what it did where it succeeded (the simulator judges) is data for its student, with its
+probabilities: no further demonstration is asked of anybody. Both students have the same network, steps, batches and seed. Arms, cells and drawing: sample_efficiency.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sample_efficiency import apart, draw, measured, read, record, table, write
 ARMS = {"teacher": "teacher (LoRA from nano-base)", "distilled": "student of the teacher", "scratch": "student alone"}
 STUDENT = {"kind": "student", "image_size": 64, "patch": 16, "hidden": 128, "layers": 3, "heads": 2, "mlp": 384,
            "text_vocab": 1024}  # fmt: skip
-KEY = ("base", "suite", "task", "arm", "demonstrations", "seed", "steps", "batch", "scenes", "episodes", "first")
+KEY = ("base", "suite", "task", "arm", "demonstrations", "seed", "steps", "batch", "scenes", "known", "episodes", "first")
 
 
 def main() -> None:
@@ -34,9 +34,10 @@ def main() -> None:
     parser.add_argument("--demonstrations", type=int, nargs="+", default=[5, 10, 25, 50, 100])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1500, help="of a student; a teacher has 150")
+    parser.add_argument("--known", nargs="*", default=["touch", "push"], help="tasks of the suite the base knows")
+    parser.add_argument("--steps", type=int, default=1800, help="of a student; a teacher has 150")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--scenes", type=int, default=600, help="in which the teacher plays")
+    parser.add_argument("--scenes", type=int, default=600, help="in which the teacher plays, of each")
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--first", type=int, default=900_000)
     parser.add_argument("--out", type=Path, default=Path("docs/student_efficiency.jsonl"))
@@ -92,13 +93,15 @@ def distilled(key: dict, data: Path, teacher: Path, run: Path) -> dict:
 
     began, played = time.perf_counter(), teacher / "played"
     acts = load_policy(teacher, "cpu")
-    told = collect(acts, key["suite"], [key["task"]], key["scenes"], 200_000, played, labeller=acts, alone=0.0, reach=0.0,
-                   workers=1, progress=False)  # fmt: skip
-    tree = _run(key, run, key["steps"], [{"path": str(data), "weight": 0.3}, {"path": str(played), "weight": 0.7}],
-                lr=1e-3, ema=0.99)  # fmt: skip
+    told = {}
+    for i, task in enumerate([key["task"], *key["known"]]):
+        told[task] = collect(acts, key["suite"], [task], key["scenes"], 200_000 + 50_000 * i, played / task, labeller=acts,
+                             alone=0.0, reach=0.0, workers=1, progress=False)["episodes"]  # fmt: skip
+    shares = {str(data): 0.2, str(played / key["task"]): 0.4} | {str(played / k): 0.4 / len(key["known"]) for k in key["known"]}
+    tree = _run(key, run, key["steps"], [{"path": path, "weight": share} for path, share in shares.items()], lr=1e-3, ema=0.99)
     distill(DistillConfig.model_validate(tree | {"teacher": {"policy": str(teacher), "cache": str(teacher / "answers")},
                                                  "policy": {"backbone": STUDENT}}))  # fmt: skip
-    return measured(run, key, time.perf_counter() - began) | {"played": told["episodes"]}
+    return measured(run, key, time.perf_counter() - began) | {"played": told}
 
 
 def scratch(key: dict, data: Path, teacher: Path, run: Path) -> dict:
