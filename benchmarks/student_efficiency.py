@@ -4,9 +4,10 @@
     python benchmarks/student_efficiency.py --table
     python benchmarks/student_efficiency.py --draw docs/student_efficiency.svg
 
-The teacher is models/nano-base with LoRA on the N demonstrations. It then plays in simulation, on scenes nobody recorded, the task
-and what it knew before (`--known`), and what it did where it succeeded (the simulator judges) is data for its student, with its
-probabilities: no further demonstration is asked of anybody. Both students have the same network, steps, batches and seed. Arms, cells and drawing: sample_efficiency.py.
+The teacher is models/nano-base with LoRA on the N demonstrations. It then plays in simulation, on scenes nobody recorded: the
+task, and what it knew before (`--known`). What it did where it succeeded (the simulator judges) is data for its student, with its
+probabilities; no further demonstration is asked of anybody. Both students have the same network, steps, batches and seed.
+Arms, cells and drawing: sample_efficiency.py.
 """
 
 from __future__ import annotations
