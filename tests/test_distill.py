@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import yaml
 from accelerate import Accelerator
 
 from vla.batch import Taught
-from vla.checkpoint import iter_log
+from vla.checkpoint import iter_log, verify
 from vla.config import validate
 from vla.distill import Distillation, DistillConfig, distill
+from vla.distill.rounds import _Log, _stage
 from vla.distill.targets import Targets
 from vla.distill.teacher import Teacher
 from vla.errors import CheckpointError, UsageError
@@ -70,7 +72,8 @@ def build(values: dict) -> DistillConfig:
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def losses(out: Path) -> list:
@@ -78,7 +81,8 @@ def losses(out: Path) -> list:
 
 
 def test_a_student_is_made_in_the_teachers_image(demos, teacher, tmp_path):
-    out = distill(build(config_for(demos, teacher, tmp_path / "run", lesson__instruction=0.1, lesson__pictures=0.1)))
+    features = {"lesson__instruction": 0.1, "lesson__pictures": 0.1}
+    out = distill(build(config_for(demos, teacher, tmp_path / "run", **features)))
     student, known = load_policy(out, "cpu"), load_policy(teacher, "cpu")
     assert student.config.backbone.kind == "student" and student.chunk == known.chunk == 4
     assert student.codec.to_json() == known.codec.to_json()
@@ -88,19 +92,22 @@ def test_a_student_is_made_in_the_teachers_image(demos, teacher, tmp_path):
     assert not [n for n in student.state_dict() if n.startswith("lesson")]
     # The answers are shared: a second student of the same teacher asks nothing again.
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "answers").rglob("*.bin")}
-    again = distill(build(config_for(demos, teacher, tmp_path / "run2", run__steps=2, lesson__instruction=0.1, lesson__pictures=0.1)))
+    again = distill(build(config_for(demos, teacher, tmp_path / "run2", run__steps=2, **features)))
     assert load_policy(again, "cpu") and {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_resumed_is_the_same_run(demos, teacher, tmp_path):
-    whole = distill(build(config_for(demos, teacher, tmp_path / "whole")))
-    half = config_for(demos, teacher, tmp_path / "half")
-    distill(build(config_for(demos, teacher, tmp_path / "half", run__steps=2)))
-    distill(build(half), resume=True, allow_change=("run.steps",))
-    a, b = load_policy(whole, "cpu"), load_policy(tmp_path / "half", "cpu")
-    first = losses(whole)[:2]
-    assert losses(tmp_path / "half")[:1] == first[:1] and len(losses(tmp_path / "half")) == 4
-    assert [n for n, p in a.state_dict().items() if p.shape != b.state_dict()[n].shape] == []
+    """To the bit, the lesson's own maps included: what a crash after the second step would leave behind goes on as it was."""
+    config = config_for(demos, teacher, tmp_path / "run", lesson__instruction=0.1, lesson__pictures=0.1)
+    out = distill(build(config))
+    whole, wanted = load_policy(out, "cpu"), losses(out)
+    last = max((out / "checkpoints").iterdir())
+    assert last.name.endswith("4") and len(wanted) == 4
+    shutil.rmtree(last)
+    distill(build(config), resume=True)
+    again = load_policy(out, "cpu")
+    assert losses(out) == wanted and again.fingerprint == whole.fingerprint
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_the_lesson_pulls_towards_the_teacher(demos, teacher, mixture, tmp_path):
@@ -197,7 +204,9 @@ def test_another_teacher_is_refused(demos, teacher, mixture, tmp_path):
         distill(build(config_for(demos, teacher, tmp_path / "run3", teacher__top=4)))
 
 
-@pytest.mark.parametrize("changed", [{"chunk": 2}, {"codec": {"bins": 64}}, {"normalization": {"action": "bounds"}}, {"chunk": 8}])
+@pytest.mark.parametrize(
+    "changed", [{"chunk": 2}, {"codec": {"bins": 64}}, {"normalization": {"action": "bounds"}}, {"chunk": 8}]
+)
 def test_other_codecs_and_chunks_meet_in_the_expectation(demos, teacher, mixture, tmp_path, changed):
     values = config_for(demos, teacher, tmp_path / "run")
     values["policy"] |= changed | ({"execute": 1} if "chunk" in changed else {})
@@ -207,7 +216,8 @@ def test_other_codecs_and_chunks_meet_in_the_expectation(demos, teacher, mixture
     cache, _ = lessons.ask(other, Accelerator(cpu=True))
     targets = Targets(cache, lessons.teacher, student, 0.02)
     assert not targets.same
-    known = load_policy(teacher, "cpu")
+    known, centres = load_policy(teacher, "cpu"), student.codec.centres
+    assert centres is not None
     for place in ((0, 0, 0), (0, 1, 3), (1, 0, 5)):
         window = other.window_at(*place)
         taught = targets.add(student.encode(window), window, place).taught
@@ -220,7 +230,7 @@ def test_other_codecs_and_chunks_meet_in_the_expectation(demos, teacher, mixture
         here = min(H, len(acted))
         outside = np.abs(norm.to_unit(acted[:here])) > 1
         assert np.abs(said[:here] - acted[:here])[~outside].max(initial=0) < 2e-2
-        told = (taught.p * student.codec.centres[taught.likely]).sum(-1)
+        told = (taught.p * centres[taught.likely]).sum(-1)
         assert np.abs(told - taught.mean).max() < 0.05
     if lessons.student.chunk == 8:  # beyond its own chunk the teacher is heard where it stood four steps later
         window, later = other.window_at(1, 0, 5), mixture.window_at(1, 0, 9)
@@ -275,7 +285,7 @@ def test_rounds_collect_learn_and_stop(demos, teacher, tmp_path):
     assert [e["round"] for e in log["rounds"]] == [0, 1] and log["rounds"][1]["collected"]["episodes"] > 0
     assert all(0 <= e["success"]["rate"] <= 1 and e["success"]["n"] == 4 for e in log["rounds"])
     best = load_policy(out / f"round-{log['best']}", "cpu")
-    assert load_policy(out, "cpu").fingerprint == best.fingerprint
+    assert load_policy(out, "cpu").fingerprint == best.fingerprint and verify(out / "policy") == []
     assert load_policy(out / "round-1", "cpu").provenance["recorded_seeds"]["tabletop"]["touch-red"][-1][0] >= 200_000
     before = (out / "rounds.json").read_text()
     distill(build(values), resume=True)
@@ -284,8 +294,35 @@ def test_rounds_collect_learn_and_stop(demos, teacher, tmp_path):
         distill(build(values))
 
 
+def test_a_round_that_kept_nothing_adds_no_data(demos, teacher, tmp_path):
+    config = build(config_for(demos, teacher, tmp_path / "run") | {"rounds": {"suite": "tabletop", "share": 0.5}})
+    assert config.rounds is not None
+    log = _Log(tmp_path, config.rounds)
+    for number, kept in enumerate((None, 0, 7, 5)):
+        log.entry(number)["collected"] = {"episodes": kept}
+    old = config.mixture.datasets
+    for number, rounds in ((1, []), (2, [2]), (3, [2, 3])):
+        sets = _stage(config, number, tmp_path, log).mixture.datasets
+        assert sets[: len(old)] == old and [Path(d.path).name for d in sets[len(old) :]] == [f"round-{n}" for n in rounds]
+        if rounds:
+            assert sum(d.weight for d in sets[len(old) :]) == pytest.approx(sum(d.weight for d in old))
+
+
+def test_rounds_that_could_not_begin_are_refused_before_anything_is_trained(demos, teacher, tmp_path):
+    for rounds, words in (({"suite": "tabletopp"}, "no such suite"), ({"suite": "tabletop", "tasks": ["fly"]}, "no such task"),
+                          ({"suite": "tabletop", "seed": 499_500}, "scenes below 500000"),
+                          ({"suite": "aloha"}, "the robot of this simulator")):  # fmt: skip
+        with pytest.raises(UsageError) as error:
+            distill(build(config_for(demos, teacher, tmp_path / "run") | {"rounds": {"rounds": 5} | rounds}))
+        assert words in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_configs_that_teach_nothing_are_refused(demos, teacher, tmp_path):
-    for section, values in {"lesson": {"soft": 0, "hard": 0, "expectation": 0}, "policy": {"backbone": NANO}}.items():
-        broken = config_for(demos, teacher, tmp_path / "run", lesson__pictures=1.0) | {section: values}
-        with pytest.raises(UsageError):
-            build(broken)
+    for section, values, words in (("lesson", {"soft": 0, "hard": 0, "expectation": 0}, "nothing is learned"),
+                                   ("policy", {"backbone": NANO}, "policy.backbone.kind must be student")):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            build(config_for(demos, teacher, tmp_path / "run", lesson__pictures=1.0) | {section: values})
+    for policy, words in (({"head": "l1"}, "head l1"), ({"codec": {"kind": "fast", "path": "symbols.json"}}, "codec fast")):
+        with pytest.raises(UsageError, match=words):
+            distill(build(config_for(demos, teacher, tmp_path / "run") | {"policy": {"backbone": NANO} | policy}))
+    assert not (tmp_path / "run").exists()

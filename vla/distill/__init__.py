@@ -27,7 +27,7 @@ from vla.distill.config import DistillConfig, LessonConfig, RoundsConfig, Teache
 from vla.distill.ranks import by_one, say
 from vla.distill.targets import Targets
 from vla.distill.teacher import Teacher
-from vla.errors import CheckpointError
+from vla.errors import CheckpointError, UsageError, VLAError
 from vla.fetch import fetch_policy
 from vla.fitting import runners
 from vla.mixture import Mixture
@@ -50,7 +50,7 @@ def distill(config: DistillConfig, resume: bool = False, allow_change: tuple[str
     told = config.model_copy(update={"policy": teaching.student})
     if config.rounds is None:
         return train(told, resume, allow_change, teaching)
-    from vla.distill.rounds import play_rounds
+    from vla.distill.rounds import play_rounds  # with it come the simulators
 
     return play_rounds(told, teaching, resume, allow_change)
 
@@ -64,6 +64,8 @@ class Distillation:
         folders = [fetch_policy(name) for name in config.teacher.policy]
         self.teacher = Teacher([load_policy(folder, "cpu") for folder in folders])
         self.student = student_of(config.policy, self.teacher)
+        if config.start is None:
+            _check_bins(self.student)
         asked = config.backbone_asked or config.start
         self.choice = config.student or (None if asked else StudentChoice())
 
@@ -83,8 +85,10 @@ class Distillation:
         return policy
 
     def begin(self, policy: VLAPolicy, mixture: Mixture, accelerator: Accelerator) -> Targets:
-        """See `Teaching.begin`. Raises `CheckpointError` when a resumed student was taught by another teacher."""
+        """See `Teaching.begin`. Raises `CheckpointError` when a resumed student was taught by another teacher, `UsageError` for
+        one that says no bins."""
         config, teacher = self.config, self.teacher
+        _check_bins(policy.config)
         before = policy.provenance.get("teacher")
         if before and before["fingerprint"] != teacher.fingerprint:
             raise CheckpointError(
@@ -114,13 +118,18 @@ class Distillation:
                                   pictures=pictures)  # fmt: skip
         missing = cache.missing()
         accelerator.wait_for_everyone()  # all have seen the same list before anybody shortens it
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        mine, problem = missing[accelerator.process_index :: accelerator.num_processes], None
         with tqdm(total=sum(cache.frames(block) for block in mine), unit="frame", desc="asking the teacher", dynamic_ncols=True,
                   disable=not accelerator.is_main_process or not mine,
                   mininterval=0.5 if sys.stderr.isatty() else 20.0) as bar:  # fmt: skip
-            for done in cache.ask(teacher, autocast, mine):
-                bar.update(done)
-        accelerator.wait_for_everyone()
+            try:
+                for done in cache.ask(teacher, autocast, mine):
+                    bar.update(done)
+            except VLAError as error:
+                problem = error
+        accelerator.wait_for_everyone()  # also who failed comes here: nobody waits for one who has gone
+        if problem is not None:
+            raise problem
         words = cache.read_sentences(teacher) if pictures else 0
         teacher.to(torch.device("cpu"))  # its memory on the device is the student's now
         return cache, (words, pictures)
@@ -135,6 +144,14 @@ def student_of(asked: PolicyConfig, teacher: Teacher) -> PolicyConfig:
     if "backbone" not in own:  # `student:` decides, once the mixture is open; a resumed run has its own
         update["backbone"] = preset("s")
     return PolicyConfig.model_validate(asked.model_dump() | {k: _plain(v) for k, v in update.items()})
+
+
+def _check_bins(student: PolicyConfig) -> None:
+    """A lesson is about probabilities of bins: to another student the teacher would say nothing, and nobody would notice."""
+    if student.head != "symbols" or student.codec.kind != "bins":
+        raise UsageError("policy", found=f"a student with head {student.head} and codec {student.codec.kind}",
+                         expected="head: symbols and codec.kind: bins, whose probabilities a teacher's can be compared with",
+                         fix="leave policy.head and policy.codec out")  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,8 @@
                     actions.bin       (F, n, a) float32              its expected actions, in robot units
                     pictures.bin      (F, e) float16                 mean hidden state over the pictures, when asked for
                     done.bin          (blocks,) uint8                which blocks of `batch` frames are there
-                    instructions.json, instructions.npy              how it understands each sentence
+
+How it understands each sentence is not kept: there are few, and they are read anew (`read_sentences`).
 
 Frames are asked in fixed blocks, and a block is marked only after it is on disk: whatever interrupts it, and however many
 processes share the work, the files end up the same to the byte. A cache belongs to one teacher, one way of asking and one

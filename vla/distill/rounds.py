@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from vla.checkpoint import publish
+from vla.checkpoint import MANIFEST, publish
 from vla.distill.config import DistillConfig, RoundsConfig
 from vla.distill.ranks import by_one, say
 from vla.durable import replace_file
+from vla.embodiment import load_embodiment
 from vla.errors import UsageError
-from vla.evaluate import SimulatorPool, evaluate, wilson
+from vla.evaluate import SimulatorPool, evaluate, same_robot, wilson
 from vla.evaluate.curve import CURVE_SEED
 from vla.mixture import MixtureConfig
 from vla.mixture.config import DatasetConfig
 from vla.policy import PolicyConfig, load_policy
+from vla.sims import expand_tasks, find_suite
 from vla.takeover import collect
 from vla.train import StartConfig, train
 
@@ -44,6 +46,7 @@ def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, all
     if config.mixture.temperature is not None or config.mixture.named:
         raise UsageError("mixture", found="named: or temperature:", expected="datasets and weights, to which rounds add theirs",
                          fix="list the datasets with their weights")  # fmt: skip
+    _check(rounds, teaching)
     if root.exists() and any(root.iterdir()) and not resume:
         raise UsageError(root, found="a run", expected="an empty run folder",
                          fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
@@ -54,7 +57,7 @@ def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, all
             if number and log.lacks(number, "collected"):
                 log.entry(number)["collected"] = by_one(partial(_collect, teaching, rounds, root, number, data, pool))
                 log.write()
-            stage = _stage(config, number, root)
+            stage = _stage(config, number, root, log)
             out = train(stage, resume or stage_begun(stage), allow_change, teaching)
             if log.lacks(number, "success"):
                 log.entry(number)["success"] = by_one(partial(_measure, rounds, out, pool))
@@ -67,17 +70,28 @@ def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, all
     return root
 
 
-def _stage(config: DistillConfig, number: int, root: Path) -> DistillConfig:
-    """The training of one round."""
+def _check(rounds: RoundsConfig, teaching: Distillation) -> None:
+    """Raise `UsageError` before the first training for what would end the first round after it."""
+    expand_tasks(rounds.suite, rounds.tasks)
+    last = rounds.seed + rounds.rounds * rounds.episodes - 1
+    if last >= CURVE_SEED:
+        raise UsageError("rounds.seed", found=f"scenes {rounds.seed} to {last}", expected=f"scenes below {CURVE_SEED}",
+                         fix="a lower rounds.seed, or fewer rounds.episodes")  # fmt: skip
+    if rounds.labeller == "teacher":
+        same_robot(teaching.teacher.first, load_embodiment(find_suite(rounds.suite).embodiment))
+
+
+def _stage(config: DistillConfig, number: int, root: Path, log: _Log) -> DistillConfig:
+    """The training of one round. One in which no takeover was kept adds no data, and the next may."""
     rounds = config.rounds
     assert rounds is not None
     run = config.run.model_copy(update={"out": str(root / f"round-{number}")})
     if number == 0:
         return config.model_copy(update={"run": run, "rounds": None})
     run = run.model_copy(update={"steps": rounds.steps, "save_every": min(run.save_every, rounds.steps)})
-    before = config.mixture.datasets
-    weight = sum(d.weight for d in before) * rounds.share / (1 - rounds.share) / number
-    new = [DatasetConfig(path=str(root / "data" / f"round-{n}"), weight=weight) for n in range(1, number + 1)]
+    before, full = config.mixture.datasets, [n for n in range(1, number + 1) if log.entry(n)["collected"]["episodes"]]
+    weight = sum(d.weight for d in before) * rounds.share / (1 - rounds.share) / max(len(full), 1)
+    new = [DatasetConfig(path=str(root / "data" / f"round-{n}"), weight=weight) for n in full]
     mixture = MixtureConfig.model_validate(config.mixture.model_dump() | {"datasets": [d.model_dump() for d in [*before, *new]]})
     lr = rounds.lr or config.optim.lr / 3
     optim = config.optim.model_copy(update={"lr": lr, "warmup": min(config.optim.warmup, rounds.steps // 10)})
@@ -158,6 +172,6 @@ def _keep_best(root: Path, log: _Log) -> None:
     source = root / f"round-{log.best()}" / "policy"
 
     def copy(into: Path) -> None:
-        shutil.copytree(source, into)
+        shutil.copytree(source, into, ignore=shutil.ignore_patterns(MANIFEST))  # the copy is given its own
 
     publish(root / "policy", copy)
