@@ -61,5 +61,5 @@ def _some_batch(policy: VLAPolicy) -> Batch:
 @torch.inference_mode()
 def _logits(policy: VLAPolicy, batch: Batch) -> Tensor:
     if policy.l1_head is not None:
-        return policy.l1_head(policy._acts(batch))
+        return policy.l1_head(policy.acts(batch))
     return policy.action_logits(batch)

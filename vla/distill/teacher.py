@@ -97,8 +97,8 @@ class Teacher:
         """Mean hidden state over the tokens of the pictures, of the first teacher."""
         policy = self.first
         batch = _batch(policy, seen, told, robot)
-        output = policy._output(batch)
-        if hasattr(output, "seen"):
+        output = policy.output(batch)
+        if policy.config.backbone.kind == "student":
             return output.seen.float().cpu().numpy()
         at = (batch.ids == policy.writer.ids.image)[..., None]
         hidden = output.last_hidden_state[:, : batch.ids.shape[1]].float()

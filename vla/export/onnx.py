@@ -26,8 +26,6 @@ from vla.backbones.student import StudentNet
 from vla.errors import CheckpointError, MachineError, UsageError
 from vla.export.graphs import PolicyGraph, SentenceGraph
 from vla.policy import VLAPolicy
-from vla.policy.choose import chooser
-from vla.policy.decoding import decode_parallel
 from vla.schema import Observation
 
 OPSET = 20
@@ -172,20 +170,13 @@ def open_graph(path: Path, threads: int = 1, profile: Path | None = None) -> Any
                               fix="export it again, with a lower --opset where the runtime is old") from error  # fmt: skip
 
 
-@torch.inference_mode()
 def torch_chunks(
     policy: VLAPolicy, observations: Sequence[Observation], instructions: Sequence[str], robot: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(unit, symbols, confidence), each (B, H, A): what the policy itself says, before it becomes robot units."""
     pairs = zip(observations, instructions, strict=True)
     batch = policy.collate([policy.encoder.observation(o, i, robot) for o, i in pairs]).to(policy.device)
-    if policy.l1_head is not None:
-        unit = policy.l1_head(policy._acts(batch)).float().clamp(-1, 1).cpu().numpy()
-        symbols = policy.codec.encode(unit).reshape(unit.shape)
-        return unit, symbols, np.full(unit.shape, np.nan, np.float32)
-    choose = chooser(policy.config.decode, policy.codec, policy.centres, batch.dims.cpu().numpy(), range(len(batch)))
-    decode_parallel(policy, batch, choose)
-    unit, confidence, symbols = choose.result(policy.chunk)
+    unit, confidence, symbols = policy.decide(batch)
     return unit, np.stack(symbols), confidence
 
 

@@ -32,7 +32,7 @@ from vla.batch import Batch, Encoder, Example, collate
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError, UsageError
 from vla.normalize import Normalizer
-from vla.policy.choose import chooser
+from vla.policy.choose import Chosen, chooser
 from vla.policy.config import Decode, PolicyConfig
 from vla.policy.decoding import decode_parallel, decode_steps
 from vla.policy.heads import EndHead, L1Head
@@ -129,7 +129,7 @@ class VLAPolicy(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """The losses, as sums and counts (DDP wraps `forward`, so this is it)."""
-        output, T = self._output(batch), batch.ids.shape[1]
+        output, T = self.output(batch), batch.ids.shape[1]
         hidden: Tensor = output.last_hidden_state
         acts = hidden[:, T : T + batch.symbols.shape[1]]
         valid = batch.said  # (B, N)
@@ -183,18 +183,20 @@ class VLAPolicy(nn.Module):
 
     def action_logits(self, batch: Batch) -> Tensor:
         """(B, N, K). Autoregressive policies are teacher-forced with `batch.symbols`."""
-        return self.model.symbol_logits(self._acts(batch))
+        return self.model.symbol_logits(self.acts(batch))
 
-    def _acts(self, batch: Batch) -> Tensor:
+    def acts(self, batch: Batch) -> Tensor:
         """Hidden states (B, N, d) from which the symbols are read."""
         T = batch.ids.shape[1]
         return self._hidden(batch)[:, T : T + batch.symbols.shape[1]]
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states (B, T + M, d) of prefix and action positions; symbols are read at the first N of those."""
-        return self._output(batch).last_hidden_state
+        return self.output(batch).last_hidden_state
 
-    def _output(self, batch: Batch) -> Any:
+    def output(self, batch: Batch) -> Any:
+        """What the backbone says of a batch: `last_hidden_state` as `_hidden` returns it, and what else it has (a student's
+        `sentence` and `seen`)."""
         B, N = batch.symbols.shape
         ids = self.writer.ids
         if self.config.decoding == "parallel":
@@ -295,24 +297,29 @@ class VLAPolicy(nn.Module):
         pairs = zip(observations, instructions, strict=True)
         batch = self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
         spec, (n, _) = self.embodiments[embodiment], self.steps(embodiment)
-        shape = batch.unit.shape
-        if self.l1_head is not None:
-            unit = self.l1_head(self._acts(batch)).float().clamp(-1, 1).cpu().numpy()
-            symbols, confidence = list(self.codec.encode(unit).reshape(shape)), np.full(shape, np.nan)
-        else:
-            choose = chooser(decode or self.config.decode, self.codec, self.centres, batch.dims.cpu().numpy(),
-                             range(len(batch)) if seeds is None else seeds)  # fmt: skip
-            if self.config.decoding == "parallel":
-                decode_parallel(self, batch, choose)
-            else:
-                decode_steps(self, batch, choose, spec.action_dim)
-            unit, confidence, symbols = choose.result(self.chunk)
+        unit, confidence, symbols = self.decide(batch, decode, seeds)
         actions = self.normalizers[embodiment]["action"].from_unit(unit[..., : spec.action_dim])
         confidence, held = confidence[..., : spec.action_dim], source_step(n, self.chunk)
         if not is_sequence(self.codec):
             symbols = [row[held, : spec.action_dim] for row in symbols]
         return [Chunk(to_robot_steps(actions[i], n, spec), confidence[i][held].astype(np.float32), symbols[i])
                 for i in range(len(batch))]  # fmt: skip
+
+    @torch.inference_mode()
+    def decide(self, batch: Batch, decode: Decode | None = None, seeds: Sequence[int] | None = None) -> Chosen:
+        """What is done, before it is in robot units, for a batch of one kind of robot: unit (B, H, A) in [-1, 1], confidence
+        (B, H, A), NaN of an L1 head, and the symbols of each row. `decode` and `seeds` as in `act_batch`."""
+        dims = batch.dims.cpu().numpy()
+        if self.l1_head is not None:
+            unit = self.l1_head(self.acts(batch)).float().clamp(-1, 1).cpu().numpy()
+            return unit, np.full(unit.shape, np.nan, np.float32), list(self.codec.encode(unit).reshape(unit.shape))
+        seeds = range(len(batch)) if seeds is None else seeds
+        choose = chooser(decode or self.config.decode, self.codec, self.centres, dims, seeds)
+        if self.config.decoding == "parallel":
+            decode_parallel(self, batch, choose)
+        else:
+            decode_steps(self, batch, choose, int(dims.max()))
+        return choose.result(self.chunk)
 
     @torch.inference_mode()
     def answer(self, image: np.ndarray | None, question: str, most: int = 64) -> str:
