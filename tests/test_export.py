@@ -138,6 +138,7 @@ def test_choosing_again_changes_nothing_else(exported, capsys):
     times = {"float32/1": {"p50_ms": 9.0}, "float32/2": {"p50_ms": 8.5}, "int8/1": {"p50_ms": 4.0}, "int8/2": {"p50_ms": 3.8}}
     assert (choose(times, 1.0)["graph"], choose(times, 1.0)["threads"]) == ("int8", 1)  # a core for 5 % is not worth it
     assert choose(times, 5.0)["graph"] == "float32"  # fast, and wrong
+    assert choose({"float32/1": {"p50_ms": 4.2}, "int8/1": {"p50_ms": 4.0}}, 1.0)["graph"] == "int8"  # the same core either way
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,7 +195,7 @@ def test_refusals(root, policy, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "18 to 23" in refused("--to", "onnx", "--opset", "7")
-    assert "--to onnx" in refused("--to", "policy", "--int8")
+    assert "--int8, --views" in refused("--to", "policy", "--int8", "--views", "2")
     assert "no --to" in refused()
     assert "--calibrate" in refused("--to", "onnx", "--calibrate", str(tmp_path / "nowhere"), code=3)
     assert "windows to calibrate" in refused("--to", "onnx", "--int8", "static", "--windows", "0")
@@ -262,6 +263,7 @@ def test_parts_of_a_teacher(root, tmp_path, capsys):
     meaning = export_parts(teacher, tmp_path / "out")
     assert max(meaning["differences"].values()) < 1e-3 and set(meaning["differences"]) == {"vision", "decode"}
     assert set(meaning["files"]) == {"vision.onnx", "decode.onnx"}
+    assert main(["export", str(tmp_path / "out"), "--choose"]) == 4 and "a whole policy" in capsys.readouterr().err
     with pytest.raises(UsageError, match="parallel"):
         export_parts(small_policy(root / "data"), tmp_path / "no")
     assert main(["export", str(root / "policy"), "--to", "onnx", "--parts", "--out", str(tmp_path / "no")]) == 2

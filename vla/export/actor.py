@@ -117,7 +117,7 @@ class OnnxPolicy:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """The content of export.json. Raises `CheckpointError` for another folder."""
+    """The content of export.json of a whole policy. Raises `CheckpointError` for another folder."""
     try:
         meaning = json.loads((folder / "export.json").read_text())
     except (OSError, ValueError) as error:
@@ -127,4 +127,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     if found != 1:
         raise CheckpointError(folder / "export.json", found=f"format {found}", expected="format 1",
                               fix="export it again with this version")  # fmt: skip
+    if meaning.get("parts"):
+        raise CheckpointError(folder / "export.json", found="parts of a teacher (vla export --parts)", expected="a whole policy",
+                              fix="give an export made without --parts")  # fmt: skip
     return meaning

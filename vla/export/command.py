@@ -72,7 +72,8 @@ def _export(args: argparse.Namespace) -> int:
     if args.to is None or args.out is None:
         raise UsageError("vla export", found="no --to" if args.to is None else "no --out", expected="what to write, and where",
                          fix="vla export POLICY --to onnx --out DIR")  # fmt: skip
-    if args.to != "onnx" and (given := [f"--{name}" for name in ("opset", "int8", "verify") if getattr(args, name) is not None]):
+    only = ("opset", "int8", "verify", "calibrate", "views", "parts")
+    if args.to != "onnx" and (given := [f"--{name}" for name in only if getattr(args, name) not in (None, False, [])]):
         raise UsageError(", ".join(given), found=f"--to {args.to}", expected="--to onnx", fix="leave it out")
     _onnx(args) if args.to == "onnx" else _layout(args)
     written = sorted(p.name for p in args.out.iterdir())

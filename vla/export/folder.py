@@ -9,7 +9,8 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,8 @@ def export_onnx(policy: VLAPolicy, folder: Path, opset: int = OPSET, further: Fu
     net = check_student(policy)
     check_opset(opset)
     require_onnx()
-    check_empty(folder)
-    policy = (policy if policy.dtype == torch.float32 else copy.deepcopy(policy).float()).eval()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with whole_folder(folder) as temporary:
+        policy = (policy if policy.dtype == torch.float32 else copy.deepcopy(policy).float()).eval()
         graphs = write_graphs(policy, temporary, opset)
         policy.writer.tokenizer.backend_tokenizer.save(str(temporary / "tokenizer.json"))  # pyright: ignore
         (temporary / "requirements.txt").write_text(requirements(opset))
@@ -56,6 +52,22 @@ def export_onnx(policy: VLAPolicy, folder: Path, opset: int = OPSET, further: Fu
         if further is not None:
             further(temporary, meaning)
         seal(temporary, meaning)
+    return meaning
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A place to write what is `folder` once the block has ended well; when it does not, nothing is left of it.
+
+    Raises `UsageError` where `folder` is there and not empty, `MachineError` on a full disk.
+    """
+    check_empty(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
@@ -65,7 +77,6 @@ def export_onnx(policy: VLAPolicy, folder: Path, opset: int = OPSET, further: Fu
         if is_disk_full(error):
             raise disk_full(folder, error, "nothing was published") from error
         raise
-    return meaning
 
 
 def check_empty(folder: Path) -> None:

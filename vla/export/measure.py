@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vla.backbones.student import StudentNet
+from vla.errors import MachineError
 from vla.evaluate.pool import usable_cores
 from vla.export.int8 import Feed, input_shapes
 from vla.export.onnx import open_graph
@@ -162,7 +163,9 @@ def _fresh(script: str, *words: str) -> dict[str, float]:
     line = [sys.executable, "-W", "ignore", "-c", script, *words, str(time.time())]
     done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"a fresh process failed: {done.stderr[-500:]}")
+        raise MachineError("a fresh process", found=done.stderr[-500:] or f"exit code {done.returncode}",
+                           expected="one chunk from it, to measure start and memory",
+                           fix="python -c 'import onnxruntime, tokenizers, torch' tells more")  # fmt: skip
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return {"cold_start_s": round(found["seconds"], 3), "peak_memory_mb": round(found["peak"] / 2**20, 1)}
 
@@ -189,7 +192,7 @@ def gemm_rate(graph: Path, names: Sequence[str], feed: Feed, rounds: int = 30) -
                                 [helper.make_tensor_value_info("a", TensorProto.UINT8, [m, k])],
                                 [helper.make_tensor_value_info("y", TensorProto.INT32, [m, n])], [weight])  # fmt: skip
         model = helper.make_model(one, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-        with tempfile.TemporaryDirectory() as place, contextlib.ExitStack():
+        with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "one.onnx"
             path.write_bytes(model.SerializeToString())
             session, a = open_graph(path, 1), {"a": rng.integers(0, 256, (m, k)).astype(np.uint8)}

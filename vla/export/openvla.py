@@ -8,13 +8,12 @@ is left out: who wants that code adds it knowingly.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from vla.backbones.config import PrismaticConfig
-from vla.durable import temporary_name
 from vla.errors import UsageError
+from vla.export.folder import whole_folder
 from vla.normalize import Normalizer
 from vla.policy import VLAPolicy
 
@@ -33,24 +32,12 @@ def export_openvla(policy: VLAPolicy, folder: Path, shard_bytes: int | None = No
     from vla.backbones.prismatic_files import SHARD_BYTES, weights_of, write_weights
 
     _check_openvla(policy)
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(folder, found="files", expected="a folder that is new or empty", fix="give another --out")
-    model, writer, stats = policy.model, policy.writer, statistics_of(policy)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    stats = statistics_of(policy)
+    with whole_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(openvla_config(policy, stats), indent=2))
         (temporary / "dataset_statistics.json").write_text(json.dumps(stats, indent=2))
-        writer.save_pretrained(temporary)
-        write_weights(weights_of(model), temporary, shard_bytes or SHARD_BYTES)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        policy.writer.save_pretrained(temporary)
+        write_weights(weights_of(policy.model), temporary, shard_bytes or SHARD_BYTES)
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vla.evaluate import REPORT_SEED, evaluate, wilson
 from vla.export.actor import OnnxPolicy
@@ -93,8 +94,13 @@ def latency(policy: VLAPolicy, actor: OnnxPolicy, graphs: Mapping[str, str], vie
         entrants[f"torch bfloat16/{threads}"] = torch_run(policy, feed, threads, bf16=True)
         for kind, name in graphs.items():
             entrants[f"{kind}/{threads}"] = graph_run(actor.folder / name, threads, feed)
+    before = torch.get_num_threads()
+    try:
+        times = race(entrants, rounds)
+    finally:
+        torch.set_num_threads(before)  # each contestant sets its own
     return {"views": len(feed["images"]), "what": "one chunk from prepared pictures and a known sentence, in turn, one by one",
-            "times": race(entrants, rounds), "machine": machine()}  # fmt: skip
+            "times": times, "machine": machine()}  # fmt: skip
 
 
 def integer_share(actor: OnnxPolicy, names: Sequence[str], views: int | None, times: Mapping[str, float]) -> dict[str, Any]:

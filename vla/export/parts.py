@@ -10,7 +10,6 @@ Reading the prefix, and who says what when, stay with the policy: a teacher on a
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vla.backbones.nano import NanoVLM, coordinates
-from vla.durable import temporary_name
 from vla.errors import CheckpointError, UsageError
-from vla.export.folder import check_empty, seal
+from vla.export.folder import seal, whole_folder
 from vla.export.onnx import OPSET, TOLERANCE, check_opset, noise, open_graph, require_onnx, trace
 from vla.policy import VLAPolicy
 
@@ -109,12 +107,8 @@ def export_parts(policy: VLAPolicy, folder: Path, opset: int = OPSET) -> dict[st
     model = check_nano(policy)
     check_opset(opset)
     require_onnx()
-    check_empty(folder)
     policy = policy.eval()
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as temporary:
         text, size, d = model.config.text_config, model.config.image_size, model.hidden_size
         cameras, length = torch.export.Dim("cameras", min=1, max=model.max_cameras), torch.export.Dim("read", min=1, max=8192)
         trace(VisionGraph(model), {"images": torch.zeros(2, size, size, 3, dtype=torch.uint8), "slots": torch.arange(2),
@@ -129,12 +123,6 @@ def export_parts(policy: VLAPolicy, folder: Path, opset: int = OPSET) -> dict[st
                    "graphs": {"vision": "vision.onnx", "decode": "decode.onnx"}, "codec": policy.codec.to_json(),
                    "ids": {"symbols": model.config.ids.symbols.start, "act": model.config.ids.act}}  # fmt: skip
         seal(temporary, meaning)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return meaning
 
 

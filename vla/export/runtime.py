@@ -31,7 +31,7 @@ def choose(measured: Mapping[str, Mapping[str, float]], int8_error: float | None
     bad = int8_error is not None and int8_error > MOST_ERROR
     allowed = {key: p50 for key, p50 in entrants.items() if not (bad and key[0] == "int8")}
     best = min(allowed, key=lambda key: allowed[key])
-    for key in sorted(allowed, key=lambda key: int(key[1])):
+    for key in sorted(allowed, key=lambda key: (int(key[1]), allowed[key])):
         if allowed[best] > WORTH * allowed[key]:
             best = key
             break
