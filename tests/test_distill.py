@@ -113,7 +113,7 @@ def test_resumed_is_the_same_run(demos, teacher, tmp_path):
 def test_the_lesson_pulls_towards_the_teacher(demos, teacher, mixture, tmp_path):
     """More of what the teacher says, less of its opposite: the student's distributions approach the teacher's."""
     out = distill(build(config_for(demos, teacher, tmp_path / "run", run__steps=60, run__save_every=60, run__eval_every=60,
-                                   lesson__hard=0.0, optim__lr=3e-3, optim__ema=0.0)))  # fmt: skip
+                                   lesson__hard=0.0, lesson__soft=1.0, lesson__expectation=1.0, optim__lr=3e-3, optim__ema=0.0)))  # fmt: skip
     known, student = load_policy(teacher, "cpu"), load_policy(out, "cpu")
     fresh = policy_of(mixture, STUDENT, normalization=known.config.normalization.model_dump())
 
@@ -169,7 +169,7 @@ def test_interrupted_at_a_random_moment_the_answers_are_the_same_bytes(demos, te
     whole = start("whole")
     whole.communicate(timeout=300)
     assert whole.returncode == 0
-    rng, killed = random.Random(int(time.time())), 0
+    rng, killed = random.Random(5), 0
     for _ in range(3):
         process = start("cut")
         assert process.stdout is not None
@@ -188,6 +188,24 @@ def test_interrupted_at_a_random_moment_the_answers_are_the_same_bytes(demos, te
     a, b = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "cut")
     assert a == b and len(a) >= 9
     assert all(np.fromfile(p, np.uint8).all() for p in (tmp_path / "cut").rglob("done.bin"))
+
+
+def test_damaged_answers_are_refused_and_made_again(demos, teacher, tmp_path):
+    values = config_for(demos, teacher, tmp_path / "run", run__steps=1)
+    distill(build(values))
+    answers = tmp_path / "answers"
+    for number, damage in enumerate(("cut", "grown", "flipped", "gone")):
+        path = sorted(answers.rglob("likely.bin"))[0]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        {"cut": lambda p, d: p.write_bytes(d[: len(d) // 2]), "grown": lambda p, d: p.write_bytes(d + b"x"),
+         "flipped": lambda p, d: p.write_bytes(d), "gone": lambda p, d: p.unlink()}[damage](path, data)  # fmt: skip
+        again = config_for(demos, teacher, tmp_path / f"run{number}", run__steps=1)
+        with pytest.raises(CheckpointError) as error:
+            distill(build(again))
+        assert str(path.parent) in error.value.fix, damage
+        shutil.rmtree(path.parent)
+        distill(build(again), resume=True)
 
 
 def test_another_teacher_is_refused(demos, teacher, mixture, tmp_path):

@@ -144,7 +144,7 @@ class StudentNet(PreTrainedModel):
         """Where the named things are, told to every query at once: attention need not find it first."""
         if self.keypoints is not None:  # that token is one among many, so it is as loud as they are
             for layer in (self.keypoints.out[0], self.keypoints.out[2]):
-                layer.init_std = (2 / layer.in_features) ** 0.5
+                layer.init_std = (2 / int(layer.in_features)) ** 0.5  # pyright: ignore[reportArgumentType]
         self.projector = nn.Linear(self.tower.out_channels, d)
         self.patch_positions = nn.Parameter(torch.zeros(self.tower.tokens, d))
         self.camera_positions = nn.Parameter(torch.zeros(config.max_cameras, d))

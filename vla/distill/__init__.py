@@ -89,6 +89,10 @@ class Distillation:
         one that says no bins."""
         config, teacher = self.config, self.teacher
         _check_bins(policy.config)
+        if config.lesson.features and policy.config.backbone.kind != "student":
+            raise UsageError("lesson", found=f"instruction or pictures, and a {policy.config.backbone.kind} backbone",
+                             expected="a student, whose sentence and view are compared",
+                             fix="lesson.instruction=0 lesson.pictures=0")  # fmt: skip
         before = policy.provenance.get("teacher")
         if before and before["fingerprint"] != teacher.fingerprint:
             raise CheckpointError(
@@ -114,8 +118,9 @@ class Distillation:
         )
         pictures = teacher.first.model.hidden_size if self.config.lesson.features else 0
         where = config.cache or f".cache/teacher/{teacher.fingerprint[:16]}-{config.top}-{config.batch}-{precision}-{pictures}"
-        cache = TeacherCache.open(Path(where), teacher, mixture, top=config.top, batch=config.batch, precision=precision,
-                                  pictures=pictures)  # fmt: skip
+        with accelerator.main_process_first():
+            cache = TeacherCache.open(Path(where), teacher, mixture, top=config.top, batch=config.batch, precision=precision,
+                                      pictures=pictures)  # fmt: skip
         missing = cache.missing()
         accelerator.wait_for_everyone()  # all have seen the same list before anybody shortens it
         mine, problem = missing[accelerator.process_index :: accelerator.num_processes], None
@@ -130,6 +135,8 @@ class Distillation:
         accelerator.wait_for_everyone()  # also who failed comes here: nobody waits for one who has gone
         if problem is not None:
             raise problem
+        if accelerator.is_main_process:
+            cache.seal()
         words = cache.read_sentences(teacher) if pictures else 0
         teacher.to(torch.device("cpu"))  # its memory on the device is the student's now
         return cache, (words, pictures)

@@ -16,7 +16,9 @@ version of a dataset; for anything else it is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,6 +32,8 @@ from vla.errors import CheckpointError
 from vla.mixture import Mixture
 
 FORMAT = 1
+SUMS = "sums.json"
+"""sha256 of a dataset's files, once all of it was asked."""
 _SYNC = 16  # blocks between two times everything is forced to disk
 
 
@@ -115,6 +119,14 @@ class TeacherCache:
         for d in {d for d, _ in blocks}:
             self.parts[d]["done"].flush()
 
+    def seal(self) -> None:
+        """Write the sums of what is whole. By one process, after all have asked."""
+        for d, arrays in self.parts.items():
+            folder = self.root / self.mixture.stores[d].fingerprint[:16]
+            if arrays["done"].all() and not (folder / SUMS).is_file():
+                sums = {path.name: _sum(path) for path in sorted(folder.glob("*.bin"))}
+                replace_file(folder / SUMS, json.dumps(sums, indent=1))
+
     def read_sentences(self, teacher: Teacher) -> int:
         """Have the teacher read every instruction; returns the width of its understanding."""
         width = 0
@@ -143,19 +155,41 @@ def _lay_out(root: Path, teacher: Teacher, mixture: Mixture, d: int, facts: dict
         shapes["pictures"] = (np.float16, (frames, facts["pictures"]))
     folder = root / store.fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    return {name: _array(folder / f"{name}.bin", *shape) for name, shape in shapes.items()}
+    # `done` last: while there are no marks, an empty file beside it is a new one, and not one that was cut.
+    begun = (folder / "done.bin").is_file() and np.fromfile(folder / "done.bin", np.uint8).any()
+    arrays = {name: _array(folder / f"{name}.bin", *shapes[name], bool(begun)) for name in sorted(shapes, key="done".__eq__)}
+    written = json.loads((folder / SUMS).read_text()) if (folder / SUMS).is_file() else {}
+    if changed := [name for name, sum_ in written.items() if _sum(folder / name) != sum_]:
+        raise _damaged(folder / changed[0], "other bytes than were written")
+    return arrays
 
 
-def _array(path: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
+def _array(path: Path, kind: type, shape: tuple[int, ...], begun: bool) -> np.memmap:
+    """The file, its room reserved on the disk: a full one must say so here, not by a signal at some later write."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    with open(path, "ab") as file:  # several processes may come here at once: growing to one size is the same for all
-        there = file.tell()
-        if there > size:
-            raise CheckpointError(path, found=f"{there} bytes", expected=f"at most {size}",
-                                  fix="the file is not this cache's: remove the folder, it is made again")  # fmt: skip
-        if there < size:
-            file.truncate(size)
+    there = path.stat().st_size if path.is_file() else 0
+    if there != size and (there or begun):
+        raise _damaged(path, f"{there} bytes where there should be {size}")
+    if not there:  # several processes may come here at once: growing to one size is the same for all
+        with open(path, "ab") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if is_disk_full(error):
+                    path.unlink(missing_ok=True)
+                    raise disk_full(path, error, "nothing was asked yet") from error
+                file.truncate(size)  # a file system that cannot reserve
     return np.memmap(path, kind, "r+", shape=shape)
+
+
+def _damaged(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(path, found=found, expected="what the teacher said",
+                           fix=f"remove {path.parent}: the teacher is asked again")  # fmt: skip
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(value: object) -> str:

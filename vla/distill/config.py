@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from vla.backbones import NanoConfig
 from vla.config import Config
 from vla.policy.lesson import LessonConfig
-from vla.students import StudentChoice
+from vla.students import StudentChoice, preset
 from vla.train import TrainConfig
 
 
@@ -71,11 +72,12 @@ class DistillConfig(TrainConfig):
     def _students(self) -> DistillConfig:
         if self.mixture.answers is not None:
             raise ValueError("mixture.answers: a student is taught actions; leave it out")
-        if self.student is not None and (self.start or "backbone" in self.policy.model_fields_set):
+        # A run's own config.yaml names the placeholder beside `student:`, and must read as what it was.
+        if self.student is not None and (self.start or self.policy.backbone not in (NanoConfig(), preset("s"))):
             raise ValueError("student: chooses the network; leave out policy.backbone and start:")
-        if self.lesson.features and (self.start or self.backbone_asked not in (None, "student")):
+        if self.lesson.features and self.backbone_asked not in (None, "student"):
             raise ValueError("lesson.instruction and lesson.pictures compare a student's sentence and view: "
-                             "policy.backbone.kind must be student, and start: left out")  # fmt: skip
+                             "policy.backbone.kind must be student")  # fmt: skip
         if not (self.lesson.soft or self.lesson.hard or self.lesson.expectation):
             raise ValueError("lesson: soft, hard and expectation are all 0, so nothing is learned")
         return self

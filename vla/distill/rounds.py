@@ -96,9 +96,9 @@ def _stage(config: DistillConfig, number: int, root: Path, log: _Log) -> Distill
     lr = rounds.lr or config.optim.lr / 3
     optim = config.optim.model_copy(update={"lr": lr, "warmup": min(config.optim.warmup, rounds.steps // 10)})
     start = StartConfig(policy=str(root / f"round-{number - 1}"))
-    return config.model_copy(
-        update={"run": run, "rounds": None, "mixture": mixture, "optim": optim, "start": start, "policy": PolicyConfig()}
-    )
+    return config.model_copy(update={
+        "run": run, "rounds": None, "mixture": mixture, "optim": optim, "start": start, "policy": PolicyConfig(), "student": None,
+    })  # fmt: skip
 
 
 def stage_begun(stage: DistillConfig) -> bool:
