@@ -113,7 +113,8 @@ def test_resumed_is_the_same_run(demos, teacher, tmp_path):
 def test_the_lesson_pulls_towards_the_teacher(demos, teacher, mixture, tmp_path):
     """More of what the teacher says, less of its opposite: the student's distributions approach the teacher's."""
     out = distill(build(config_for(demos, teacher, tmp_path / "run", run__steps=60, run__save_every=60, run__eval_every=60,
-                                   lesson__hard=0.0, lesson__soft=1.0, lesson__expectation=1.0, optim__lr=3e-3, optim__ema=0.0)))  # fmt: skip
+                                   lesson__hard=0.0, lesson__soft=1.0, lesson__expectation=1.0, optim__lr=3e-3,
+                                   optim__ema=0.0)))  # fmt: skip
     known, student = load_policy(teacher, "cpu"), load_policy(out, "cpu")
     fresh = policy_of(mixture, STUDENT, normalization=known.config.normalization.model_dump())
 
