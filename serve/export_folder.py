@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from serve.robot import Robot
+from vla.durable import digest_of
 from vla.errors import CheckpointError, DataError, MachineError, UsageError
 from vla.images import ImagePreparation
 from vla.normalize import Normalizer
@@ -89,6 +90,9 @@ def read_export(folder: str | Path) -> ExportFolder:
                               fix="pip install --no-deps -U tendon-vla: the folder was written by a newer version")  # fmt: skip
     if missing := [key for key in _NEEDED if key not in meaning]:
         raise CheckpointError(file, found=f"no {missing}", expected=f"keys {list(_NEEDED)}", fix=_AGAIN)
+    if meaning.get("digest", digest := digest_of(meaning)) != digest:
+        raise CheckpointError(file, found="another content than was written", expected="what `vla export` wrote",
+                              fix=f"{_AGAIN}; export.json is not meant to be edited")  # fmt: skip
     try:
         return _understand(path, file, meaning)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -7,6 +7,7 @@ here, and a full disk is always the same `MachineError`. Standard library only, 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -45,6 +46,12 @@ def replace_file(path: Path, data: str | bytes | memoryview, safe: str = "the pr
         if is_disk_full(error):
             raise disk_full(path, error, safe) from error
         raise
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """sha256 of JSON content, whatever the order of its keys and without what it says under `digest` itself."""
+    told = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def flush(path: Path) -> None:

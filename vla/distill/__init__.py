@@ -169,6 +169,6 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `accelerate launch -m vla.distill`."""
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m vla.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: accelerate launch -m vla.distill configs/distill/tabletop.yaml teacher.policy=runs/teacher",
+        epilog="example: accelerate launch -m vla.distill configs/distill/demo.yaml teacher.policy=runs/teacher",
     )  # fmt: skip
     return run_main(parser, DistillConfig, distill, argv)

@@ -16,6 +16,7 @@ version of a dataset; for anything else it is refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ import numpy as np
 
 from vla.distill.teacher import Said, Teacher
 from vla.durable import disk_full, is_disk_full, replace_file
-from vla.errors import CheckpointError
+from vla.errors import CheckpointError, MachineError
 from vla.mixture import Mixture
 
 FORMAT = 1
@@ -59,13 +60,20 @@ class TeacherCache:
             try:
                 known = json.loads(where.read_text())
             except ValueError:
-                known = {}
+                known = None
+            if not isinstance(known, dict):
+                raise CheckpointError(where, found="no JSON object", expected="who was asked, and how",
+                                      fix=f"remove {root}: the teacher is asked again")  # fmt: skip
             if changed := [key for key in facts if known.get(key) != facts[key]]:
                 raise CheckpointError(
                     where, found="; ".join(f"{key} {_short(known.get(key))}" for key in changed),
                     expected="; ".join(f"{key} {_short(facts[key])}" for key in changed) + ", as this distillation asks",
                     fix="give teacher.cache another folder, or leave it out: then every teacher has its own",
                 )  # fmt: skip
+        elif root.exists() and (not root.is_dir() or any(not path.name.startswith(".") for path in root.iterdir())):
+            # Whose answers those are, nobody knows any more.
+            raise CheckpointError(root, found="something without a teacher.json", expected="a new folder, or a teacher's answers",
+                                  fix=f"remove {root}, or give teacher.cache another folder")  # fmt: skip
         else:
             replace_file(where, json.dumps(facts, indent=1))
         parts = {d: _lay_out(root, teacher, mixture, d, facts) for d in range(len(mixture.stores))}
@@ -168,9 +176,9 @@ def _array(path: Path, kind: type, shape: tuple[int, ...], begun: bool) -> np.me
     """The file, its room reserved on the disk: a full one must say so here, not by a signal at some later write."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     there = path.stat().st_size if path.is_file() else 0
-    if there != size and (there or begun):
+    if there > size or (there < size and begun):
         raise _damaged(path, f"{there} bytes where there should be {size}")
-    if not there:  # several processes may come here at once: growing to one size is the same for all
+    if there < size:  # several processes may come here at once: growing to one size is the same for all
         with open(path, "ab") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -178,6 +186,8 @@ def _array(path: Path, kind: type, shape: tuple[int, ...], begun: bool) -> np.me
                 if is_disk_full(error):
                     path.unlink(missing_ok=True)
                     raise disk_full(path, error, "nothing was asked yet") from error
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise MachineError(path, found=str(error), expected="a place to write", fix="teacher.cache=DIR") from error
                 file.truncate(size)  # a file system that cannot reserve
     return np.memmap(path, kind, "r+", shape=shape)
 

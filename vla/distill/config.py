@@ -14,7 +14,7 @@ from vla.train import TrainConfig
 
 
 class TeacherConfig(Config):
-    policy: tuple[Annotated[str, Field(min_length=1)], ...]
+    policy: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     """Policy folder, run folder or Hub id; several are an ensemble, whose opinions are averaged."""
     top: int = Field(default=16, ge=1, le=256)
     """k: symbols kept of each distribution."""

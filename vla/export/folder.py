@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vla.backbones.student import WORDS, StudentNet
-from vla.durable import disk_full, flush, is_disk_full, replace_file, temporary_name
+from vla.durable import digest_of, disk_full, flush, is_disk_full, replace_file, temporary_name
 from vla.errors import UsageError
 from vla.evaluate import versions
 from vla.export.actor import OnnxPolicy
@@ -91,6 +91,12 @@ def seal(folder: Path, meaning: dict[str, Any]) -> None:
     for path in files:
         flush(path)
     meaning["files"] = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
+    write_meaning(folder, meaning)
+
+
+def write_meaning(folder: Path, meaning: dict[str, Any]) -> None:
+    """Write export.json with the digest by which a runtime knows that nobody has edited it since."""
+    meaning["digest"] = digest_of(meaning)
     replace_file(folder / MEANING, json.dumps(meaning, indent=1, allow_nan=False))
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla.durable import replace_file
 from vla.errors import CheckpointError
 from vla.export.actor import OnnxPolicy, read_export
-from vla.export.folder import MEANING, sha256
+from vla.export.folder import sha256, write_meaning
 from vla.export.int8 import Feed
 from vla.export.measure import graph_run, machine, race, several_views, thread_counts
 
@@ -60,7 +58,7 @@ def choose_again(folder: Path, views: int | None = None, rounds: int = 100) -> d
     measured = measure_graphs(folder, meaning["graphs"]["policy"], feed, rounds)
     meaning["runtime"] = choose(measured, meaning["runtime"].get("int8_error_percent")) | {
         "views": len(feed["images"]), "int8_error_percent": meaning["runtime"].get("int8_error_percent")}  # fmt: skip
-    replace_file(folder / MEANING, json.dumps(meaning, indent=1, allow_nan=False))
+    write_meaning(folder, meaning)
     return meaning["runtime"]
 
 

@@ -49,7 +49,7 @@ class Chooser:
             values = self.centres[symbols]
         confidence = 1.0 - entropy / np.log(max(p.shape[-1], 2))  # an only symbol is certain: log 1 is no divisor
         for part, tensor in zip(self.parts, (values, confidence, symbols), strict=True):
-            part.append(tensor.cpu().numpy())
+            part.append((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy())  # numpy has no bfloat16
         return symbols
 
     @property
