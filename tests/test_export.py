@@ -269,3 +269,14 @@ def test_parts_of_a_teacher(root, tmp_path, capsys):
         export_parts(small_policy(root / "data"), tmp_path / "no")
     assert main(["export", str(root / "policy"), "--to", "onnx", "--parts", "--out", str(tmp_path / "no")]) == 2
     assert "student backbone" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_an_edited_description_is_refused(exported, tmp_path):
+    edge = pytest.importorskip("serve.edge")
+    folder = tmp_path / "edited"
+    shutil.copytree(exported, folder)
+    meaning = json.loads((folder / "export.json").read_text())
+    meaning["chunk_seconds"] = 0.5
+    (folder / "export.json").write_text(json.dumps(meaning))
+    with pytest.raises(CheckpointError, match="another content than was written"):
+        edge.EdgePolicy.load(folder)
