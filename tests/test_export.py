@@ -1,6 +1,7 @@
 """`vla export --to onnx`: a student as graphs that act as it does, whole or not there at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
