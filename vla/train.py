@@ -215,6 +215,8 @@ def _train(
             start = {"kind": "model", **origin(path, fetch_model(path))}
         wanted = base.config if base else config.policy
         opened = open_mixture(config.mixture, wanted.chunk, config.run.seed, progress=main, seconds=wanted.chunk_seconds)
+        if found and base:
+            _check_same_data(base, opened[0], run.root, allow_change)
         return found, base, start, *opened
 
     def together(error: BaseException | None) -> None:
@@ -499,6 +501,14 @@ def _check_unchanged(then: dict, now: TrainConfig, where: Path, allowed: tuple[s
                          expected="the config the run was started with",
                          fix="undo the change" + "".join(f", or add --allow-change {k}" for k in changed if k[:7] != "policy.")
                          + "; what is under policy. is fixed for a run's life")  # fmt: skip
+
+
+def _check_same_data(policy: VLAPolicy, mixture: Mixture, where: Path, allowed: tuple[str, ...]) -> None:
+    """A run that goes on with other data would know neither their seeds nor their statistics."""
+    known = {d["fingerprint"] for d in policy.provenance.get("datasets", [])}
+    if "mixture.datasets" not in allowed and (other := [str(s.root) for s in mixture.stores if s.fingerprint not in known]):
+        raise UsageError(where, found=f"other content than the run began with: {', '.join(other)}", expected="the same datasets",
+                         fix="begin another run from this one: start.policy=RUN; or --allow-change mixture.datasets")  # fmt: skip
 
 
 def _timeout(hours: int) -> dict:
