@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ from serve.edge import EdgePolicy
 from serve.export_folder import read_export
 from serve.loop import percentiles
 from serve.robot import Robot
-from vla.errors import DataError, UsageError, VLAError
+from vla.errors import DataError, UsageError, exit_code_of
 
 EXAMPLES = """\
 examples:
@@ -36,17 +35,7 @@ _PACKAGES = ("tendon-vla", "onnxruntime", "numpy", "tokenizers", "pillow")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, as `vla` does."""
     args = make_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except VLAError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `vla-edge ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return exit_code_of(lambda: args.run(args))
 
 
 def make_parser() -> argparse.ArgumentParser:

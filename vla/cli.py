@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import vla
-from vla.errors import VLAError
+from vla.errors import exit_code_of
 
 VERBS: dict[str, tuple[str, str, str]] = {
     "doctor": ("vla.doctor", "add_doctor_parser", "look at the machine: versions, devices, video, renderer"),
@@ -58,17 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after an option: argparse takes them for strangers
         args.overrides = [*args.overrides, *rest]
-    try:
-        return args.run(args) or 0
-    except VLAError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `vla ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return exit_code_of(lambda: args.run(args))
 
 
 DATA_VERBS: dict[str, tuple[str, str]] = {

@@ -6,6 +6,10 @@ the command. Broken invariants of our own code stay plain `AssertionError`/`Valu
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+
 
 class VLAError(Exception):
     """Base class. `exit_code` is what the command line returns (see DESIGN: 2 config, 3 data, 4 checkpoint, ...)."""
@@ -62,3 +66,19 @@ class Preempted(VLAError):
     """The run was asked to stop and saved itself first."""
 
     exit_code = 75
+
+
+def exit_code_of(work: Callable[[], int | None]) -> int:
+    """Do a command's work and say how it ended: its own code, an error's message and code, 130 when interrupted, 141 when nobody
+    reads what it prints any more (`vla ... | head`)."""
+    try:
+        return work() or 0
+    except VLAError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -89,6 +89,8 @@ def add_students_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the presets, or find a student. Raises `UsageError` when nothing meets the budget."""
+    if not 1 <= args.cameras <= 16:
+        raise UsageError("--cameras", found=args.cameras, expected="1 to 16", fix="--cameras 2")
     if args.budget is None:
         _list(args)
         return 0

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from vla.backbones.head import head_logits
-from vla.backbones.protocol import Ids
+from vla.backbones.protocol import Ids, OwnModel
 
 SPECIALS = ("pad", "image", "state", "end", "act", "soft", "say", "eos")
 """Control ids that follow the text vocabulary, in this order. `say` begins an answer in words, `eos` ends it."""
@@ -173,7 +173,7 @@ def coordinates(h: int, w: int, device: torch.device) -> Tensor:
     return torch.stack([x, y])
 
 
-class NanoVLM(PreTrainedModel):
+class NanoVLM(OwnModel, PreTrainedModel):
     """The model: ids, images and states in, hidden states or logits out."""
 
     config_class = NanoVLMConfig
@@ -306,34 +306,14 @@ class NanoVLM(PreTrainedModel):
              "language": ("language_model.layers", "language_model.norm")}  # fmt: skip
 
     @property
-    def adapted(self) -> nn.Module:
-        return self
-
-    @property
     def hidden_size(self) -> int:
         return self.config.text_config.hidden_size
-
-    @property
-    def state_dim(self) -> int:
-        return self.config.state_dim
-
-    @property
-    def num_slots(self) -> int:
-        return self.config.num_slots
-
-    @property
-    def max_cameras(self) -> int:
-        return self.config.max_cameras
 
     def prefix_attention(self, ids: Tensor, mask: Tensor, causal: Tensor) -> tuple[Tensor, Tensor]:
         """Both directions, but for an answer in words, which only later positions may read."""
         T = mask.shape[1]
         earlier = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
         return mask[:, None, :] & (earlier | ~causal[:, None, :]), (mask.cumsum(-1) - 1).clamp(min=0)
-
-    def tail_positions(self, positions: Tensor, tail: int) -> Tensor:
-        after = positions[:, -1:] + 1 + torch.arange(tail, device=positions.device)
-        return torch.cat([positions, after], dim=1)
 
     def parallel_tail(self, n: int) -> list[int]:
         return list(self.config.slot_ids[:n])

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vla.backbones.head import head_logits
-from vla.backbones.protocol import Ids
+from vla.backbones.protocol import Ids, OwnModel
 
 TOWERS = ("featurizer", "fused_featurizer")
 _MEANS = {"dinov2": (0.485, 0.456, 0.406), "siglip": (0.5, 0.5, 0.5)}
@@ -222,7 +222,7 @@ def _patches(tower: Any, pixels: Tensor, films: Any, sentence: Tensor | None) ->
     return x[:, tower.num_prefix_tokens :]
 
 
-class PrismaticVLM(PreTrainedModel):
+class PrismaticVLM(OwnModel, PreTrainedModel):
     """The model: ids, images and states in, hidden states or logits out. A `vla.backbones.Backbone`."""
 
     config_class = PrismaticModelConfig
@@ -322,33 +322,13 @@ class PrismaticVLM(PreTrainedModel):
         return self.config.bidirectional
 
     @property
-    def adapted(self) -> nn.Module:
-        return self
-
-    @property
     def hidden_size(self) -> int:
         return self.config.text_config.hidden_size
-
-    @property
-    def state_dim(self) -> int:
-        return self.config.state_dim
-
-    @property
-    def num_slots(self) -> int:
-        return self.config.num_slots
-
-    @property
-    def max_cameras(self) -> int:
-        return self.config.max_cameras
 
     def prefix_attention(self, ids: Tensor, mask: Tensor, causal: Tensor) -> tuple[Tensor, Tensor]:
         """Causal, as the language model was trained."""
         earlier = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
         return mask[:, None, :] & earlier, (mask.cumsum(-1) - 1).clamp(min=0)
-
-    def tail_positions(self, positions: Tensor, tail: int) -> Tensor:
-        after = positions[:, -1:] + 1 + torch.arange(tail, device=positions.device)
-        return torch.cat([positions, after], dim=1)
 
     def parallel_tail(self, n: int) -> list[int]:
         ids = self.config.ids

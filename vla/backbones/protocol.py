@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -162,3 +163,30 @@ class Backbone(Protocol):
         ...
 
     def save_pretrained(self, folder: Path) -> Any: ...
+
+
+class OwnModel:
+    """What our own models answer alike: they are what adapters go into, their config has the room they were built with, and a
+    token stands after the one before it."""
+
+    config: Any
+
+    @property
+    def adapted(self) -> Any:
+        return self
+
+    @property
+    def state_dim(self) -> int:
+        return self.config.state_dim
+
+    @property
+    def num_slots(self) -> int:
+        return self.config.num_slots
+
+    @property
+    def max_cameras(self) -> int:
+        return self.config.max_cameras
+
+    def tail_positions(self, positions: Tensor, tail: int) -> Tensor:
+        after = positions[:, -1:] + 1 + torch.arange(tail, device=positions.device)
+        return torch.cat([positions, after], dim=1)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from vla.backbones.config import StudentConfig
 from vla.backbones.nano import SPECIALS, Keypoints, coordinates, more_rows
 from vla.backbones.nano_processor import NanoWriter, build_tokenizer
-from vla.backbones.protocol import Ids, Sizes
+from vla.backbones.protocol import Ids, OwnModel, Sizes
 from vla.backbones.student_towers import LinearFrom, Tower, make_tower
 from vla.errors import CheckpointError, UsageError
 
@@ -125,7 +125,7 @@ def additive(there: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(there.shape, dtype=dtype, device=there.device).masked_fill(~there, -1e9)[:, None, None]
 
 
-class StudentNet(PreTrainedModel):
+class StudentNet(OwnModel, PreTrainedModel):
     """See the module. `hidden` is what a policy calls; `act` the part an exported graph consists of."""
 
     config_class = StudentNetConfig
@@ -267,31 +267,12 @@ class StudentNet(PreTrainedModel):
         return seen, there.repeat_interleave(P, dim=1)
 
     @property
-    def adapted(self) -> nn.Module:
-        return self
-
-    @property
     def hidden_size(self) -> int:
         return self.config.hidden
-
-    @property
-    def state_dim(self) -> int:
-        return self.config.state_dim
-
-    @property
-    def num_slots(self) -> int:
-        return self.config.num_slots
-
-    @property
-    def max_cameras(self) -> int:
-        return self.config.max_cameras
 
     def prefix_attention(self, ids: Tensor, mask: Tensor, causal: Tensor) -> tuple[Tensor, Tensor]:
         """Nobody asks: who reads whom is fixed in `act`."""
         return mask[:, None, :].expand(-1, mask.shape[1], -1), (mask.cumsum(-1) - 1).clamp(min=0)
-
-    def tail_positions(self, positions: Tensor, tail: int) -> Tensor:
-        return torch.cat([positions, positions[:, -1:] + 1 + torch.arange(tail, device=positions.device)], dim=1)
 
     def parallel_tail(self, n: int) -> list[int]:
         return list(self.config.ids.slots[:n])
