@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from families import smolvlm
 
 from vla.batch import Taught
 from vla.checkpoint import iter_log, verify
@@ -281,6 +282,17 @@ def test_teachers_that_speak_symbol_by_symbol_and_several_at_once(mixture, tmp_p
                                atol=1e-4)  # fmt: skip
     with pytest.raises(UsageError, match="chunks of"):
         Teacher([parallel, policy_of(mixture, chunk=2)])
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+def test_a_foreign_model_teaches(mixture, tmp_path, decoding):
+    smolvlm(tmp_path)
+    known = policy_of(mixture, {"kind": "hf", "path": str(tmp_path)}, decoding=decoding)
+    window = mixture.window_at(0, 0, 0)
+    said = Teacher([known]).say([window], 8, True, torch.autocast("cpu", enabled=False))
+    acted = known.act({"images": window.images, "state": window.state}, window.instruction, window.embodiment)
+    np.testing.assert_allclose(said.actions[0], acted.actions, atol=1e-4)
+    assert np.array_equal(said.likely[0, :, :, 0], acted.symbols) and said.pictures.shape == (1, known.model.hidden_size)
 
 
 def test_a_narrow_batch_cuts_what_the_teacher_says_too(mixture):
