@@ -184,6 +184,9 @@ def test_the_command(mixture, tmp_path, capsys):
     assert len(layers_of(load_policy(out, "cpu"))[1]) == 3
     assert main(["prune", str(tmp_path / "teacher"), "--every", "2", "--out", str(out)]) == 2
     assert "something there already" in capsys.readouterr().err
+    file = tmp_path / "teacher" / "policy.json"
+    assert main(["prune", str(tmp_path / "teacher"), "--every", "2", "--out", str(file / "x")]) == 2
+    assert f"{file} is a file" in capsys.readouterr().err
     other = tmp_path / "other"
     assert main(["prune", str(tmp_path / "teacher"), "--keep", "1", "--bf16", "--out", str(other)]) == 0
     assert "layers 0, 1, 4 of 5" in capsys.readouterr().out

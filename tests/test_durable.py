@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vla.durable as durable
-from vla.durable import disk_full, is_disk_full, read_lines, replace_file
-from vla.errors import MachineError
+from vla.durable import check_place, disk_full, is_disk_full, read_lines, replace_file
+from vla.errors import MachineError, UsageError
 
 
 def names(folder: Path) -> list[str]:
@@ -59,6 +59,17 @@ def test_the_rename_comes_after_the_data_is_on_disk(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(durable.os, name, lambda *a, name=name, real=real: (order.append(name), real(*a)))
     replace_file(tmp_path / "a", "x")
     assert order == ["fsync", "replace", "fsync"], "the data, the name, the folder that holds the name"
+
+
+def test_a_place_where_nothing_can_be_is_named_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("mine")
+    check_place(tmp_path / "a" / "b" / "c")
+    for path in ("file/x", "file/x/y"):
+        with pytest.raises(UsageError, match=f"{tmp_path / 'file'} is a file(?s:.*)another --video"):
+            check_place(tmp_path / path, "--video")
+    monkeypatch.setattr(durable.os, "access", lambda *_: False)  # whoever is root may write anywhere
+    with pytest.raises(UsageError, match="may not be written to"):
+        check_place(tmp_path / "a")
 
 
 def test_full_disks_are_recognised_by_number_and_by_words():

@@ -208,6 +208,8 @@ def test_refusals(root, policy, tmp_path, capsys):
     (tmp_path / "full" / "a").write_text("mine")
     with pytest.raises(UsageError, match="new or empty"):
         export_onnx(policy, tmp_path / "full")
+    with pytest.raises(UsageError, match="is a file"):
+        export_onnx(policy, tmp_path / "full" / "a" / "x")
     with pytest.raises(CheckpointError, match=r"export\.json"):
         OnnxPolicy(tmp_path)
     policy.provenance, kept = policy.provenance | {"datasets": []}, policy.provenance

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vla.errors import MachineError
+from vla.errors import MachineError, UsageError
 
 TEMPORARY = ".tmp-"
 """In the name of everything being written, before the writer's process id. Whoever owns the folder next may delete it."""
@@ -25,6 +25,17 @@ _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "StorageFull
 def temporary_name(path: Path) -> Path:
     """Where this process writes what is going to be `path`: beside it, hidden."""
     return path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+
+
+def check_place(path: Path, option: str = "--out") -> None:
+    """Raise `UsageError` where nothing new can be made at `path`: a file stands on the way, or nobody may write there.
+
+    For commands that work long before they write. What lies at `path` itself is the caller's to judge.
+    """
+    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(path, found=f"{above} " + ("may not be written to" if above.is_dir() else "is a file"),
+                         expected="a place in a folder that can be written", fix=f"choose another {option}")  # fmt: skip
 
 
 def replace_file(path: Path, data: str | bytes | memoryview, safe: str = "the previous file is intact") -> None:

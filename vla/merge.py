@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vla.batch import Batch
 from vla.checkpoint import publish
+from vla.durable import check_place
 from vla.errors import UsageError
 from vla.policy import VLAPolicy, load_policy, save_policy
 from vla.policy.adapters import merge
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists():
         raise UsageError(out, found="something there already", expected="a new folder", fix="choose another --out")
+    check_place(out)
     policy = load_policy(args.policy, "cpu", base=args.base, unquantized=True)
     difference = merge(policy, partial(_logits, batch=_some_batch(policy)), args.policy)
     publish(out, partial(save_policy, policy, dtype=torch.bfloat16 if args.bf16 else None))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vla.checkpoint import publish
+from vla.durable import check_place
 from vla.errors import UsageError
 from vla.policy import load_policy, save_policy
 from vla.students.depth import prune_depth
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the pruned policy. Raises `UsageError` for a policy that cannot be pruned so."""
     if args.out.exists():
         raise UsageError(args.out, found="something there already", expected="a new folder", fix="choose another --out")
+    check_place(args.out)
     policy = load_policy(args.policy, "cpu")
     before = sum(p.numel() for p in policy.parameters())
     done = prune_depth(policy, args.every, args.keep).provenance["pruned"][-1]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vla.backbones.student import WORDS, StudentNet
-from vla.durable import digest_of, disk_full, flush, is_disk_full, replace_file, temporary_name
+from vla.durable import check_place, digest_of, disk_full, flush, is_disk_full, replace_file, temporary_name
 from vla.errors import UsageError
 from vla.evaluate import versions
 from vla.export.actor import OnnxPolicy
@@ -80,7 +80,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raise `UsageError` for a place where something is."""
+    """Raise `UsageError` for a place where something is, or where nothing can be."""
+    check_place(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(folder, found="files", expected="a folder that is new or empty", fix="give another --out")
 
