@@ -218,8 +218,15 @@ def test_the_command(capsys, monkeypatch):
     assert all(f"{name} " in out for name in PRESETS) and "21.7 M" in out
     assert main(["students", "--json", "--cameras", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["presets"]["xs"]["parameters"] == COUNTS["xs"]
-    assert main(["students", "--budget", "-1"]) == 2
-    assert "above 0" in capsys.readouterr().err
+    assert main(["students", "--preset", "rt1"]) == 0
+    out = capsys.readouterr().out
+    assert "33.8 M" in out and "21.7 M" not in out
+    for words, part in ((["--budget", "-1"], "above 0"), (["--budget", "nan"], "above 0"),
+                        (["--budget", "5", "--preset", "rt1"], "has them already"),
+                        (["--threads", "0"], "at least 1"), (["--budget", "5", "--threads", "0"], "at least 1"),
+                        (["--cameras", "0"], "1 to 16")):  # fmt: skip
+        assert main(["students", *words]) == 2
+        assert part in capsys.readouterr().err, words
     import vla.fitting
 
     machine = Machine()

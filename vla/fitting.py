@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -19,7 +20,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import yaml
-from pydantic import ValidationError
 
 from vla.backbones import Sizes, StudentConfig
 from vla.backbones.student import StudentNet
@@ -80,8 +80,8 @@ def add_students_parser(subparsers: Any) -> None:
     parser.add_argument("--budget", type=float, metavar="MS", help="p95 of one step, in milliseconds: find a student for it")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a step may use (default 1)")
     parser.add_argument("--cameras", type=int, default=2, metavar="N", help="pictures of a step (default 2)")
-    parser.add_argument("--preset", choices=[n for n in PRESETS if n != "rt1"], default="s",
-                        help="whose number of parameters is the most (default s)")  # fmt: skip
+    parser.add_argument("--preset", choices=list(PRESETS),
+                        help="only this one; with --budget: whose number of parameters is the most (default s)")  # fmt: skip
     parser.add_argument("--runtime", choices=("auto", "onnx-int8", "onnx", "torch"), default="auto", help="what runs it")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=run)
@@ -91,17 +91,20 @@ def run(args: argparse.Namespace) -> int:
     """List the presets, or find a student. Raises `UsageError` when nothing meets the budget."""
     if not 1 <= args.cameras <= 16:
         raise UsageError("--cameras", found=args.cameras, expected="1 to 16", fix="--cameras 2")
+    if args.threads < 1:
+        raise UsageError("--threads", found=args.threads, expected="at least 1", fix="--threads 1")
     if args.budget is None:
         _list(args)
         return 0
-    try:
-        budget = Budget(p95_ms=args.budget, threads=args.threads, cameras=args.cameras, runtime=args.runtime)
-    except ValidationError as error:
-        raise UsageError("vla students", found="; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()),
-                         expected="a time above 0, at least one thread and camera",
-                         fix="vla students --budget 15 --threads 1 --cameras 2") from None  # fmt: skip
+    if not 0 < args.budget < math.inf:
+        raise UsageError("--budget", found=args.budget, expected="a time above 0, in milliseconds", fix="--budget 15")
+    if args.preset == "rt1":
+        raise UsageError("--preset", found="rt1 with --budget",
+                         expected="xs, s or m: a budget chooses patch, width and depth, and rt1's EfficientNet has them already",
+                         fix="--preset m, or leave --budget out to see what rt1 costs")  # fmt: skip
+    budget = Budget(p95_ms=args.budget, threads=args.threads, cameras=args.cameras, runtime=args.runtime)
     tell = None if args.json else partial(print, file=sys.stderr)
-    found = resolve(StudentChoice(preset=args.preset, budget=budget), SIZES, runners(), tell, CLOCK)
+    found = resolve(StudentChoice(preset=args.preset or "s", budget=budget), SIZES, runners(), tell, CLOCK)
     if args.json:
         print(json.dumps(found.record))
     else:
@@ -110,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> None:
-    rows = {name: cost(preset(name), SIZES, args.cameras) | {"at_most": LIMITS[name]} for name in PRESETS}
+    rows = {name: cost(preset(name), SIZES, args.cameras) | {"at_most": LIMITS[name]}
+            for name in ([args.preset] if args.preset else PRESETS)}
     if args.json:
         print(json.dumps({"cameras": args.cameras, "presets": rows}))
         return
