@@ -201,7 +201,7 @@ def test_candidates_run_for_real(monkeypatch):
 
 def test_an_exported_candidate_runs():
     pytest.importorskip("onnxruntime")
-    from vla.fitting import runners
+    from vla.students.exported import runners
 
     known = runners()
     if "onnx" not in known:
@@ -227,11 +227,11 @@ def test_the_command(capsys, monkeypatch):
                         (["--cameras", "0"], "1 to 16")):  # fmt: skip
         assert main(["students", *words]) == 2
         assert part in capsys.readouterr().err, words
-    import vla.fitting
+    import vla.students.command
 
     machine = Machine()
-    monkeypatch.setattr(vla.fitting, "runners", lambda: {"torch": machine.runner})
-    monkeypatch.setattr(vla.fitting, "CLOCK", machine.clock)
+    monkeypatch.setattr(vla.students.command, "runners", lambda: {"torch": machine.runner})
+    monkeypatch.setattr(vla.students.command, "CLOCK", machine.clock)
     assert main(["students", "--budget", "5", "--preset", "xs"]) == 0
     out, err = capsys.readouterr()
     assert "<- chosen" in out and "candidates" in err

@@ -29,13 +29,13 @@ from vla.distill.targets import Targets
 from vla.distill.teacher import Teacher
 from vla.errors import CheckpointError, UsageError, VLAError
 from vla.fetch import fetch_policy
-from vla.fitting import runners
 from vla.mixture import Mixture
 from vla.policy import PolicyConfig, VLAPolicy, build_policy, load_policy
 from vla.policy.build import build_codec
 from vla.policy.lesson import Lesson
 from vla.policy.sizes import sizes_of
 from vla.students import StudentChoice, preset, resolve
+from vla.students.exported import runners
 from vla.train import precision_of, run_main, train
 
 __all__ = ["DistillConfig", "LessonConfig", "RoundsConfig", "Teacher", "TeacherCache", "TeacherConfig", "distill"]

@@ -2,8 +2,9 @@
 
     chosen = resolve(StudentChoice(preset="xs"), sizes)     # or StudentChoice(budget={"p95_ms": 15})
 
-`presets` are sizes by name, `choice` what a config says, `budget` a student for a latency on this machine, `depth` the other
-kind: the teacher itself with fewer layers.
+`presets` are sizes by name, `choice` what a config says, `budget` a student for a latency on this machine, `exported` the graphs
+it is timed by, `depth` the other kind: the teacher itself with fewer layers. The verbs: `command` is `vla students`, `prune` is
+`vla prune`.
 """
 
 from vla.students.budget import Budget, fit

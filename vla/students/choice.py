@@ -75,7 +75,7 @@ def resolve(
 ) -> Chosen:  # fmt: skip
     """The student `choice` means for a policy of `sizes` (`vla.policy.sizes.sizes_of`).
 
-    `runners` are the runtimes a budget may be measured in (`vla.fitting.runners()` has the exported ones). Raises `UsageError`
+    `runners` are the runtimes a budget may be measured in (`vla.students.exported.runners()` has them all). Raises `UsageError`
     for a student with more parameters than its preset may have, or when no candidate meets the budget.
     """
     record: dict[str, Any] = {"preset": choice.preset, "by_hand": choice.own}

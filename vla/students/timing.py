@@ -1,7 +1,6 @@
 """How long one step of a student takes: candidates side by side, in turns, on as many threads as the robot will give.
 
-A `Runner` makes a step of a network that is run again and again. This file knows torch; the graphs a robot runs are
-`vla/fitting.py`'s, for an export is made of a policy and a policy may be a student.
+A `Runner` makes a step of a network that is run again and again. This file knows torch; `exported` makes the graphs a robot runs.
 """
 
 from __future__ import annotations

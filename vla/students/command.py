@@ -1,6 +1,6 @@
 """`vla students`: what the presets cost, and a student that fits a latency budget on this machine.
 
-Candidates are timed as a robot runs them: with random weights, exported, by onnxruntime (`runners`).
+Candidates are timed as a robot runs them: with random weights, exported, by onnxruntime (`exported`).
 """
 
 from __future__ import annotations
@@ -9,66 +9,19 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import torch
 import yaml
 
-from vla.backbones import Sizes, StudentConfig
-from vla.backbones.student import StudentNet
-from vla.errors import MachineError, UsageError
-from vla.export.graphs import PolicyGraph
-from vla.export.int8 import quantise
-from vla.export.onnx import OPSET, inputs_of, open_graph, require_onnx, trace
-from vla.policy import VLAPolicy
+from vla.backbones import StudentConfig
+from vla.errors import UsageError
 from vla.students import LIMITS, PRESETS, Budget, StudentChoice, cost, preset, resolve
+from vla.students.exported import runners
 from vla.students.presets import SIZES
-from vla.students.timing import TORCH, Runner, Step
 
 CLOCK = time.perf_counter
-
-
-def runners() -> Mapping[str, Runner]:
-    """Every runtime that is installed here, the likeliest first."""
-    try:
-        require_onnx()
-    except MachineError:
-        return TORCH
-    return {"onnx-int8": partial(_onnx_step, int8=True), "onnx": partial(_onnx_step, int8=False), **TORCH}
-
-
-@torch.inference_mode()
-def _onnx_step(network: StudentNet, sizes: Sizes, cameras: int, threads: int, int8: bool) -> Step:
-    """The exported graph of `network`, in memory once it is made."""
-    config = network.config
-    # What a graph asks of a policy, without robots and statistics.
-    policy = SimpleNamespace(model=network, l1_head=None, encoder=SimpleNamespace(action_dim=sizes.slots // sizes.chunk),
-                             config=SimpleNamespace(decode="mean"), centres=torch.linspace(-1, 1, sizes.symbols))  # fmt: skip
-    side = config.image_size
-    pictures = torch.randint(0, 256, (cameras, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    whole = {"images": pictures, "slots": torch.arange(cameras) % config.max_cameras, "sentence": torch.ones(1, config.hidden),
-             "state": torch.zeros(1, config.state_dim), "robot": torch.zeros(1, dtype=torch.long)}  # fmt: skip
-    inputs = {name: whole[name] for name in inputs_of(network)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "policy.onnx"
-        trace(PolicyGraph(cast(VLAPolicy, policy)), inputs, ["unit", "symbols", "confidence"], dict.fromkeys(inputs), path, OPSET)
-        if int8:
-            source, path = path, Path(folder) / "int8.onnx"
-            quantise(source, path, "dynamic")
-        session = open_graph(path, threads)
-    feed = {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()}
-
-    def step() -> list[np.ndarray]:
-        return session.run(None, feed)
-
-    return step
 
 
 def add_students_parser(subparsers: Any) -> None:
