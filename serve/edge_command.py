@@ -19,6 +19,7 @@ from serve.edge import EdgePolicy
 from serve.export_folder import read_export
 from serve.loop import percentiles
 from serve.robot import Robot
+from vla.durable import check_place
 from vla.errors import DataError, UsageError, exit_code_of
 
 EXAMPLES = """\
@@ -190,8 +191,15 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.asynchronous and not args.realtime:
         raise UsageError("--asynchronous", found="no --realtime", expected="a clock to think beside", fix="add --realtime")
+    if not 0 <= args.help_below <= 1:
+        raise UsageError("--help-below", found=args.help_below, expected="a confidence, 0 to 1", fix="--help-below 0.2")
+    if args.video is not None:
+        if os.path.lexists(args.video):
+            raise UsageError("--video", found=f"{args.video}, which is there already", expected="a new file",
+                             fix="remove it, or name another")  # fmt: skip
+        check_place(args.video, "--video")
     settings = Settings(args.sim, args.task, args.episodes, args.seed, args.execute, args.ensemble, args.realtime,
-                        args.asynchronous, _jumps(args.jump), args.help_below, args.video)  # fmt: skip
+                        args.asynchronous, _jumps(args.jump), args.help_below, args.video, args.robot)  # fmt: skip
     result = play(EdgePolicy.load(args.folder, args.runtime, args.threads), settings, None if args.json else _say)
     if args.json:
         print(json.dumps(result))

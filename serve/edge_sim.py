@@ -38,6 +38,8 @@ class Settings:
     jump: Mapping[str, float] | None = None
     help_below: float = 0.0
     video: Path | None = None
+    robot: str | None = None
+    """The suite's own, which is what moves; another is refused."""
 
 
 class SimulatedRobot:
@@ -76,6 +78,9 @@ def play(policy: EdgePolicy, settings: Settings, say: Callable[[str], None] | No
         raise UsageError("--episodes", found=settings.episodes, expected="at least 1", fix="--episodes 20")
     check_seeds(policy, settings.suite, settings.seed, settings.episodes)  # pyright: ignore[reportArgumentType]
     robot = _robot_of(policy, find_suite(settings.suite).embodiment)
+    if settings.robot not in (None, robot.key):
+        raise UsageError("--robot", found=settings.robot, expected=f"{robot.key!r}, the robot of --sim {settings.suite}",
+                         fix="leave it out, or choose the suite of that robot")  # fmt: skip
     guard = make_guard(policy, robot, settings)
     size = max(max(sizes) for sizes in robot.sizes.values())
     total, records, sims = Report(1.0 / robot.control_hz), [], {}

@@ -111,6 +111,11 @@ def test_run_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.Cap
         (folder, ["--sim", "tabletop", "--jump", "arm"], 2, "CHANNEL=NUMBER"),
         (folder, ["--sim", "tabletop", "--execute", "9"], 2, "1..4"),
         (folder, ["--sim", "tabletop", "--episodes", "0"], 2, "at least 1"),
+        (folder, ["--sim", "tabletop", "--robot", "metaworld_sawyer"], 2, "'tabletop', the robot of --sim tabletop"),
+        (folder, ["--sim", "tabletop", "--help-below", "1.5"], 2, "0 to 1"),
+        (folder, ["--sim", "tabletop", "--help-below", "nan"], 2, "0 to 1"),
+        (folder, ["--sim", "tabletop", "--video", str(folder)], 2, "there already"),
+        (folder, ["--sim", "tabletop", "--video", str(folder / "export.json" / "x.mp4")], 2, "export.json is a file"),
         (tmp_path, ["--sim", "tabletop"], 4, "no export.json"),
     ):
         assert main(["run", str(where), *words]) == code, words
