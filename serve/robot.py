@@ -56,6 +56,13 @@ class Robot:
                                   fix="export the policy again; this file is not meant to be edited") from error  # fmt: skip
         return cls(key, tuple(cameras), cameras, state, action, hz)
 
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` makes this robot of."""
+        cameras = {name: {"height": self.sizes[name][0], "width": self.sizes[name][1]} for name in self.cameras}
+        return {"name": self.key, "cameras": cameras, "control_hz": self.control_hz,
+                **{part: [vars(c) | {k: list(getattr(c, k)) for k in ("dims", "low", "high")} for c in getattr(self, part)]
+                   for part in ("state", "action")}}  # fmt: skip
+
     @property
     def state_dim(self) -> int:
         """S."""
@@ -77,8 +84,9 @@ class Robot:
             out.append((channel, slice(at, at := at + len(channel.dims))))
         return out
 
-    def check_observation(self, observation: Any, where: str) -> None:
-        """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value."""
+    def check_observation(self, observation: Any, where: str, files: bool = False) -> None:
+        """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value. With `files` a
+        picture may be a file as well (`is_file`)."""
         images = observation.get("images") if isinstance(observation, Mapping) else None
         if not isinstance(images, Mapping):
             raise DataError(where, found=f"{type(observation).__name__} without an 'images' mapping",
@@ -86,6 +94,8 @@ class Robot:
                             fix="give the frames by camera name")  # fmt: skip
         problems = [f"camera {c!r} missing (got {sorted(map(str, images))})" for c in self.cameras if c not in images]
         for camera, frame in images.items():
+            if files and is_file(frame):
+                continue
             if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
                     and frame.size):  # fmt: skip
                 kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
@@ -102,6 +112,11 @@ class Robot:
                 f"state ({self.state_dim},) = {self.names('state')}",
                 fix="rename the cameras or reorder the state to match, or use the policy of this robot",
             )  # fmt: skip
+
+
+def is_file(picture: Any) -> bool:
+    """Whether `picture` is one as a file, such as `serve.wire.Encoded`: its bytes are its `data`."""
+    return isinstance(getattr(picture, "data", None), bytes)
 
 
 def _numbers(state: Any) -> np.ndarray | None:
