@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "prune": ("vla.students.prune", "add_prune_parser", "a policy with fewer layers, to distil from there"),
     "merge": ("vla.merge", "add_merge_parser", "fold an adapter into its base"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
+    "serve": ("serve.command", "add_serve_parser", "a policy behind HTTP and WebSockets"),
     "push": ("vla.push", "add_push_parser", "share a policy or a dataset, with a card made of facts"),
     "export": ("vla.export", "add_export_parser", "a policy in another program's layout"),
 }

@@ -1,0 +1,217 @@
+"""The model in a process of its own: pictures go there through shared memory, everything else through a socket.
+
+    backend = await ProcessBackend.start({"policy": "runs/demo"})
+    results, seconds = await backend.run(requests)
+
+The server's process never imports torch, so nothing the model does (a long step, a crash, `kill -9`) stops a probe or a socket.
+What the process does is `serve/model_process.py`. `ThreadBackend` is the same without a process, for replicas that
+already are one (`serve/ray_app.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from serve.engine import BackendLost, Info, Request
+from serve.robot import Robot
+from vla.errors import CheckpointError, DataError, MachineError, UsageError, VLAError
+
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, DataError, MachineError, UsageError)}
+_ROOM = 4 << 20
+"""Bytes of shared memory at first; it grows with the largest batch."""
+LOADING = 600.0
+"""Seconds a policy may take to load and warm up."""
+
+
+class ProcessBackend:
+    """See the module. Made by `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, ends: tuple[Any, Any], shared: int) -> None:
+        self._process, (self._reader, self._writer), self._file = process, ends, shared
+        self._room, self._memory = 0, np.zeros(0, np.uint8)
+        self._stopped = False
+        self.info: Info
+
+    @classmethod
+    async def start(cls, spec: Mapping[str, Any], loading: float = LOADING) -> ProcessBackend:
+        """A process with the policy that `spec` says (`serve/model_process.py`), loaded and warm.
+
+        Raises the `VLAError` of the policy that could not be loaded, `MachineError` when the process dies or takes too long.
+        """
+        mine, theirs = socket.socketpair()
+        shared = _anonymous_file()
+        command = "import sys; from serve.model_process import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-c", command, str(theirs.fileno()), str(shared), pass_fds=(theirs.fileno(), shared),
+                stdin=asyncio.subprocess.DEVNULL, start_new_session=True,  # a terminal's Ctrl-C is the server's to handle
+            )  # fmt: skip
+        finally:
+            theirs.close()
+        backend = cls(process, await asyncio.open_unix_connection(sock=mine), shared)
+        try:
+            async with asyncio.timeout(loading):
+                await backend._send(dict(spec))
+                said = await backend._receive()
+        except (TimeoutError, BackendLost, asyncio.CancelledError) as error:
+            backend.kill()
+            await backend.stop()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise MachineError("policy process", found=str(error) or f"not ready within {loading:g} s",
+                               expected=f"{spec.get('policy')} loaded and warm",
+                               fix="look above for what it said; free memory") from error  # fmt: skip
+        if "error" in said:
+            await backend.stop()
+            raise error_of(said["error"])
+        backend.info = info_of(said)
+        return backend
+
+    @property
+    def pid(self) -> int:
+        """Of the model's process."""
+        return self._process.pid
+
+    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+        """See `serve.engine.Backend`."""
+        at, items, places = 0, [], []
+        for request in batch:
+            pictures = []
+            for camera, picture in request.images.items():
+                data = picture if isinstance(picture, np.ndarray) else picture.data
+                size = data.nbytes if isinstance(data, np.ndarray) else len(data)
+                kind = "raw" if isinstance(picture, np.ndarray) else picture.format
+                pictures.append((camera, kind, at, size, picture.shape))
+                places.append((at, size, data))
+                at += size
+            state = None if request.state is None else np.asarray(request.state, np.float32).tobytes()
+            items.append((request.robot, request.adapter, request.instruction, request.seed, pictures, state))
+        self._make_room(at)
+        for start, size, data in places:
+            raw = np.ascontiguousarray(data).reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+            self._memory[start : start + size] = raw.view(np.uint8)
+        await self._send({"batch": items, "room": self._room})
+        said = await self._receive()
+        return [result_of(one) for one in said["results"]], said["seconds"]
+
+    async def stop(self) -> None:
+        """See `serve.engine.Backend`."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._writer.close()  # its end of the conversation: it leaves by itself
+        try:
+            await asyncio.wait_for(self._process.wait(), 5.0)
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+        with contextlib.suppress(Exception):
+            await self._writer.wait_closed()
+        self._memory = np.zeros(0, np.uint8)
+        os.close(self._file)
+
+    def kill(self) -> None:
+        """At once, with whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _make_room(self, size: int) -> None:
+        if size > self._room:
+            self._room = max(_ROOM, 1 << (size - 1).bit_length())
+            os.ftruncate(self._file, self._room)
+            self._memory = np.frombuffer(mmap.mmap(self._file, self._room), np.uint8)
+
+    async def _send(self, message: Any) -> None:
+        data = msgpack.packb(message)
+        assert data is not None
+        self._writer.write(len(data).to_bytes(4, "big") + data)
+        try:
+            await self._writer.drain()
+        except (ConnectionError, RuntimeError) as error:
+            raise BackendLost("the policy's process is gone") from error
+
+    async def _receive(self) -> Any:
+        try:
+            size = int.from_bytes(await self._reader.readexactly(4), "big")
+            return msgpack.unpackb(await self._reader.readexactly(size), strict_map_key=False)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            code = await self._process.wait()
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            raise BackendLost(f"the policy's process ended ({how})") from error
+
+
+class ThreadBackend:
+    """The model in a thread of this process: nobody can kill it, and it shares the interpreter with the server."""
+
+    def __init__(self, actor: Any, thread: ThreadPoolExecutor) -> None:
+        self._actor, self._thread = actor, thread
+        self.info: Info = info_of(actor.describe())
+
+    @classmethod
+    async def start(cls, spec: Mapping[str, Any]) -> ThreadBackend:
+        """Raises the `VLAError` of the policy that could not be loaded."""
+        from serve.model_process import load
+
+        thread = ThreadPoolExecutor(1, "policy")
+        actor = await asyncio.get_running_loop().run_in_executor(thread, load, dict(spec))
+        return cls(actor, thread)
+
+    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+        """See `serve.engine.Backend`."""
+        items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
+        began = time.perf_counter()
+        said = await asyncio.get_running_loop().run_in_executor(self._thread, self._actor.answer, items)
+        return said, time.perf_counter() - began
+
+    async def stop(self) -> None:
+        """See `serve.engine.Backend`."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def kill(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def info_of(said: Mapping[str, Any]) -> Info:
+    """What a policy's process says of itself, as the engine knows it."""
+    robots = {key: Robot.from_json(entry, f"embodiment {key!r}") for key, entry in said["robots"].items()}
+    return Info(
+        policy=said["policy"], name=said["name"], robots=robots, embodiments=said["robots"],
+        steps={key: (int(n), int(k)) for key, (n, k) in said["steps"].items()}, adapters=tuple(said["adapters"]),
+        instructions=tuple(said["instructions"]), symbols=said["symbols"], warm=said["warm"],
+    )  # fmt: skip
+
+
+def result_of(said: Mapping[str, Any]) -> Any:
+    """(actions, confidence, symbols), or the error that was said."""
+    if "error" in said:
+        return error_of(said["error"])
+    actions, confidence, symbols = (np.frombuffer(data, kind).reshape(shape) for data, kind, shape in said["chunk"])
+    return actions, confidence, symbols
+
+
+def error_of(said: Mapping[str, str]) -> VLAError:
+    """A `VLAError` that crossed from the other process."""
+    return _KINDS.get(said["kind"], MachineError)(said["where"], found=said["found"], expected=said["expected"], fix=said["fix"])
+
+
+def _anonymous_file() -> int:
+    """A file in memory that two processes can map; /dev/shm is 64 MB in many containers, this is not there."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("tendon-pictures")
+    handle, path = tempfile.mkstemp()
+    os.unlink(path)
+    return handle

@@ -1,0 +1,400 @@
+"""The one owner of the model: a bounded queue in front of it, batches across clients, a deadline for every request.
+
+    engine = Engine(lambda: ProcessBackend.start(spec))
+    await engine.start()                                  # loaded and warm
+    answer = await engine.act(Request(images, state, "push the red cube left", robot="tabletop"))
+    await engine.swap(lambda: ProcessBackend.start(other))  # accepted work is finished first; nobody is refused
+
+Runs on one asyncio loop and never computes: the model is a `Backend` in a process (or thread) of its own. A request is accepted
+only if it can be answered inside its deadline by what batches took of late; otherwise the client hears `busy` at once, and when
+to come again. Who goes away frees its place. A backend that dies or hangs is killed and started again: its batch hears
+`unavailable`, those still waiting wait on as long as their deadlines allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve.metrics import Metrics
+from serve.refusal import Refusal, unavailable
+from serve.robot import Robot
+from serve.wire import Picture
+from vla.errors import VLAError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """One look of one robot."""
+
+    images: Mapping[str, Picture]
+    """Camera -> (h, w, 3) uint8, or a file that is decoded beside the model."""
+    state: np.ndarray | None
+    """(S,) float32, robot units."""
+    instruction: str
+    robot: str
+    """Key of its embodiment."""
+    adapter: str | None = None
+    """Which of the adapters on the base; None for the policy itself."""
+    seed: int = 0
+    """What "sample" draws from."""
+    client: str = ""
+    """Whose it is: batches wait a moment for those who asked just now."""
+    deadline: float = math.inf
+    """On `time.monotonic`."""
+
+    @property
+    def size(self) -> int:
+        """Bytes it holds while it waits."""
+        return sum(p.nbytes if isinstance(p, np.ndarray) else len(p.data) for p in self.images.values())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One chunk, as `vla.policy.Chunk`, and how it came about."""
+
+    actions: np.ndarray  # (n, A) float32, robot units
+    confidence: np.ndarray  # (n, A) float32 in [0, 1]; NaN where numbers are said (L1)
+    symbols: np.ndarray  # int64
+    policy: str
+    """Fingerprint of the policy that answered."""
+    infer: float
+    """Seconds its batch took."""
+    wait: float
+    """Seconds it waited before that."""
+    batch: int
+    """Requests answered together."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a backend says of the policy it has loaded."""
+
+    policy: str
+    """Fingerprint."""
+    name: str
+    robots: Mapping[str, Robot]
+    embodiments: Mapping[str, Any]
+    """Robot -> its embodiment as JSON."""
+    steps: Mapping[str, tuple[int, int]]
+    """Robot -> (steps of a chunk, steps carried out before looking again)."""
+    adapters: tuple[str, ...]
+    instructions: tuple[str, ...]
+    symbols: int
+    """K of the codec."""
+    warm: float
+    """Seconds of one batch when it was warm."""
+
+
+class BackendLost(Exception):
+    """The process that had the model is gone, or was killed because it hung."""
+
+
+class Backend(Protocol):
+    """Where a model lives. One batch at a time."""
+
+    info: Info
+
+    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+        """(for each request a (actions, confidence, symbols) or a `VLAError`, seconds). Raises `BackendLost`."""
+        ...
+
+    async def stop(self) -> None:
+        """Let it end, or end it. Idempotent."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[], Awaitable[Backend]]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Bounds. Times in seconds."""
+
+    queue: int = 64
+    """Requests that may wait."""
+    queue_bytes: int = 256 << 20
+    batch: int = 8
+    """Most requests answered together."""
+    deadline: float = 2.0
+    """Of a request that brings none; and the longest it may bring is ten times this."""
+    hang: float = 30.0
+    """A batch that takes longer is not waited for: the backend is killed."""
+    gather: float = 0.01
+    """Longest a batch waits for clients that asked a moment ago; at most a tenth of what a batch takes."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    request: Request
+    answer: asyncio.Future[Answer]
+    since: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """See the module. Everything but the constructor belongs to one running loop."""
+
+    def __init__(self, start: Start, options: EngineOptions | None = None, metrics: Metrics | None = None) -> None:
+        self.options, self.metrics = options or EngineOptions(), metrics or Metrics()
+        self._start = start
+        self._backend: Backend | None = None
+        self._queue: deque[_Waiting] = deque()
+        self._bytes = 0
+        self._running: list[_Waiting] = []
+        self._began = self._loading = self._back = 0.0
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.Task[None] | None = None
+        self._swapping = asyncio.Lock()
+        self._recent: dict[str, float] = {}
+        self.state = "starting"
+        """starting, ready, restarting, draining or stopped."""
+        self.draining = False
+        self.expected = 0.1
+        """Seconds a batch is expected to take: the slowest of late, forgotten by and by."""
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    async def start(self) -> Engine:
+        """Load the model and warm it up. Raises what the backend says it lacks."""
+        began = time.monotonic()
+        await self._take(await self._start())
+        self._loading = time.monotonic() - began
+        self._loop = asyncio.create_task(self._serve(), name="engine")
+        return self
+
+    async def _take(self, backend: Backend) -> None:
+        self._backend, self.expected = backend, max(backend.info.warm, 1e-4)
+        self.state = "draining" if self.draining else "ready"
+        self.metrics.policy(backend.info.policy)
+
+    @property
+    def info(self) -> Info:
+        """Of the policy that answers now; `Refusal` while there is none."""
+        if self._backend is None:
+            raise unavailable(f"the policy is {self.state}")
+        return self._backend.info
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "ready" and not self.draining
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were accepted and not answered yet."""
+        return len(self._queue) + len(self._running)
+
+    async def drain(self, timeout: float) -> bool:
+        """Accept nothing any more and finish what was; whether all of it was finished within `timeout` s."""
+        self.draining, self.state = True, "draining"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        return self._idle.is_set()
+
+    async def stop(self) -> None:
+        """End the model's process; whoever still waits hears `unavailable`."""
+        self.draining, self.state = True, "stopped"
+        if self._loop is not None:
+            self._loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loop
+        for one in (*self._running, *self._queue):
+            _fail(one, unavailable("the server is stopping", retry_after=5.0))
+        self._queue.clear()
+        self._running, backend, self._backend = [], self._backend, None
+        if backend is not None:
+            await backend.stop()
+
+    async def swap(self, start: Start) -> Info:
+        """Load another policy beside the one that answers, and let it answer from the next batch on. Returns what it is.
+
+        Raises what the new backend says, or `Refusal` when it does not know a robot or an adapter that is served now: then
+        nothing has changed.
+        """
+        async with self._swapping:
+            fresh = await start()
+            old = self._backend
+            lost = (
+                sorted(({*old.info.robots} - {*fresh.info.robots}) | ({*old.info.adapters} - {*fresh.info.adapters}))
+                if old
+                else []
+            )
+            if lost or self.state == "stopped":
+                await fresh.stop()
+                raise Refusal("bad_request", where="swap", found=f"a policy without {lost}" if lost else "a server that stops",
+                              expected="every robot and adapter that is served now",
+                              fix="start another server for it")  # fmt: skip
+            self._start, busy = start, list(self._running)
+            await self._take(fresh)
+            self.metrics.swaps.inc()
+            if busy:  # the batch that is with the old one is finished there
+                await asyncio.wait([one.answer for one in busy])
+            if old is not None:
+                await old.stop()
+            return fresh.info
+
+    # ------------------------------------------------------------------------------------------------ asking
+
+    async def act(self, request: Request) -> Answer:
+        """One chunk for one look. Raises `Refusal`, or the `VLAError` the policy has for this observation."""
+        now = time.monotonic()
+        request.deadline = min(request.deadline, now + 10 * self.options.deadline)
+        if request.deadline == math.inf:
+            request.deadline = now + self.options.deadline
+        self._admit(request, now)
+        one = _Waiting(request, asyncio.get_running_loop().create_future(), now)
+        self._queue.append(one)
+        self._bytes += request.size
+        self._recent[request.client] = now
+        self._idle.clear()
+        self._work.set()
+        self.metrics.queue.set(len(self._queue))
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + request.deadline - time.monotonic()):
+                return await one.answer
+        except TimeoutError:
+            self.metrics.late.inc()
+            raise Refusal("late", found=f"no answer within {request.deadline - now:.3g} s",
+                          expected="a batch in time", fix="ask for a longer deadline, or less often",
+                          retry_after=self.expected) from None  # fmt: skip
+        finally:
+            self._forget(one)
+
+    def _admit(self, request: Request, now: float) -> None:
+        if self.draining:
+            raise unavailable("the server is draining", retry_after=5.0)
+        if self._backend is None and not (self.state == "restarting" and self._back < request.deadline):
+            raise unavailable(f"the policy is {self.state}", retry_after=max(1.0, self._back - now))
+        if request.deadline <= now:
+            raise Refusal("late", found="a deadline that has passed", expected="time to answer",
+                          fix="deadlines are seconds from now")  # fmt: skip
+        wait = self._wait(now)
+        full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
+        if full or now + wait > request.deadline:
+            self.metrics.busy.inc()
+            raise Refusal("busy", found=f"{len(self._queue)} requests waiting, {wait:.3g} s of work", expected=f"at most "
+                          f"{self.options.queue}, and {request.deadline - now:.3g} s", fix="ask less often, or start another",
+                          retry_after=max(wait, self.expected))  # fmt: skip
+
+    def _wait(self, now: float) -> float:
+        """Seconds until a request that comes now would be answered, if batches take as long as the slow ones of late."""
+        rounds = len(self._queue) // self.options.batch + 1
+        left = max(0.0, self.expected - (now - self._began)) if self._running else 0.0
+        return left + rounds * self.expected
+
+    def _forget(self, one: _Waiting) -> None:
+        """It was answered, or nobody waits for it any more."""
+        if not one.answer.done():
+            one.answer.cancel()
+        with contextlib.suppress(ValueError):
+            self._queue.remove(one)
+            self._bytes -= one.request.size
+            self.metrics.queue.set(len(self._queue))
+        if not self._queue and not self._running:
+            self._idle.set()
+
+    # ------------------------------------------------------------------------------------------------ serving
+
+    async def _serve(self) -> None:
+        while True:
+            if not self._queue:
+                self._work.clear()
+                await self._work.wait()
+            await self._gather()
+            if self._backend is None:
+                await self._restart()
+            batch = self._next()
+            if batch:
+                await self._answer(batch)
+            if not self._queue and not self._running:
+                self._idle.set()
+
+    async def _gather(self) -> None:
+        """Clients who asked a moment ago are about to ask again: answered together, all of them wait less."""
+        now, most = time.monotonic(), min(self.options.gather, 0.1 * self.expected)
+        near = now - max(1.0, 3 * self.expected)
+        self._recent = {client: at for client, at in self._recent.items() if at > near}
+        end = now + most
+        while len(self._queue) < min(len(self._recent), self.options.batch) and (left := end - time.monotonic()) > 0:
+            self._work.clear()
+            try:
+                await asyncio.wait_for(self._work.wait(), left)
+            except TimeoutError:
+                return
+
+    def _next(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        while self._queue and len(batch) < self.options.batch:
+            one = self._queue.popleft()
+            self._bytes -= one.request.size
+            if not one.answer.done():
+                batch.append(one)
+        self.metrics.queue.set(len(self._queue))
+        return batch
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        assert self._backend is not None
+        backend, self._running, self._began = self._backend, batch, time.monotonic()
+        try:
+            results, seconds = await asyncio.wait_for(backend.run([one.request for one in batch]), self.options.hang)
+        except (BackendLost, TimeoutError) as error:
+            why = str(error) or f"the policy's process did not answer for {self.options.hang:g} s"
+            logger.error("%s: killed and started again", why)
+            self.metrics.restarts.inc()
+            backend.kill()
+            self._running = []
+            back = time.monotonic() + self._loading
+            for one in (*batch, *(one for one in self._queue if one.request.deadline < back)):
+                _fail(one, unavailable(why, retry_after=max(1.0, self._loading)))
+            if self._backend is backend:
+                self._backend, self.state, self._back = None, "restarting", back
+            await backend.stop()
+            return
+        finally:
+            self._running = []
+        took = time.monotonic() - self._began
+        self.expected = max(took, 0.9 * self.expected + 0.1 * took)
+        self.metrics.batch(len(batch), took)
+        for one, result in zip(batch, results, strict=True):
+            if isinstance(result, VLAError):
+                _fail(one, result)
+            elif not one.answer.done():
+                wait = self._began - one.since
+                self.metrics.wait.observe(wait)
+                actions, confidence, symbols = result
+                one.answer.set_result(Answer(actions, confidence, symbols, backend.info.policy, seconds, wait, len(batch)))
+
+    async def _restart(self) -> None:
+        """Until there is a backend again: at once, then after 1, 2, 4, ... at most 30 s."""
+        pause = 0.0
+        while self._backend is None:
+            await asyncio.sleep(pause)
+            try:
+                backend = await self._start()
+            except (VLAError, BackendLost, OSError) as error:
+                pause = min(30.0, max(1.0, 2 * pause))
+                logger.error("the policy's process did not start, again in %g s: %s", pause, error)
+                continue
+            if self._backend is None:
+                await self._take(backend)
+            else:  # swapped meanwhile
+                await backend.stop()
+
+
+def _fail(one: _Waiting, error: VLAError) -> None:
+    if not one.answer.done():
+        one.answer.set_exception(error)

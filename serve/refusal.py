@@ -1,0 +1,40 @@
+"""What a server says instead of an action: a code for programs, a status for HTTP, words for people, and when to come again."""
+
+from __future__ import annotations
+
+from vla.errors import VLAError
+
+STATUS = {
+    "bad_request": 422, "unauthorized": 401, "forbidden": 403, "not_found": 404, "too_large": 413, "unsupported": 415,
+    "stale": 409, "hold": 409, "needs_help": 409, "busy": 429, "unavailable": 503, "late": 504, "internal": 500,
+}  # fmt: skip
+"""Code -> HTTP status. `busy`: more is asked than can be answered in time. `unavailable`: starting, restarting or draining.
+`late`: the deadline passed. `stale`: an observation older than allowed, or out of order. `hold`, `needs_help`: the guard's."""
+
+
+class Refusal(VLAError):
+    """Why there is no action. Raised towards one client; the server goes on."""
+
+    def __init__(
+        self, code: str, *, where: object = "server", found: object, expected: object, fix: str, retry_after: float | None = None
+    ) -> None:  # fmt: skip
+        """`code` is one of `STATUS`; `retry_after` s, when trying again makes sense."""
+        super().__init__(where, found=found, expected=expected, fix=fix)
+        self.code, self.status, self.retry_after = code, STATUS[code], retry_after
+
+    def to_json(self) -> dict[str, object]:
+        """{"error": {"code", "where", "found", "expected", "fix", "retry_after"?}}."""
+        said = {"code": self.code, "where": self.where, "found": self.found, "expected": self.expected, "fix": self.fix}
+        return {"error": said if self.retry_after is None else said | {"retry_after": round(self.retry_after, 3)}}
+
+    @classmethod
+    def of(cls, error: VLAError) -> Refusal:
+        """A `VLAError` of the input as the client hears it."""
+        if isinstance(error, Refusal):
+            return error
+        code = "too_large" if getattr(error, "too_large", False) else "bad_request"
+        return cls(code, where=error.where, found=error.found, expected=error.expected, fix=error.fix)
+
+
+def unavailable(found: str, retry_after: float = 1.0) -> Refusal:
+    return Refusal("unavailable", found=found, expected="a policy that is ready", fix="try again later", retry_after=retry_after)

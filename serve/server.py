@@ -1,0 +1,187 @@
+"""HTTP and WebSocket routes over one engine, and how a server starts, drains and ends.
+
+GET  /livez            alive; asks nobody who they are, never waits
+GET  /readyz           200 when the policy is loaded and warm, 503 before, while it restarts and while draining
+GET  /metrics          Prometheus
+GET  /openapi.json     what is here
+GET  /                 a page to try the policy on
+GET  /v1/info          policy, robots (cameras, state, actions, units, limits), chunk, protocol
+POST /v1/act           one look as JSON -> one chunk
+POST /v1/swap          another policy, without dropping accepted work (admin tokens)
+WS   /v1/ws            our own wire: serve/wires/websocket.py
+and /act (OpenVLA, OFT), /openpi, /vla-eval: serve/wires/
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from serve.gate import Gate, Tokens, check_bind, refusal_response
+from serve.openapi import document
+from serve.refusal import Refusal
+from serve.service import Service
+from serve.sockets import FastWebSocket
+from serve.wires import openpi, openvla, rest, vla_eval, websocket
+from vla.errors import UsageError, VLAError
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(service: Service, tokens: Tokens) -> Starlette:
+    """The ASGI application. The engine is started and stopped by whoever runs it (`run`, `serve/ray_app.py`)."""
+
+    async def livez(request: HTTPRequest) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(request: HTTPRequest) -> Response:
+        engine = service.engine
+        headers = {} if engine.ready else {"retry-after": "1"}
+        return JSONResponse({"status": "draining" if engine.draining else engine.state}, 200 if engine.ready else 503, headers)
+
+    async def metrics(request: HTTPRequest) -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(request: HTTPRequest) -> Response:
+        return JSONResponse(document())
+
+    routes: list[BaseRoute] = [
+        Route("/livez", livez), Route("/readyz", readyz), Route("/healthz", readyz), Route("/metrics", metrics),
+        Route("/openapi.json", openapi), *rest.routes(service), *websocket.routes(service), *openvla.routes(service),
+        *openpi.routes(service), *vla_eval.routes(service),
+    ]  # fmt: skip
+    settings = service.settings
+    gate = Middleware(Gate, tokens=tokens, body=settings.limits.message, origins=settings.origins)  # pyright: ignore[reportArgumentType]
+    return Starlette(
+        routes=routes, middleware=[gate], exception_handlers={VLAError: _refused, 404: _unknown, 405: _method, 500: _broken}
+    )
+
+
+async def _refused(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, VLAError)
+    return refusal_response(Refusal.of(error))
+
+
+async def _unknown(request: HTTPRequest, error: Exception) -> Response:
+    return refusal_response(
+        Refusal("not_found", where="path", found=request.url.path[:80], expected="a route", fix="GET /openapi.json")
+    )
+
+
+async def _method(request: HTTPRequest, error: Exception) -> Response:
+    allowed = getattr(error, "headers", None) or {}
+    said = Refusal(
+        "bad_request", where="method", found=request.method, expected=allowed.get("Allow", "another"), fix="GET /openapi.json"
+    )
+    return JSONResponse(said.to_json(), 405, allowed)
+
+
+async def _broken(request: HTTPRequest, error: Exception) -> Response:
+    return refusal_response(Refusal("internal", found=type(error).__name__, expected="an answer", fix="see the server's log"))
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but SIGTERM and SIGINT first finish what was accepted, and the exit code is 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service, self._leaving = service, None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Instead of uvicorn's, which ends the process by the signal once more."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._leave)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _leave(self) -> None:
+        if self._leaving is not None:  # asked twice: now
+            self.should_exit = self.force_exit = True
+            return
+        self._leaving = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        engine, most = self._service.engine, self._service.settings.drain
+        logger.info("draining: %d requests to finish, at most %g s", engine.waiting, most)
+        if not await engine.drain(most):
+            logger.warning("%d requests were not finished in %g s", engine.waiting, most)
+        await asyncio.sleep(0.05)  # their answers are on the way out
+        self.should_exit = True
+
+
+def tokens_of(service: Service) -> Tokens:
+    """Read, and compared with where the server listens. Raises `UsageError`."""
+    settings = service.settings
+    tokens = Tokens.read(settings.token_file) if settings.token_file else Tokens()
+    check_bind(settings.host, tokens)
+    return tokens
+
+
+async def run(service: Service, ready: Any = None) -> None:
+    """Start the engine, serve until SIGTERM or SIGINT, finish what was accepted. `ready(address)` is called once it listens.
+
+    Raises what the policy or the settings lack.
+    """
+    settings, tokens = service.settings, tokens_of(service)
+    app = build_app(service, tokens)
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, ws=FastWebSocket, lifespan="off", log_config=None, access_log=False,  # pyright: ignore
+        ws_max_size=settings.limits.message, ws_per_message_deflate=False, limit_concurrency=settings.connections,
+        timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, h11_max_incomplete_event_size=64 << 10,
+        ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
+    )  # fmt: skip
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            "TLS", found=str(error), expected="a certificate and its key in PEM", fix="--certificate FILE --key FILE"
+        ) from error
+    server = Server(config, service)
+    async with _listening(server, ready):
+        await service.engine.start()
+        service.check()
+        logger.info("ready: %s", service.engine.info.name)
+    await service.engine.stop()
+    if service.audit is not None:
+        service.audit.close()
+
+
+@contextlib.asynccontextmanager
+async def _listening(server: Server, ready: Any) -> AsyncIterator[None]:
+    """Probes are answered while the policy loads; a policy that cannot be loaded ends the server."""
+    serving = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            if serving.done():
+                serving.result()
+                raise UsageError("vla serve", found="a server that does not start", expected="a free port", fix="--port N")
+            await asyncio.sleep(0.01)
+        if ready is not None:
+            host, port = server.servers[0].sockets[0].getsockname()[:2]
+            ready(f"{'https' if server.config.is_ssl else 'http'}://{f'[{host}]' if ':' in host else host}:{port}")
+        yield
+    except BaseException:
+        server.should_exit = True
+        await serving
+        raise
+    await serving

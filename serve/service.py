@@ -1,0 +1,266 @@
+"""What every wire serves: a robot's session with its guard, over the one engine.
+
+    observation -> wire -> Session.act -> guard -> engine -> guard -> Reply: a chunk, or a hold with its reason
+
+A wire turns its own messages into a `Look` and a `Reply` into its own words, and does nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from serve.engine import Engine, Info, Request, Start
+from serve.guard import Guard
+from serve.metrics import Metrics
+from serve.refusal import Refusal
+from serve.robot import Robot
+from serve.settings import ServeSettings
+from serve.wire import Encoded, Picture
+from vla.errors import UsageError, VLAError
+from vla.prompt import clean_instruction
+
+
+@dataclass
+class Look:
+    """One observation, as any wire says it."""
+
+    images: Mapping[str, Picture] = field(default_factory=dict)
+    """Camera, or the wire's name of it -> picture."""
+    state: Any = None
+    instruction: Any = ""
+    robot: str | None = None
+    adapter: str | None = None
+    seq: int | None = None
+    """Must grow within a session."""
+    age: float = 0.0
+    """Seconds, when it was sent."""
+    executed: int | None = None
+    """Steps of the last chunk that were carried out; None when nobody knows."""
+    deadline: float | None = None
+    """Seconds from now."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One chunk, judged."""
+
+    actions: np.ndarray  # (n, A) float32, robot units: finite and inside the limits
+    confidence: np.ndarray  # (n, A) float32
+    symbols: np.ndarray
+    execute: int
+    """Steps to carry out before looking again."""
+    hold: bool
+    reason: str
+    needs_help: str
+    policy: str
+    timing: Mapping[str, float]
+    """ms: `infer` of the batch, `wait` before it, `serve` all of it here."""
+    batch: int
+
+
+class Service:
+    """Engine, settings and counters of one server."""
+
+    def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics | None = None) -> None:
+        """Raises `UsageError` when a robot's guard lacks limits; see `check`."""
+        self.engine, self.settings, self.metrics = engine, settings, metrics or engine.metrics
+        self.audit: Any = None
+        if settings.audit:
+            from serve.audit import AuditLog
+
+            self.audit = AuditLog(settings.audit)
+        self.starter: Callable[[dict[str, Any]], Start] | None = None
+        """Changes to what is served -> what starts that; None where policies cannot be swapped."""
+
+    def check(self) -> None:
+        """Raise `UsageError` unless every robot can be guarded and everything named is there."""
+        info, names = self.engine.info, set(self.engine.info.robots)
+        problems = [f"robot {n!r} of {where}" for n, where in [(self.settings.robot, "--robot"),
+                    *((n, "guard") for n in self.settings.guard if n != "*")] if n is not None and n not in names]  # fmt: skip
+        cameras = {camera for robot in info.robots.values() for camera in robot.cameras}
+        problems += [f"camera {c!r} of cameras" for c in self.settings.cameras.values() if c not in cameras]
+        if self.settings.adapter is not None and self.settings.adapter not in info.adapters:
+            problems.append(f"adapter {self.settings.adapter!r}")
+        if problems:
+            raise UsageError("vla serve", found=f"no such {', '.join(problems)}",
+                             expected=f"robots {sorted(names)}, cameras {sorted(cameras)}, adapters {sorted(info.adapters)}",
+                             fix="name one of these")  # fmt: skip
+        for robot in info.robots.values():
+            try:
+                self.guard_of(robot)
+            except UsageError as error:
+                raise UsageError(f"guard of robot {robot.key!r}", found=error.found, expected=error.expected,
+                                 fix=f"--guard FILE.yaml with  {robot.key}: {{jump: {{CHANNEL: MOST}}, waive: [CHANNEL]}}",
+                ) from error  # fmt: skip
+
+    def guard_of(self, robot: Robot, session: str = "") -> Guard:
+        """A fresh guard for this robot, writing to the audit log where there is one."""
+        options = self.settings.guard_of(robot.key).model_dump()
+        guard = Guard(robot, **options)
+        if self.audit is not None and session:
+            self.audit.watch(guard, session)
+        return guard
+
+    def robot_of(self, name: str | None) -> Robot:
+        """The robot a client means. `Refusal` naming the nearest when there is none."""
+        info = self.engine.info
+        name = name or self.settings.robot or (next(iter(info.robots)) if len(info.robots) == 1 else None)
+        if name is not None and name in info.robots:
+            return info.robots[name]
+        near = difflib.get_close_matches(str(name), info.robots, 1)
+        raise Refusal("bad_request", where="robot", found="none" if name is None else repr(name)[:80],
+                      expected=f"one of {sorted(info.robots)}",
+                      fix=f"did you mean {near[0]!r}?" if near else "name one of them")  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What a client is told when it comes: protocol, policy, robots."""
+        info: Info = self.engine.info
+        return {
+            "server": "tendon", "policy": info.policy, "name": info.name.rpartition("/")[2], "robots": dict(info.embodiments),
+            "steps": {key: list(steps) for key, steps in info.steps.items()}, "adapters": list(info.adapters),
+            "instructions": list(info.instructions[:200]), "symbols": info.symbols, "ready": self.engine.ready,
+        }  # fmt: skip
+
+
+class Session:
+    """One client's dealings with one robot. One request at a time."""
+
+    def __init__(self, service: Service, wire: str) -> None:
+        self.service, self.wire, self.id = service, wire, uuid.uuid4().hex[:16]
+        self.guard: Guard | None = None
+        self._seq = -math.inf
+
+    def reset(self) -> None:
+        """Another episode: nothing is known of where the robot is."""
+        self._seq = -math.inf
+        if self.guard is not None:
+            self.guard.reset()
+
+    def resume(self) -> None:
+        """Help was given."""
+        if self.guard is not None:
+            self.guard.resume()
+
+    async def act(self, look: Look) -> Reply:
+        """Judge, ask, judge. Raises `Refusal`."""
+        metrics, began = self.service.metrics, time.perf_counter()
+        try:
+            reply = await self._act(look, began)
+        except VLAError as error:
+            refusal = error if isinstance(error, Refusal) else _refusal(error)
+            metrics.requests.labels(self.wire, refusal.code).inc()
+            raise refusal from None
+        if reply.hold:
+            metrics.holds.labels(reply.reason.split(":")[0][:40]).inc()
+        metrics.requests.labels(self.wire, "hold" if reply.hold else "ok").inc()
+        return reply
+
+    async def _act(self, look: Look, began: float) -> Reply:
+        service = self.service
+        robot = service.robot_of(look.robot)
+        if self.guard is None or self.guard.robot is not robot and self.guard.robot.key != robot.key:
+            self.guard = service.guard_of(robot, self.id)
+        guard = self.guard
+        images, state = self._images(robot, look.images), _state(robot, look.state)
+        instruction = clean_instruction(look.instruction)
+        if look.seq is not None:
+            if look.seq <= self._seq:
+                raise Refusal("stale", where="seq", found=look.seq, expected=f"more than {self._seq}", fix="send looks in order")
+            self._seq = look.seq
+        helped = guard.needs_help
+        seen = guard.saw({"images": images, "state": state}, look.age, executed=look.executed)
+        if seen:
+            code = "stale" if seen.startswith(("stale", "repeated")) else "bad_request"
+            raise Refusal(code, where="observation", found=seen, expected=f"a fresh look of robot {robot.key!r}",
+                          fix="check the camera and the clock")  # fmt: skip
+        deadline = time.monotonic() + look.deadline if look.deadline is not None else math.inf
+        answer = await service.engine.act(Request(
+            images, state, instruction, robot.key, look.adapter or service.settings.adapter, look.seed, self.id, deadline,
+        ))  # fmt: skip
+        verdict = guard.chunk(answer.actions, confidence=answer.confidence)
+        if guard.needs_help and not helped:
+            service.metrics.help.inc()
+        timing = {"infer": 1e3 * answer.infer, "wait": 1e3 * answer.wait, "serve": 1e3 * (time.perf_counter() - began)}
+        execute = service.engine.info.steps[robot.key][1]
+        return Reply(verdict.actions, answer.confidence, answer.symbols, execute, verdict.hold, verdict.reason,
+                     verdict.needs_help, answer.policy, timing, answer.batch)  # fmt: skip
+
+    def _images(self, robot: Robot, given: Mapping[str, Picture]) -> dict[str, Picture]:
+        """By the robot's own names of its cameras."""
+        mapping = self.service.settings.cameras
+        images: dict[str, Picture] = {}
+        for name, picture in given.items():
+            short = name
+            for prefix in ("observation.images.", "observation/", "images/", "images.", "video."):
+                short = short.removeprefix(prefix)
+            images[mapping.get(name) or mapping.get(short) or (name if name in robot.cameras else short)] = picture
+        for likely in (
+            lambda camera, name: camera in name,
+            lambda camera, name: True,
+        ):  # `wrist_image` is the wrist's; the last is the last
+            wanted = [c for c in robot.cameras if c not in images]
+            spare = [name for name in images if name not in robot.cameras]
+            pairs = [(c, name) for c in wanted for name in spare if likely(c, name)]
+            if len(pairs) == len({c for c, _ in pairs}) == len({name for _, name in pairs}):
+                images |= {c: images.pop(name) for c, name in pairs}
+        missing = [c for c in robot.cameras if c not in images]
+        if missing:
+            raise Refusal("bad_request", where="images", found=f"no picture of camera {', '.join(map(repr, missing))} among "
+                          f"{sorted(map(str, given))[:16]}", expected=f"cameras {sorted(robot.cameras)}",
+                          fix="name them so, or serve with --camera NAME_ON_THE_WIRE=CAMERA")  # fmt: skip
+        return {c: _frame(images[c], c) for c in robot.cameras}
+
+
+def _frame(picture: Any, camera: str) -> Picture:
+    if isinstance(picture, Encoded):
+        return picture
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.size:
+        if picture.shape[2] != 3 and picture.shape[0] == 3:  # openpi's ALOHA sends (3, h, w)
+            picture = picture.transpose(1, 2, 0)
+        if picture.shape[2] == 3:
+            return picture
+    kind = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise Refusal("bad_request", where=f"camera {camera!r}", found=kind, expected="(h, w, 3) uint8, or a JPEG or PNG file",
+                  fix="send RGB frames")  # fmt: skip
+
+
+def _state(robot: Robot, given: Any) -> np.ndarray | None:
+    if not robot.state_dim:
+        return None
+    try:
+        raw = np.asarray(given)
+        with np.errstate(all="ignore"):
+            state = raw.astype(np.float32).reshape(-1) if given is not None and raw.dtype.kind in "biuf" else None
+    except (TypeError, ValueError, OverflowError):
+        state = None
+    if state is None or state.shape != (robot.state_dim,) or not np.isfinite(state).all():
+        found = (
+            "none"
+            if given is None
+            else f"{type(given).__name__} of shape {np.shape(given) if isinstance(given, np.ndarray) else '?'}"
+        )
+        if state is not None and state.shape == (robot.state_dim,):
+            found = "numbers that are not finite"
+        raise Refusal("bad_request", where="state", found=found,
+                      expected=f"{robot.state_dim} finite numbers: {', '.join(robot.names('state'))}",
+                      fix="send the state in this order and these units (GET /v1/info)")  # fmt: skip
+    return state
+
+
+def _refusal(error: VLAError) -> Refusal:
+    from vla.errors import CheckpointError, DataError, MachineError
+
+    if isinstance(error, MachineError):
+        return Refusal("internal", where=error.where, found=error.found, expected=error.expected, fix=error.fix)
+    if isinstance(error, (DataError, UsageError, CheckpointError)):
+        return Refusal.of(error)
+    return Refusal("internal", where="server", found=type(error).__name__, expected="an answer", fix="see the server's log")

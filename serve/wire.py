@@ -1,0 +1,263 @@
+"""Messages between a robot and a server: msgpack with numpy arrays and pictures in it. No torch, no pickle, nothing is trusted.
+
+    data = pack({"images": {"front": frame}, "state": state})     # arrays raw; `Encoded` pictures as they are
+    unpack(data)["images"]["front"]                               # (h, w, 3) uint8, a view of `data`
+
+One reader understands three dialects: our own, which is vla-eval's (`{"__ndarray__": true, "data", "dtype", "shape"}`,
+`{"__image__": true, "format": "jpeg" | "png" | "raw", "data", "shape"}`), and openpi's, whose markers are byte strings. Sizes are
+compared with the bytes that are there before anything is made of them; a picture in a file format is only looked at (`Encoded`):
+its header is read and bounded, and who needs its pixels calls `decode()`.
+
+Shapes as in `vla/batch.py`; h, w pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from vla.errors import DataError
+
+PROTOCOL = 1
+"""Of our own WebSocket; a server and a client of different ones refuse each other."""
+KINDS = "biuf"
+"""Kinds of numbers that travel: booleans, integers, floats. Objects, records, strings and complex numbers do not."""
+_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one message may hold."""
+
+    message: int = 32 << 20
+    """Bytes of a message, whichever wire it comes by."""
+    pixels: int = 4096 * 2304
+    """Of one picture, by its header."""
+    side: int = 8192
+    """Pixels of a picture's longer side."""
+    pictures: int = 16
+    text: int = 20_000
+    """Characters of one string that is no picture."""
+    items: int = 4_096
+    """Entries of one list or mapping."""
+
+
+LIMITS = Limits()
+
+
+class WireError(DataError):
+    """A message that cannot be read, or holds more than it may. `too_large` tells the two apart."""
+
+    def __init__(self, where: object, *, found: object, expected: object, fix: str, too_large: bool = False) -> None:
+        super().__init__(where, found=found, expected=expected, fix=fix)
+        self.too_large = too_large
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture as a file: its header was read, its pixels were not."""
+
+    data: bytes
+    format: str
+    """`jpeg` or `png`."""
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what `decode` returns."""
+        return self.height, self.width, 3
+
+    def decode(self) -> np.ndarray:
+        """(h, w, 3) uint8 RGB. Raises `WireError` for a file that is damaged behind its header."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.data), formats=(self.format.upper(),)) as picture:
+                frame = np.asarray(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise _wrong("picture", f"a damaged {self.format}: {str(error)[:200]}", "a whole file") from error
+        if frame.shape != self.shape:
+            raise _wrong("picture", f"{frame.shape} of a file that says {self.shape}", "what its header says")
+        return frame
+
+
+Picture = np.ndarray | Encoded
+
+
+def picture_of(data: bytes, limits: Limits = LIMITS) -> Encoded:
+    """A JPEG or PNG file's bytes, header read. Raises `WireError` for another format and for more pixels than allowed."""
+    from PIL import Image
+
+    data = bytes(data)
+    kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
+    if kind is None:
+        raise _wrong("picture", f"{len(data)} bytes that begin with {data[:8].hex() or 'nothing'}", "a JPEG or PNG file")
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind.upper(),)) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise _wrong("picture", f"a {kind} whose header is damaged: {str(error)[:200]}", "a whole file") from error
+    _bounded(height, width, limits)
+    return Encoded(data, kind, height, width)
+
+
+def encode(frame: np.ndarray, format: str = "png", quality: int = 95) -> Encoded:
+    """(h, w, 3) uint8 -> a file: `png` (the same pixels) or `jpeg`."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    options = {"quality": quality} if format == "jpeg" else {"compress_level": 1}
+    Image.fromarray(frame).save(file, format.upper(), **options)
+    return Encoded(file.getvalue(), format, frame.shape[0], frame.shape[1])
+
+
+def _bounded(height: int, width: int, limits: Limits) -> None:
+    if not (0 < height <= limits.side and 0 < width <= limits.side and height * width <= limits.pixels):
+        raise _wrong("picture", f"{width} x {height} pixels",
+                     f"at most {limits.pixels:,} pixels, {limits.side} a side", too_large=True)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def unpack(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Any:
+    """A message's content. Arrays are read-only views of copies of its bytes, pictures arrays or `Encoded`.
+
+    Raises `WireError` for what is no msgpack, too large, or holds an array that is not what it says.
+    """
+    if len(data) > limits.message:
+        raise _wrong("message", f"{len(data):,} bytes", f"at most {limits.message:,}", too_large=True)
+    pictures = 0
+
+    def mapping(pairs: list[tuple[Any, Any]]) -> Any:
+        nonlocal pictures
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise _wrong("message", "a key twice in one mapping", "every key once")
+        if "__image__" in entries:
+            pictures += 1
+            if pictures > limits.pictures:
+                raise _wrong("message", f"more than {limits.pictures} pictures", f"at most {limits.pictures}", too_large=True)
+            return _picture(entries, limits)
+        if "__ndarray__" in entries:
+            return _array(entries)
+        if b"__ndarray__" in entries:
+            return _array({k.decode("ascii", "replace") if isinstance(k, bytes) else k: v for k, v in entries.items()})
+        if b"__npgeneric__" in entries:
+            return _number(entries.get(b"data"), entries.get(b"dtype"))
+        return entries
+
+    try:
+        return msgpack.unpackb(
+            data, object_pairs_hook=mapping, raw=False, strict_map_key=True, max_str_len=limits.text, max_ext_len=0,
+            max_bin_len=limits.message, max_array_len=limits.items, max_map_len=limits.items,
+        )  # fmt: skip
+    except WireError:
+        raise
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        text = str(error)[:200] or type(error).__name__
+        raise _wrong("message", f"not msgpack we read: {text}", "one msgpack value within the limits") from error
+
+
+def array_of(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+    """The array that `data` bytes, a dtype's name and a shape say. Raises `WireError` unless the three agree."""
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise _wrong("array", f"data that is {type(data).__name__}", "bytes")
+    kind = _dtype(dtype)
+    if not isinstance(shape, (list, tuple)) or len(shape) > 8 or any(type(n) is not int or n < 0 for n in shape):
+        raise _wrong("array", f"shape {str(shape)[:80]}", "at most 8 whole numbers, none below 0")
+    if (size := math.prod(shape) * kind.itemsize) != len(data):
+        raise _wrong("array", f"{len(data):,} bytes", f"{size:,}: {kind} {tuple(shape)}")
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+def _array(entry: Mapping[Any, Any]) -> np.ndarray:
+    return array_of(entry.get("data"), entry.get("dtype"), entry.get("shape"))
+
+
+def _picture(entry: Mapping[Any, Any], limits: Limits) -> Picture:
+    if entry.get("format") == "raw":
+        frame = array_of(entry.get("data"), entry.get("dtype", "|u1"), entry.get("shape"))
+        if frame.dtype != np.uint8 or frame.ndim != 3:
+            raise _wrong("picture", f"{frame.dtype} {frame.shape}", "uint8 (h, w, channels)")
+        _bounded(frame.shape[0], frame.shape[1], limits)
+        return frame
+    if not isinstance(data := entry.get("data"), bytes):
+        raise _wrong("picture", f"data that is {type(data).__name__}", "a file's bytes; nothing is fetched")
+    return picture_of(data, limits)
+
+
+def _number(value: Any, dtype: Any) -> Any:
+    kind = _dtype(dtype)
+    if not isinstance(value, (bool, int, float)):
+        raise _wrong("number", type(value).__name__, "a number")
+    try:
+        return kind.type(value)
+    except (OverflowError, ValueError) as error:
+        raise _wrong("number", f"{value} as {kind}", "one that fits") from error
+
+
+def _dtype(name: Any) -> np.dtype:
+    if not isinstance(name, str) or len(name) > 8:
+        raise _wrong("array", f"dtype {str(name)[:40]!r}", f"a name of one of the kinds {', '.join(KINDS)}")
+    try:
+        kind = np.dtype(name)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise _wrong("array", f"dtype {name!r}", "one that numpy knows") from error
+    if kind.kind not in KINDS or kind.subdtype is not None:
+        raise _wrong("array", f"dtype {name!r}", f"one of the kinds {', '.join(KINDS)}")
+    return kind
+
+
+def _wrong(where: str, found: str, expected: str, too_large: bool = False) -> WireError:
+    return WireError(where, found=found, expected=expected, fix="see docs/serving.md for the formats", too_large=too_large)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def pack(message: Any) -> bytes:
+    """Our own and vla-eval's dialect. Raises `WireError` for an array whose numbers do not travel."""
+    return _packed(message, _plain)
+
+
+def pack_openpi(message: Any) -> bytes:
+    """openpi's dialect: the markers of arrays are byte strings."""
+    return _packed(message, _plain_openpi)
+
+
+def _packed(message: Any, default: Any) -> bytes:
+    data = msgpack.packb(message, default=default)
+    assert data is not None
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        _travels(value.dtype)
+        return {"__ndarray__": True, "data": value.tobytes(), "dtype": value.dtype.str, "shape": value.shape}
+    if isinstance(value, Encoded):
+        return {"__image__": True, "format": value.format, "data": value.data, "shape": value.shape}
+    if isinstance(value, np.generic):
+        _travels(value.dtype)
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not travel")
+
+
+def _plain_openpi(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        _travels(value.dtype)
+        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    return _plain(value)
+
+
+def _travels(dtype: np.dtype) -> None:
+    if dtype.kind not in KINDS:
+        raise _wrong("array", f"dtype {dtype}", f"one of the kinds {', '.join(KINDS)}")

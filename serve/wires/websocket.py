@@ -1,0 +1,117 @@
+"""Our own WebSocket, `/v1/ws`: msgpack (`serve/wire.py`), one look and one chunk at a time; `serve/client.py` is its other end.
+
+    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", ...}     first, and again after a swap of policies
+    client: {"type": "look", "seq": 7, "images": {camera: picture}, "state": (S,), "instruction", "robot"?, "adapter"?, "age"?,
+             "executed"?, "deadline"?, "seed"?}
+    server: {"type": "chunk", "seq": 7, "actions": (n, A), "confidence": (n, A), "symbols", "execute", "hold", "reason",
+             "needs_help", "policy", "timing", "batch"}
+         or {"type": "refusal", "seq": 7, "error": {"code", "where", "found", "expected", "fix", "retry_after"?}}
+    client: {"type": "reset"} when an episode begins, {"type": "resume"} when help was given; both are answered {"type": "ok"}
+
+A client says which protocol it speaks in the address (`/v1/ws?protocol=1`); another one is refused before the socket opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from serve.gate import refuse
+from serve.refusal import Refusal
+from serve.service import Look, Reply, Service, Session
+from serve.sockets import messages
+from serve.wire import PROTOCOL, pack, unpack
+from vla.errors import VLAError
+
+_LOOK = {"type", "seq", "images", "state", "instruction", "robot", "adapter", "age", "executed", "deadline", "seed"}
+
+
+def routes(service: Service) -> list[BaseRoute]:
+    """Of this wire."""
+
+    async def connected(socket: WebSocket) -> None:
+        if (spoken := socket.query_params.get("protocol", str(PROTOCOL))) != str(PROTOCOL):
+            await refuse(socket.scope, socket.receive, socket.send, Refusal(
+                "bad_request", where="protocol", found=spoken[:20], expected=str(PROTOCOL),
+                fix="pip install the same tendon-vla on both sides"))  # fmt: skip
+            return
+        await socket.accept()
+        session, policy = Session(service, "websocket"), ""
+        with service.metrics.sessions.labels("websocket").track_inprogress():
+            async for data in messages(socket):
+                if service.engine.ready and policy != service.engine.info.policy:
+                    policy = service.engine.info.policy
+                await socket.send_bytes(await _answer(service, session, data))
+
+    async def greeted(socket: WebSocket) -> None:
+        try:
+            await connected(socket)
+        except WebSocketDisconnect:
+            pass
+
+    return [WebSocketRoute("/v1/ws", greeted)]
+
+
+async def _answer(service: Service, session: Session, data: bytes) -> bytes:
+    seq = None
+    try:
+        message = unpack(data, service.settings.limits)
+        if not isinstance(message, dict):
+            raise _wrong("message", type(message).__name__, "a mapping with a 'type'")
+        given = message.get("seq")
+        seq = given if type(given) is int else None
+        match message.get("type"):
+            case "hello":
+                return pack({"type": "hello", "protocol": PROTOCOL, **service.describe()})
+            case "look":
+                return pack({"type": "chunk", "seq": seq, **said(await session.act(look_of(message)))})
+            case "reset":
+                session.reset()
+                return pack({"type": "ok", "seq": seq})
+            case "resume":
+                session.resume()
+                return pack({"type": "ok", "seq": seq})
+            case other:
+                raise _wrong("type", repr(other)[:40], "hello, look, reset or resume")
+    except VLAError as error:
+        return pack({"type": "refusal", "seq": seq, **Refusal.of(error).to_json()})
+
+
+def look_of(message: Mapping[str, Any]) -> Look:
+    """Raises `Refusal` naming every field that is unknown or of the wrong kind."""
+    problems = [f"unknown field {name!r}"[:60] for name in message if name not in _LOOK]
+    images = message.get("images")
+    if not isinstance(images, dict) or not all(isinstance(name, str) for name in images):
+        problems.append("images is no mapping of names")
+        images = {}
+    for name, kinds, least in (("seq", (int,), None), ("executed", (int,), 0), ("seed", (int,), 0), ("age", (int, float), None),
+                               ("deadline", (int, float), 0)):  # fmt: skip
+        value = message.get(name)
+        if value is not None and (type(value) not in kinds or (least is not None and not value >= least) or abs(value) > 2**53):
+            problems.append(f"{name} is {str(value)[:20]}")
+    for name in ("robot", "adapter"):
+        if message.get(name) is not None and not isinstance(message[name], str):
+            problems.append(f"{name} is {type(message[name]).__name__}")
+    if problems:
+        raise _wrong("look", "; ".join(problems[:8]), f"fields {', '.join(sorted(_LOOK))}")
+    return Look(
+        images=images, state=message.get("state"), instruction=message.get("instruction"), robot=message.get("robot"),
+        adapter=message.get("adapter"), seq=message.get("seq"), age=float(message.get("age") or 0.0),
+        executed=message.get("executed"), deadline=message.get("deadline"), seed=message.get("seed") or 0,
+    )  # fmt: skip
+
+
+def said(reply: Reply) -> dict[str, Any]:
+    """A chunk's message."""
+    return {
+        "actions": reply.actions, "confidence": reply.confidence, "symbols": reply.symbols, "execute": reply.execute,
+        "hold": reply.hold, "reason": reply.reason, "needs_help": reply.needs_help, "policy": reply.policy,
+        "timing": dict(reply.timing), "batch": reply.batch,
+    }  # fmt: skip
+
+
+def _wrong(where: str, found: str, expected: str) -> Refusal:
+    return Refusal("bad_request", where=where, found=found, expected=expected, fix="see docs/serving.md")
