@@ -318,11 +318,49 @@ def test_rounds_collect_learn_and_stop(demos, teacher, tmp_path):
     best = load_policy(out / f"round-{log['best']}", "cpu")
     assert load_policy(out, "cpu").fingerprint == best.fingerprint and verify(out / "policy") == []
     assert load_policy(out / "round-1", "cpu").provenance["recorded_seeds"]["tabletop"]["touch-red"][-1][0] >= 200_000
+    assert 0 < log["rounds"][0]["minutes"] < log["rounds"][1]["minutes"] <= log["minutes"]
     before = (out / "rounds.json").read_text()
     distill(build(values), resume=True)
     assert (out / "rounds.json").read_text() == before
     with pytest.raises(UsageError, match="a run"):
         distill(build(values))
+    for changed in ({"labeller": "teacher"}, {"rounds": 2, "minutes": 1.0}):
+        with pytest.raises(UsageError) as error:
+            distill(build(values | {"rounds": values["rounds"] | changed}), resume=True)
+        assert all(f"rounds.{key}: {log['config'][key]} then, {new} now" in error.value.found for key, new in changed.items())
+        assert "--allow-change rounds." in error.value.fix
+    with pytest.raises(UsageError, match="began with rounds"):
+        distill(build({key: part for key, part in values.items() if key != "rounds"}), resume=True)
+
+
+def test_what_rounds_took_is_kept_when_they_are_interrupted(demos, teacher, tmp_path, monkeypatch):
+    values = config_for(demos, teacher, tmp_path / "run") | {"rounds": {"suite": "tabletop", "minutes": 10.0, "rounds": 3}}
+    config, root, now = build(values), tmp_path / "run", [0.0]
+    monkeypatch.setattr("vla.distill.rounds.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vla.distill.rounds._keep_best", lambda root, log: None)
+    monkeypatch.setattr("vla.distill.rounds._collect", lambda *args: {"episodes": 1})
+    monkeypatch.setattr("vla.distill.rounds._measure", lambda *args: {"successes": 1, "n": 4, "rate": 0.25, "low": 0.0,
+                                                                      "high": 0.6, "groups": {}})  # fmt: skip
+    trained = []
+
+    def training(stage, *args):
+        folder = Path(stage.run.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").touch()
+        now[0] += 6 * 60
+        trained.append(folder.name)
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        return folder
+
+    monkeypatch.setattr("vla.distill.rounds.train", training)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    assert yaml.safe_load((root / "rounds.json").read_text())["minutes"] == 6
+    distill(config, resume=True)
+    assert trained == ["round-0", "round-0"], "12 minutes of 10 are over, and so no further round began"
+    distill(build(values | {"rounds": values["rounds"] | {"minutes": 20.0}}), resume=True, allow_change=("rounds.minutes",))
+    assert trained[2:] == ["round-0", "round-1"] and yaml.safe_load((root / "rounds.json").read_text())["minutes"] == 24
 
 
 def test_a_round_that_kept_nothing_adds_no_data(demos, teacher, tmp_path):

@@ -202,7 +202,7 @@ def _train(
             raise UsageError(run.root, found=f"a run at step {found[1]['step']}", expected="an empty run folder",
                              fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
         if found:
-            _check_unchanged(found[1]["config"], config, run.root, allow_change)
+            check_unchanged(found[1]["config"], config.model_dump(mode="json"), run.root, allow_change)
         base, start = None, None  # the policy to continue or to start from: it brings its own settings
         if found:
             base = read_policy(found[0] / "policy")
@@ -492,8 +492,9 @@ def _copy(source: Path, into: Path) -> None:
     shutil.copytree(source, into)
 
 
-def _check_unchanged(then: dict, now: TrainConfig, where: Path, allowed: tuple[str, ...]) -> None:
-    before, after = flatten(then), flatten(now.model_dump(mode="json"))
+def check_unchanged(then: dict, now: dict, where: Path, allowed: tuple[str, ...]) -> None:
+    """Raise `UsageError` naming every value of a run's config that is not what it was, and may not be another."""
+    before, after = flatten(then), flatten(now)
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changed = [k for k in changed if k not in _RESUMABLE and k not in allowed or k.startswith("policy.")]
     if changed:

@@ -49,6 +49,9 @@ def distill(config: DistillConfig, resume: bool = False, allow_change: tuple[str
     teaching = Distillation(config)
     told = config.model_copy(update={"policy": teaching.student})
     if config.rounds is None:
+        if (root := Path(config.run.out)).joinpath("round-0").is_dir():
+            raise UsageError(root, found="a run that began with rounds:", expected="the config the run was started with",
+                             fix="put rounds: back, or choose another run.out=...")  # fmt: skip
         return train(told, resume, allow_change, teaching)
     from vla.distill.rounds import play_rounds  # with it come the simulators
 

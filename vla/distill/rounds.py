@@ -3,7 +3,7 @@
     RUN/round-0                 a run of its own: the student from the datasets
     RUN/round-1 ...             a run each, started from the one before, on the datasets and every round's new one
     RUN/data/round-1 ...        what the labeller did from the states the student reached (`vla/takeover.py`)
-    RUN/rounds.json             success after each round, and why there is no further one
+    RUN/rounds.json             success after each round, the minutes spent so far, and the `rounds:` it was begun with
     RUN/policy                  the best student so far, by success on validation scenes
 
 Each step is resumable by itself, so the whole is. DAgger (Ross et al. 2011) aggregates: nothing collected is dropped.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from vla.distill.config import DistillConfig, RoundsConfig
 from vla.distill.ranks import by_one, say
 from vla.durable import replace_file
 from vla.embodiment import load_embodiment
-from vla.errors import UsageError
+from vla.errors import UsageError, VLAError
 from vla.evaluate import SimulatorPool, evaluate, same_robot, wilson
 from vla.evaluate.curve import CURVE_SEED
 from vla.mixture import MixtureConfig
@@ -33,7 +34,7 @@ from vla.mixture.config import DatasetConfig
 from vla.policy import PolicyConfig, load_policy
 from vla.sims import expand_tasks, find_suite
 from vla.takeover import collect
-from vla.train import StartConfig, train
+from vla.train import StartConfig, check_unchanged, train
 
 if TYPE_CHECKING:
     from vla.distill import Distillation
@@ -50,7 +51,22 @@ def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, all
     if root.exists() and any(root.iterdir()) and not resume:
         raise UsageError(root, found="a run", expected="an empty run folder",
                          fix="add --resume to continue it, or choose another run.out=...")  # fmt: skip
-    began, log = time.monotonic(), _Log(root, rounds)
+    if (root / "checkpoints").is_dir():
+        raise UsageError(root, found="a run without rounds:", expected="a run that began with them",
+                         fix="leave rounds: out, or choose another run.out=...")  # fmt: skip
+    log = _Log(root, rounds, allow_change)
+    try:
+        _play(config, teaching, resume, allow_change, log)
+    except BaseException:  # the time a training took before it was stopped is spent as well
+        if (root / "round-0" / "config.yaml").is_file():
+            with suppress(VLAError, OSError):  # a full disk must not hide why the run ended
+                log.write()
+        raise
+    return root
+
+
+def _play(config: DistillConfig, teaching: Distillation, resume: bool, allow_change: tuple[str, ...], log: _Log) -> None:
+    rounds, root = log.rounds, Path(config.run.out)
     with SimulatorPool() as pool:
         for number in range(rounds.rounds + 1):
             data = root / "data" / f"round-{number}"
@@ -60,14 +76,14 @@ def play_rounds(config: DistillConfig, teaching: Distillation, resume: bool, all
             stage = _stage(config, number, root, log)
             out = train(stage, resume or stage_begun(stage), allow_change, teaching)
             if log.lacks(number, "success"):
-                log.entry(number)["success"] = by_one(partial(_measure, rounds, out, pool))
+                found = by_one(lambda out=out: {"success": _measure(rounds, out, pool), "minutes": log.minutes()})
+                log.entry(number).update(found)
                 log.write()
             say(log.line(number))
             by_one(partial(_keep_best, root, log))
-            if stop := log.stop(number, (time.monotonic() - began) / 60):
+            if stop := log.stop(number):
                 say(f"no further round: {stop}")
                 break
-    return root
 
 
 def _check(rounds: RoundsConfig, teaching: Distillation) -> None:
@@ -125,11 +141,20 @@ def _measure(rounds: RoundsConfig, run: Path, pool: SimulatorPool) -> dict:
 
 
 class _Log:
-    """`rounds.json`: what each round brought."""
+    """`rounds.json`: what each round brought, and what it all took."""
 
-    def __init__(self, root: Path, rounds: RoundsConfig) -> None:
-        self.path, self.rounds = root / "rounds.json", rounds
-        self.entries: list[dict[str, Any]] = json.loads(self.path.read_text())["rounds"] if self.path.is_file() else []
+    def __init__(self, root: Path, rounds: RoundsConfig, allow_change: tuple[str, ...] = ()) -> None:
+        """Raises `UsageError` where the run began with other `rounds`."""
+        self.path, self.rounds, self.began = root / "rounds.json", rounds, time.monotonic()
+        known = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.entries: list[dict[str, Any]] = known.get("rounds", [])
+        self.before: float = known.get("minutes", 0.0)
+        if then := known.get("config"):
+            check_unchanged({"rounds": then}, {"rounds": rounds.model_dump(mode="json")}, root, allow_change)
+
+    def minutes(self) -> float:
+        """Spent so far, before the last interruption too; but for what a process that was killed had not yet written."""
+        return self.before + (time.monotonic() - self.began) / 60
 
     def entry(self, number: int) -> dict[str, Any]:
         while len(self.entries) <= number:
@@ -141,7 +166,9 @@ class _Log:
 
     def write(self) -> None:
         if PartialState().is_main_process:
-            replace_file(self.path, json.dumps({"rounds": self.entries, "best": self.best()}, indent=1))
+            known = {"rounds": self.entries, "best": self.best(), "minutes": self.minutes(),
+                     "config": self.rounds.model_dump(mode="json")}  # fmt: skip
+            replace_file(self.path, json.dumps(known, indent=1))
 
     def best(self) -> int | None:
         """The round of the most success; of equals the first."""
@@ -154,8 +181,8 @@ class _Log:
         return (f"round {number}: success {found['successes']}/{found['n']} = {found['rate']:.1%} "
                 f"[{found['low']:.1%}, {found['high']:.1%}]   {parts}")  # fmt: skip
 
-    def stop(self, number: int, minutes: float) -> str:
-        """Why no round follows `number`; empty when one does."""
+    def stop(self, number: int) -> str:
+        """Why no round follows `number`; empty when one does. A resumed run decides as it did."""
         rounds, best = self.rounds, self.best()
         if number == rounds.rounds:
             return f"rounds.rounds {rounds.rounds}"
@@ -163,7 +190,7 @@ class _Log:
             return f"success reached rounds.until {rounds.until}"
         if best is not None and number - best >= rounds.patience:
             return f"{rounds.patience} rounds without a better one than round {best}"
-        if rounds.minutes is not None and minutes >= rounds.minutes:
+        if rounds.minutes is not None and self.entry(number).get("minutes", 0.0) >= rounds.minutes:
             return f"rounds.minutes {rounds.minutes}"
         return ""
 
