@@ -174,6 +174,8 @@ class Guard:
         """Whether a command was passed since the last observation."""
         self._trail: np.ndarray | None = None
         """(n + 1, A) float64: what came before the last chunk, NaN where unknown, and the chunk; None when `_last` is certain."""
+        self._earlier = np.zeros((0, 0))
+        """(m, A): all that may have come before it."""
         self._steps, self._executed = 1, None
         self._forgive()
         self._tell("reset", {}, None)
@@ -260,6 +262,7 @@ class Guard:
         if held:
             command = self._bounds.clip(standstill(self.robot, self._last))
         else:
+            self._measured = False
             self._passed()
         self._last, self._trail = command.astype(np.float32), None
         verdict = Verdict(self._last.copy(), held, reason, self.needs_help, self._placed)
@@ -289,6 +292,7 @@ class Guard:
         reasons = self._wrong_already(why, late, "")
         if self._spent:
             reasons.append("unseen: no observation since the last chunk")
+        self._measured &= self._trail is None or self._executed == 0
         rows, certain = self._whereabouts()
         commands = before = np.zeros(0)
         steps = (self.longest or self._steps) if isinstance(given, Unread) else len(given)
@@ -300,32 +304,30 @@ class Guard:
             reasons += _numbered(faults)
         held, reason = self._conclude(reasons, sure, "chunks")
         if held:
-            self._last, self._trail = self._stand(certain), None
+            self._last, self._trail, self._known = self._stand(rows[0], certain), None, ~np.isnan(rows[0])
             commands = np.repeat(self._last[None], steps, 0)
         else:
             self._passed()
-            self._last, self._trail = commands[-1].copy(), np.concatenate([before[None], commands])
+            self._last, self._trail, self._earlier = commands[-1].copy(), np.concatenate([before[None], commands]), rows
         self._steps = steps
         verdict = ChunkVerdict(commands, held, reason, self.needs_help, self._placed)
         self._tell("chunk", {"actions": given, "confidence": sure, "late": late, "why": why}, verdict)
         return verdict
 
     def _whereabouts(self) -> tuple[np.ndarray, bool]:
-        """The commands (m, A) the robot may be at, the likeliest first, and whether it is known which."""
-        if self._trail is not None and self._executed is not None and self._executed >= 0:
-            row = self._trail[min(self._executed, len(self._trail) - 1)]
-            self._known = ~np.isnan(row)
-            self._last, self._trail = np.where(self._known, row, self._last).astype(np.float32), None
+        """The commands (m, A) the robot may be at, NaN where unknown, the likeliest first, and whether it is known which."""
         if self._trail is None:
-            rows, certain = np.where(self._known, self._last.astype(np.float64), np.nan)[None], True
-        else:
-            rows, certain = self._trail[::-1], False
-        if (self._seam & self._motion).any():
-            rows = np.concatenate([rows, np.where(self._motion, self._rest, rows)])
-        return rows, certain
+            return np.where(self._known, self._last.astype(np.float64), np.nan)[None], True
+        if self._executed is None:
+            return self._trail[::-1], False
+        if self._executed == 0:
+            return self._earlier, len(self._earlier) == 1
+        return self._trail[[min(self._executed, len(self._trail) - 1)]], True
 
     def _before(self, rows: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The command (A,) a chunk that begins with `step` comes after, NaN where unknown, and the factors on its jumps."""
+        if (self._seam & self._motion).any():
+            rows = np.concatenate([rows, np.where(self._motion, self._rest, rows)])
         likeliest = self._bounds.may_follow(step, rows, self._seam) if len(rows) > 1 and self._seam.any() else 0
         before = rows[likeliest].copy()
         if self._state is not None:
@@ -333,9 +335,9 @@ class Guard:
                 before[dims] = self._state[at] if form else np.clip(self._state[at], self.low[dims], self.high[dims])
         return before, self._first_placed if self._measured else self._first_posed
 
-    def _stand(self, certain: bool) -> np.ndarray:
-        """The command (A,) that holds still; see `chunk`."""
-        last = self._last.copy()
+    def _stand(self, row: np.ndarray, certain: bool) -> np.ndarray:
+        """The command (A,) that holds still after `row`; see `chunk`."""
+        last = np.where(np.isnan(row), self._last, row).astype(np.float32)
         if self._state is not None:
             for dims, at, _ in self._poses:
                 seen = np.clip(self._state[at], self.low[dims], self.high[dims])
@@ -346,7 +348,7 @@ class Guard:
     def _passed(self) -> None:
         """What was said is passed on."""
         self._known = np.ones_like(self._motion)
-        self._measured, self._state, self._spent = False, None, True
+        self._state, self._spent = None, True
 
     def _wrong_already(self, why: str, late: float, said: str) -> list[str]:
         reasons = [text for text in (why, self._seen, said) if text]
