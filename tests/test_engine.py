@@ -1,0 +1,345 @@
+"""The engine: what is accepted is answered in time, who cannot be is told at once, and a lost model costs one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve.backend import ProcessBackend, ThreadBackend
+from serve.engine import Answer, BackendLost, Engine, EngineOptions, Info, Request
+from serve.refusal import Refusal
+from vla.errors import DataError, UsageError, VLAError
+
+ACTIONS = np.zeros((2, 3), np.float32)
+
+
+class Fake:
+    """A backend that remembers what it was given and answers when it is let."""
+
+    def __init__(self, name: str = "one", seconds: float = 0.0, robots: Sequence[str] = ("arm",)) -> None:
+        self.info = Info(name, name, {r: None for r in robots}, {}, {r: (2, 2) for r in robots}, (), (), 2, 0.01)  # pyright: ignore
+        self.seconds, self.batches, self.alive = seconds, [], True
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fail: Callable[[Request], VLAError | None] = lambda request: None
+        self.lose = False
+
+    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+        self.batches.append([r.instruction for r in batch])
+        await asyncio.sleep(self.seconds)
+        await self.gate.wait()
+        if self.lose or not self.alive:
+            raise BackendLost("gone")
+        return [self.fail(r) or (ACTIONS, ACTIONS, ACTIONS) for r in batch], self.seconds
+
+    async def stop(self) -> None:
+        self.alive = False
+
+    def kill(self) -> None:
+        self.alive = False
+
+
+def look(words: str = "a", client: str = "c", within: float | None = None, size: int = 8) -> Request:
+    picture = np.zeros((size, size, 3), np.uint8)
+    request = Request({"front": picture}, None, words, "arm", client=client)
+    if within is not None:
+        request.deadline = time.monotonic() + within
+    return request
+
+
+def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+async def engine(*backends: Fake, **options: Any) -> Engine:
+    ready = list(backends)
+
+    async def start() -> Fake:
+        return ready.pop(0) if len(ready) > 1 else ready[0]
+
+    return await Engine(start, EngineOptions(**{"gather": 0.0, "deadline": 20.0} | options)).start()  # pyright: ignore
+
+
+def test_requests_that_wait_are_answered_together_and_in_order():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, batch=4)
+        fake.gate.clear()
+        asked = [asyncio.create_task(served.act(look("0", "c0")))]
+        await asyncio.sleep(0.02)  # it is with the model
+        asked += [asyncio.create_task(served.act(look(str(i), f"c{i}"))) for i in range(1, 6)]
+        await asyncio.sleep(0.02)
+        assert served.waiting == 6
+        fake.gate.set()
+        answers = await asyncio.gather(*asked)
+        assert [a.batch for a in answers] == [1, 4, 4, 4, 4, 1] and fake.batches == [["0"], ["1", "2", "3", "4"], ["5"]]
+        assert served.waiting == 0 and all(a.policy == "one" for a in answers)
+        await served.stop()
+
+    run(work)
+
+
+def test_one_bad_look_costs_only_its_sender():
+    async def work() -> None:
+        fake = Fake()
+        fake.fail = lambda r: DataError("observation", found="x", expected="y", fix="z") if r.instruction == "bad" else None
+        served = await engine(fake)
+        fake.gate.clear()
+        asked = [asyncio.create_task(served.act(look(words, words))) for words in ("first", "good", "bad", "fine")]
+        await asyncio.sleep(0.02)
+        fake.gate.set()
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(s) for s in said] == [Answer, Answer, DataError, Answer]
+        await served.stop()
+
+    run(work)
+
+
+def test_a_full_queue_and_a_deadline_that_cannot_be_kept_are_refused_at_once():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, queue=2, batch=1)
+        fake.gate.clear()
+        asked = [asyncio.create_task(served.act(look("0", within=10)))]
+        await asyncio.sleep(0.02)  # it is with the model
+        asked += [asyncio.create_task(served.act(look(str(i), within=10))) for i in range(1, 3)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(Refusal) as full:
+            await served.act(look("more", within=10))
+        assert full.value.code == "busy" and full.value.status == 429 and (full.value.retry_after or 0) > 0
+        fake.gate.set()
+        await asyncio.gather(*asked)
+        served.expected = 5.0
+        with pytest.raises(Refusal, match="busy|waiting"):
+            await served.act(look("soon", within=0.5))
+        with pytest.raises(Refusal) as past:
+            await served.act(look("past", within=-1))
+        assert past.value.code == "late" and served.waiting == 0
+        await served.stop()
+
+    run(work)
+
+
+def test_bytes_that_wait_are_bounded_too():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, queue_bytes=3 * 8 * 8 * 3)
+        fake.gate.clear()
+        asked = [asyncio.create_task(served.act(look("first")))]
+        await asyncio.sleep(0.02)  # it is with the model
+        asked += [asyncio.create_task(served.act(look(str(i)))) for i in range(3)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(Refusal, match="busy|waiting"):
+            await served.act(look("more"))
+        fake.gate.set()
+        await asyncio.gather(*asked)
+        assert served._bytes == 0
+        await served.stop()
+
+    run(work)
+
+
+def test_who_goes_away_frees_the_place():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, queue=1, batch=1)
+        fake.gate.clear()
+        first = asyncio.create_task(served.act(look("first")))
+        await asyncio.sleep(0.02)
+        second = asyncio.create_task(served.act(look("second")))
+        await asyncio.sleep(0.02)
+        second.cancel()
+        await asyncio.wait([second])
+        third = asyncio.create_task(served.act(look("third")))
+        await asyncio.sleep(0.02)
+        first.cancel()  # it is with the model: its answer is thrown away
+        fake.gate.set()
+        await third
+        assert fake.batches == [["first"], ["third"]] and served.waiting == 0
+        await served.stop()
+
+    run(work)
+
+
+def test_a_deadline_that_passes_is_said_while_the_model_goes_on():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake)
+        fake.gate.clear()
+        with pytest.raises(Refusal) as late:
+            await served.act(look(within=0.1))
+        assert late.value.code == "late" and late.value.status == 504
+        fake.gate.set()
+        assert (await served.act(look())).batch == 1
+        await served.stop()
+
+    run(work)
+
+
+def test_a_lost_backend_costs_its_batch_and_those_that_wait_are_served_by_the_next():
+    async def work() -> None:
+        first, second = Fake("one"), Fake("two")
+        served = await engine(first, second, batch=1)
+        first.gate.clear()
+        asked = [asyncio.create_task(served.act(look(str(i)))) for i in range(3)]
+        await asyncio.sleep(0.02)
+        first.lose = True
+        first.gate.set()
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(said[0], Refusal) and said[0].status == 503 and said[0].retry_after
+        assert [s.policy for s in said[1:] if isinstance(s, Answer)] == ["two", "two"]
+        assert not first.alive and served.ready
+        await served.stop()
+
+    run(work)
+
+
+def test_a_backend_that_hangs_is_killed_and_one_that_does_not_start_is_tried_again():
+    async def work() -> None:
+        hung, fresh, tries = Fake("hung"), Fake("fresh"), 0
+
+        async def start() -> Fake:
+            nonlocal tries
+            tries += 1
+            if tries == 2:
+                raise UsageError("policy", found="no", expected="yes", fix="again")
+            return hung if tries == 1 else fresh
+
+        served = await Engine(start, EngineOptions(hang=0.2, deadline=20.0, gather=0.0)).start()
+        hung.gate.clear()
+        with pytest.raises(Refusal, match="did not answer for 0.2 s"):
+            await served.act(look("x"))
+        assert not hung.alive
+        for _ in range(400):
+            if served.ready:
+                break
+            await asyncio.sleep(0.01)
+        assert (await served.act(look("y"))).policy == "fresh" and tries == 3
+        await served.stop()
+
+    run(work)
+
+
+def test_a_swap_drops_nothing_and_one_that_would_lose_a_robot_is_refused():
+    async def work() -> None:
+        old, new = Fake("old", seconds=0.01), Fake("new")
+        served = await engine(old)
+        answers: list[str] = []
+
+        async def client(i: int) -> None:
+            for _ in range(20):
+                answers.append((await served.act(look("x", f"c{i}"))).policy)
+
+        async def start(fake: Fake) -> Fake:
+            await asyncio.sleep(0.05)
+            return fake
+
+        clients = [asyncio.create_task(client(i)) for i in range(4)]
+        await asyncio.sleep(0.03)
+        with pytest.raises(Refusal, match="arm"):
+            await served.swap(lambda: start(Fake("other", robots=("leg",))))
+        info = await served.swap(lambda: start(new))
+        assert info.policy == "new" and not old.alive
+        await asyncio.gather(*clients)
+        assert len(answers) == 80 and set(answers) == {"old", "new"}
+        assert answers == sorted(answers, reverse=True)  # old ones, then new ones
+        await served.stop()
+
+    run(work)
+
+
+def test_draining_refuses_what_is_new_and_finishes_what_was_accepted():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, batch=1)
+        fake.gate.clear()
+        asked = [asyncio.create_task(served.act(look(str(i)))) for i in range(3)]
+        await asyncio.sleep(0.02)
+        drain = asyncio.create_task(served.drain(10))
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="draining"):
+            await served.act(look("late"))
+        assert not served.ready and not drain.done()
+        fake.gate.set()
+        assert await drain and all(isinstance(a, Answer) for a in await asyncio.gather(*asked))
+        await served.stop()
+
+    run(work)
+
+
+def test_clients_who_just_asked_are_waited_for_a_moment_and_a_lone_one_is_not():
+    async def work() -> None:
+        fake = Fake(seconds=0.05)
+        served = await engine(fake, gather=0.02)
+
+        async def client(i: int) -> None:
+            for _ in range(6):
+                await served.act(look("x", f"c{i}"))
+                await asyncio.sleep(0.002 * i)  # they come back one after the other
+
+        await asyncio.gather(*(client(i) for i in range(4)))
+        assert max(map(len, fake.batches)) == 4 and len(fake.batches) < 12  # 24 looks; one by one they would be 24 batches
+        await served.stop()
+
+    run(work)
+
+
+@pytest.mark.parametrize("kind", [ProcessBackend, ThreadBackend])
+def test_a_real_backend_answers_and_says_what_is_wrong(kind: Any):
+    async def work() -> None:
+        served = await Engine(lambda: kind.start({"policy": "null:tabletop"})).start()
+        robot = served.info.robots["tabletop"]
+        frame, state = np.zeros((64, 64, 3), np.uint8), np.full(robot.state_dim, 0.5, np.float32)
+
+        def ask(**other: Any) -> Coroutine[Any, Any, Answer]:
+            return served.act(
+                Request(**({"images": {"front": frame}, "state": state, "instruction": "x", "robot": "tabletop"} | other))
+            )
+
+        answers = await asyncio.gather(*(ask() for _ in range(5)))
+        assert all(a.actions.shape == (8, 4) and not a.actions.any() for a in answers)
+        with pytest.raises(DataError, match="state"):
+            await ask(state=state[:2])
+        with pytest.raises(UsageError, match="kitchen"):
+            await ask(adapter="kitchen")
+        big = np.zeros((2400, 3200, 3), np.uint8)  # more than the shared memory was made for
+        assert (await ask(images={"front": big})).batch == 1
+        await served.stop()
+        with pytest.raises(Refusal, match="draining|stopped"):
+            await ask()
+
+    run(work)
+
+
+def test_a_policy_that_is_not_there_is_said_in_its_own_words():
+    async def work() -> None:
+        with pytest.raises(VLAError) as missing:
+            await Engine(lambda: ProcessBackend.start({"policy": "/nowhere/policy"})).start()
+        assert "/nowhere/policy" in str(missing.value)
+
+    run(work)
+
+
+def test_a_process_killed_in_the_middle_of_a_batch():
+    async def work() -> None:
+        served = await Engine(
+            lambda: ProcessBackend.start({"policy": "null:tabletop?ms=400"}), EngineOptions(deadline=30.0)
+        ).start()
+        backend = served._backend
+        assert isinstance(backend, ProcessBackend)
+        request = {"images": {"front": np.zeros((64, 64, 3), np.uint8)}, "state": np.full(4, 0.5, np.float32)}
+        asked = asyncio.create_task(served.act(Request(**request, instruction="x", robot="tabletop")))
+        await asyncio.sleep(0.1)
+        backend.kill()
+        with pytest.raises(Refusal, match="killed by signal 9") as lost:
+            await asked
+        assert lost.value.status == 503
+        assert (await served.act(Request(**request, instruction="y", robot="tabletop"))).policy == "null"
+        await served.stop()
+
+    run(work)
