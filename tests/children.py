@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,3 +46,10 @@ def call(context: Any, function: Callable[[Any], Any], argument: Any) -> Any:
 
 def _answer(there: Any, function: Callable[[Any], Any], argument: Any) -> None:
     there.send(function(argument))
+
+
+def dead_process() -> int:
+    """The id of a process that is no more."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait(LIMIT)
+    return done.pid

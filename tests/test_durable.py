@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from children import dead_process
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vla.durable as durable
-from vla.durable import check_place, disk_full, is_disk_full, read_lines, replace_file
+from vla.durable import check_place, clear_stale, disk_full, is_disk_full, read_lines, replace_file
 from vla.errors import MachineError, UsageError
 
 
@@ -78,6 +79,16 @@ def test_full_disks_are_recognised_by_number_and_by_words():
         assert "nothing lost" in disk_full("here", error, "nothing lost").found
     for error in (OSError(5, "Input/output error"), PermissionError(13, ""), ValueError("x"), KeyboardInterrupt()):
         assert not is_disk_full(error)
+
+
+def test_what_dead_processes_had_begun_is_removed(tmp_path: Path):
+    dead = dead_process()
+    for name in (f".a[1].tmp-{dead}", ".a[1].tmp-nobody", f".b.tmp-{dead}", f".a[1].tmp-{os.getpid()}", "a[1]"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".a[1].tmp-{dead}").unlink()
+    (tmp_path / f".a[1].tmp-{dead}" / "inside").mkdir(parents=True)
+    clear_stale(tmp_path / "a[1]")
+    assert names(tmp_path) == sorted(["a[1]", f".a[1].tmp-{os.getpid()}", f".b.tmp-{dead}"])
 
 
 RECORDS = st.lists(st.dictionaries(st.text(max_size=5), st.none() | st.floats() | st.text(max_size=5), max_size=3), max_size=6)

@@ -1,6 +1,7 @@
 """`vla export --to onnx`: a student as graphs that act as it does, whole or not there at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -229,6 +230,19 @@ def test_interrupted_it_leaves_nothing(root, policy, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export_onnx(policy, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    from children import dead_process
+
+    from vla.export.folder import whole_folder
+
+    stale, others = tmp_path / f".out.tmp-{dead_process()}", [tmp_path / f".out.tmp-{os.getppid()}", tmp_path / ".out2.tmp-x"]
+    for folder in (stale, *others):
+        (folder / "inside").mkdir(parents=True)
+    with whole_folder(tmp_path / "out") as temporary:
+        assert not stale.exists() and temporary.is_dir()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", *others])
 
 
 def test_a_graph_that_does_something_else_is_not_published(exported, policy, tmp_path, monkeypatch):

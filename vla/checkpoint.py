@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vla.durable import TEMPORARY, disk_full, flush, is_disk_full, read_lines, replace_file, temporary_name
+from vla.durable import TEMPORARY, clear_stale, disk_full, flush, is_disk_full, read_lines, replace_file, temporary_name
 from vla.errors import CheckpointError, UsageError
 
 MANIFEST = "manifest.json"
@@ -43,6 +43,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     temporary, old = temporary_name(folder), folder.with_name(f".{folder.name}{_OLD}{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_stale(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())

@@ -7,9 +7,11 @@ here, and a full disk is always the same `MachineError`. Standard library only, 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,28 @@ _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "StorageFull
 def temporary_name(path: Path) -> Path:
     """Where this process writes what is going to be `path`: beside it, hidden."""
     return path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+
+
+def clear_stale(path: Path) -> None:
+    """Remove what processes that died on this machine had begun to write in place of `path`."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}{TEMPORARY}*"):
+        if is_alive(stale.name.rpartition(TEMPORARY)[2]):
+            continue
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+def is_alive(process: str | int) -> bool:
+    """Whether a process with this id runs here; what is no id is nobody's."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def check_place(path: Path, option: str = "--out") -> None:

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from vla.durable import TEMPORARY, disk_full, flush, is_disk_full, replace_file
+from vla.durable import TEMPORARY, disk_full, flush, is_alive, is_disk_full, replace_file
 from vla.episodes import hub
 from vla.errors import MachineError, UsageError
 
@@ -117,7 +117,7 @@ def _put(staged: Path, snapshot: Path, sizes: dict[str, int]) -> None:
     mine = f".{snapshot.name}{TEMPORARY}{socket.gethostname()}-"
     with contextlib.suppress(OSError):
         for leftover in snapshot.parent.glob(f"{mine}*"):  # of a push of the same that was killed, here
-            if not _alive(leftover.name.removeprefix(mine).partition("-")[0]):
+            if not is_alive(leftover.name.removeprefix(mine).partition("-")[0]):
                 shutil.rmtree(leftover, ignore_errors=True)
     temporary = snapshot.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -141,13 +141,3 @@ def _put(staged: Path, snapshot: Path, sizes: dict[str, int]) -> None:
 def _lacking(snapshot: Path, sizes: dict[str, int]) -> list[str]:
     """Files that are not in `snapshot`, or not whole."""
     return [name for name, size in sizes.items() if not (p := snapshot / name).is_file() or p.stat().st_size != size]
-
-
-def _alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vla.durable import disk_full, is_disk_full
+from vla.durable import disk_full, is_alive, is_disk_full
 from vla.episodes.hub import HubName, endpoint, explained, quiet
 from vla.errors import DataError, MachineError
 
@@ -104,7 +104,7 @@ class FetchedFiles:
     def _make_room(self) -> None:
         with _locked(self._locks / "room"):
             for link in self._links.glob(f"{socket.gethostname()}@*"):  # no host's name holds an @, many hold a -
-                if not _alive(int(link.name.split("@")[1])):
+                if not is_alive(link.name.split("@")[1]):
                     link.unlink(missing_ok=True)
             present = self._present()
             total = sum(status.st_size for status, _ in present)
@@ -189,16 +189,6 @@ def _fetch(name: HubName, path: str, into: Path) -> Path:
         found = hf_hub_download(name.repo, path, repo_type="dataset", revision=name.revision, local_dir=into,
                                 endpoint=endpoint(), tqdm_class=quiet())  # fmt: skip
     return Path(str(found))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vla.backbones.student import WORDS, StudentNet
-from vla.durable import check_place, digest_of, disk_full, flush, is_disk_full, replace_file, temporary_name
+from vla.durable import check_place, clear_stale, digest_of, disk_full, flush, is_disk_full, replace_file, temporary_name
 from vla.errors import UsageError
 from vla.evaluate import versions
 from vla.export.actor import OnnxPolicy
@@ -63,6 +63,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_stale(folder)
     temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
