@@ -21,6 +21,7 @@ not put on the disk yet (fsync comes at the end of each file, in a thread of its
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import logging
 import math
@@ -95,9 +96,8 @@ class AuditLog:
         with self._lock:
             try:
                 self._make_room()
-                if opening is not None and number not in self._told:
-                    events = [opening(), *events]
-                self._put(b"".join(map(self._line, events)))
+                first = [opening()] if opening is not None and number not in self._told else []
+                self._put(b"".join(map(self._line, [*first, *events])))
                 if number is not None:
                     self._told.add(number)
             except OSError as error:
@@ -137,12 +137,12 @@ class AuditLog:
         self._size += written
         self._torn = written < len(data)
         if self._torn:
-            raise OSError(None, "the disk took only a part of it")
+            raise OSError(errno.ENOSPC, "No space left on device for more than a part of a line")
 
     def _make_room(self) -> None:
         """A file to write to, the next one where the present one is full."""
         if self._closed:
-            raise OSError(None, "the log was closed")
+            raise OSError(errno.EBADF, "the log was closed")
         if self._file >= 0 and self._size < self.max_bytes:
             return
         if not self._next:
@@ -241,7 +241,8 @@ def replay(folder: str | Path, counts: Counter[str] | None = None) -> Iterator[t
                     counts["skipped"] += 1
         except (KeyError, TypeError, ValueError, AttributeError, VLAError):
             counts["unreadable"] += 1
-            guards.pop(key, None)
+            if key in guards:
+                guards[key].ready = False
         yield event, answer
 
 
