@@ -142,6 +142,7 @@ class _Waiting:
     request: Request
     answer: asyncio.Future[Answer]
     since: float = field(default_factory=time.monotonic)
+    queued: bool = True
 
 
 class Engine:
@@ -214,6 +215,7 @@ class Engine:
                 await self._loop
         for one in (*self._running, *self._queue):
             _fail(one, unavailable("the server is stopping", retry_after=5.0))
+            one.queued = False
         self._queue.clear()
         self._running, backend, self._backend = [], self._backend, None
         if backend is not None:
@@ -300,7 +302,8 @@ class Engine:
         """It was answered, or nobody waits for it any more."""
         if not one.answer.done():
             one.answer.cancel()
-        with contextlib.suppress(ValueError):
+        if one.queued:
+            one.queued = False
             self._queue.remove(one)
             self._bytes -= one.request.size
             self.metrics.queue.set(len(self._queue))
@@ -340,6 +343,7 @@ class Engine:
         batch: list[_Waiting] = []
         while self._queue and len(batch) < self.options.batch:
             one = self._queue.popleft()
+            one.queued = False
             self._bytes -= one.request.size
             if not one.answer.done():
                 batch.append(one)

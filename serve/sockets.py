@@ -16,7 +16,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Opcode
-from websockets.utils import apply_mask
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # a platform without its C part: the same, slower
+    from websockets.utils import apply_mask
 
 SEND_SECONDS = 10.0
 """A client that reads nothing for so long is let go."""
