@@ -1,6 +1,6 @@
 """What a robot is, as an export folder says it: an embodiment without pydantic, since a robot's computer has none.
 
-The names are `vla.embodiment.EmbodimentSpec`'s, so that `vla.resample` takes either; what is refused is the same as well.
+The names are `vla.embodiment.EmbodimentSpec`'s, so that `vla.resample` takes either; what is refused is the same as well (`vla.schema.check_observation`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vla.errors import CheckpointError, DataError
+from vla.errors import CheckpointError
+from vla.schema import check_observation
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Channel:
     low: tuple[float, ...]
     """Robot units, one a dimension; empty where nobody gave any."""
     high: tuple[float, ...]
+    frame: str = ""
+    """`base`, `world`, ...; empty where nobody said."""
 
 
 @dataclass(frozen=True)
@@ -87,31 +90,29 @@ class Robot:
     def check_observation(self, observation: Any, where: str, files: bool = False) -> None:
         """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value. With `files` a
         picture may be a file as well (`is_file`)."""
-        images = observation.get("images") if isinstance(observation, Mapping) else None
-        if not isinstance(images, Mapping):
-            raise DataError(where, found=f"{type(observation).__name__} without an 'images' mapping",
-                            expected="{'images': {camera: (h, w, 3) uint8}, 'state': (S,) float32}",
-                            fix="give the frames by camera name")  # fmt: skip
-        problems = [f"camera {c!r} missing (got {sorted(map(str, images))})" for c in self.cameras if c not in images]
-        for camera, frame in images.items():
-            if files and is_file(frame):
-                continue
-            if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
-                    and frame.size):  # fmt: skip
-                kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-                problems.append(f"camera {camera!r} is {kind}")
-        state = _numbers(observation.get("state"))
-        if self.state_dim and (state is None or state.shape != (self.state_dim,)):
-            problems.append(f"state has shape {None if state is None else state.shape}")
-        elif state is not None and not np.isfinite(state).all():
-            problems.append(f"state is not finite: {state.tolist()}")
-        if problems:
-            raise DataError(
-                where, found="; ".join(problems),
-                expected=f"robot {self.key!r}: cameras {sorted(self.cameras)} as (h, w, 3) uint8, "
-                f"state ({self.state_dim},) = {self.names('state')}",
-                fix="rename the cameras or reorder the state to match, or use the policy of this robot",
-            )  # fmt: skip
+        check_observation(observation, where, self.key, self.cameras, self.names("state"), is_file if files else None)
+
+
+def differences(here: Robot, there: Robot) -> list[str]:
+    """Why what moves `there` must not move the robot `here`, a line each: another name, rate, channel, convention, unit, frame or
+    limit, or a camera it lacks. A camera nobody there looks through is no difference, nor is the size of pictures."""
+    lines = [f"{name}: {ours} here, {theirs} there" for name in ("key", "control_hz")
+             if (ours := getattr(here, name)) != (theirs := getattr(there, name))]  # fmt: skip
+    lines += [f"camera {camera!r}: none here" for camera in there.cameras if camera not in here.cameras]
+    for part in ("state", "action"):
+        ours, theirs = getattr(here, part), getattr(there, part)
+        if (names := [c.name for c in ours]) != (others := [c.name for c in theirs]):
+            lines.append(f"{part} channels: {', '.join(names) or 'none'} here, {', '.join(others) or 'none'} there")
+            continue
+        for one, two in zip(ours, theirs, strict=True):
+            for name, value in vars(one).items():
+                if value != (other := getattr(two, name)) and not (name == "frame" and "" in (value, other)):
+                    lines.append(f"{part} {one.name}, {name}: {_words(value)} here, {_words(other)} there")
+    return lines
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def is_file(picture: Any) -> bool:
@@ -119,21 +120,10 @@ def is_file(picture: Any) -> bool:
     return isinstance(getattr(picture, "data", None), bytes)
 
 
-def _numbers(state: Any) -> np.ndarray | None:
-    """As float32, empty when they are no numbers; None stays None."""
-    if state is None:
-        return None
-    try:
-        given = np.asarray(state)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return given.astype(np.float32) if given.dtype.kind in "biuf" else np.zeros(0, np.float32)
-    except (TypeError, ValueError, OverflowError):
-        return np.zeros(0, np.float32)
-
-
 def _channel(entry: Mapping[str, Any]) -> Channel:
     dims = tuple(map(str, entry["dims"]))
     low, high = (tuple(float(v) for v in entry.get(end) or ()) for end in ("low", "high"))
     if not dims:
         raise ValueError(f"channel {entry['name']!r} has no dimensions")
-    return Channel(str(entry["name"]), dims, str(entry["convention"]), str(entry.get("unit", "")), low, high)
+    unit, frame = (str(entry.get(name, "")) for name in ("unit", "frame"))
+    return Channel(str(entry["name"]), dims, str(entry["convention"]), unit, low, high, frame)

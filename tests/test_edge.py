@@ -153,6 +153,8 @@ BAD = [
     {**look(), "state": np.array([0, np.nan, 0, 0])}, {**look(), "state": [np.inf] * 4},
     {**look(), "images": {"front": np.zeros((8, 8, 3)), "wrist": np.zeros((8, 8), np.uint8)}},
     {**look(), "images": {"front": None, "wrist": np.zeros((8, 8, 4), np.uint8)}},
+    {**look(), "images": {"front": np.zeros((0, 8, 3), np.uint8), "wrist": look()["images"]["wrist"]}},
+    {**look(), "state": ["0", "0", "0", "0"]}, {**look(), "state": [0, None, 0, 0]}, {**look(), "state": [10**400] * 4},
     {"state": np.zeros(4)}, {"images": [1]}, [1],
 ]  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Robots as data: compared before anything moves, refused with the reason."""
 
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
@@ -58,5 +60,7 @@ def test_all_problems_of_an_observation_come_at_once():
         spec.check_observation({"images": {"wrist": np.zeros((4, 4), np.uint8)}, "state": np.full(4, np.nan)}, "here")
     for word in ("camera 'front' missing", "camera 'wrist' is uint8 (4, 4)", "not finite"):
         assert word in str(error.value)
+    frame = np.zeros((4, 4, 3), np.uint8)
+    spec.check_observation(MappingProxyType({"images": MappingProxyType({"front": frame}), "state": [0, 0, 0, 0]}), "here")
     with pytest.raises(DataError, match="images"):
         spec.check_observation([], "here")

@@ -15,7 +15,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from vla.config import CONFIGS, Config
-from vla.errors import DataError, UsageError
+from vla.errors import UsageError
+from vla.schema import check_observation
 
 CONVENTIONS: dict[str, str] = {
     "eef_position": "end-effector position in `frame`, absolute",
@@ -126,32 +127,7 @@ class EmbodimentSpec(Config):
 
     def check_observation(self, observation: object, where: str) -> None:
         """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value."""
-        problems = []
-        images = observation.get("images") if isinstance(observation, dict) else None
-        state = observation.get("state") if isinstance(observation, dict) else None
-        if not isinstance(images, dict):
-            raise DataError(
-                where, found=f"{type(observation).__name__} without an 'images' mapping",
-                expected="{'images': {camera: (h, w, 3) uint8}, 'state': (S,) float32}", fix="see `vla.schema.Observation`",
-            )
-        for camera in sorted(self.cameras.keys() - images.keys()):
-            problems.append(f"camera {camera!r} missing (got {sorted(images)})")
-        for camera, frame in images.items():
-            if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
-                kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-                problems.append(f"camera {camera!r} is {kind}")
-        state = np.asarray(state, np.float32) if state is not None else None
-        if self.state_dim and (state is None or state.shape != (self.state_dim,)):
-            problems.append(f"state has shape {None if state is None else state.shape}")
-        elif state is not None and not np.isfinite(state).all():
-            problems.append(f"state is not finite: {state.tolist()}")
-        if problems:
-            raise DataError(
-                where, found="; ".join(problems),
-                expected=f"embodiment {self.name!r}: cameras {sorted(self.cameras)} as (h, w, 3) uint8, "
-                f"state ({self.state_dim},) = {self.state_names}",
-                fix="rename the cameras or reorder the state to match, or use the right embodiment",
-            )
+        check_observation(observation, where, self.key, self.cameras, self.state_names)
 
 
 def explain(a: EmbodimentSpec, b: EmbodimentSpec) -> list[str]:

@@ -5,7 +5,7 @@ Shapes use the legend of `vla/batch.py`: T time steps, H chunk length, A action 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,6 +95,55 @@ class Window:
                     expected="uint8 (h, w, 3)", fix="decode the frame as RGB",
                 )
         return self
+
+
+def check_observation(
+    observation: object, where: str, robot: str, cameras: Collection[str], state: Sequence[str],
+    otherwise: Callable[[object], bool] | None = None,
+) -> None:  # fmt: skip
+    """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value.
+
+    `cameras` are those `robot` has, `state` the S names of what it says of itself; `otherwise` admits pictures that are no
+    frames (files not opened yet). Cameras beyond those are judged too: whoever sends one means it to be seen.
+    """
+    images = observation.get("images") if isinstance(observation, Mapping) else None
+    if not isinstance(observation, Mapping) or not isinstance(images, Mapping):
+        raise DataError(where, found=f"{type(observation).__name__} without an 'images' mapping",
+                        expected="{'images': {camera: (h, w, 3) uint8}, 'state': (S,) float32}",
+                        fix="give the frames by camera name")  # fmt: skip
+    problems = [f"camera {c!r} missing (got {sorted(map(str, images))})" for c in sorted(cameras) if c not in images]
+    for camera, frame in images.items():
+        if not _is_frame(frame) and not (otherwise and otherwise(frame)):
+            kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+            problems.append(f"camera {camera!r} is {kind}")
+    found = _numbers(observation.get("state"))
+    if len(state) and (found is None or found.shape != (len(state),)):
+        problems.append(f"state has shape {None if found is None else found.shape}")
+    elif found is not None and not np.isfinite(found).all():
+        problems.append(f"state is not finite: {found.tolist()}")
+    if problems:
+        raise DataError(
+            where, found="; ".join(problems),
+            expected=f"robot {robot!r}: cameras {sorted(cameras)} as (h, w, 3) uint8, state ({len(state)},) = {list(state)}",
+            fix="rename the cameras or reorder the state to match, or say which other robot this is",
+        )  # fmt: skip
+
+
+def _is_frame(frame: object) -> bool:
+    return (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
+            and frame.size > 0)  # fmt: skip
+
+
+def _numbers(state: object) -> np.ndarray | None:
+    """As float32, empty when they are no numbers; None stays None."""
+    if state is None:
+        return None
+    try:
+        given = np.asarray(state)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return given.astype(np.float32) if given.dtype.kind in "biuf" else np.zeros(0, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        return np.zeros(0, np.float32)
 
 
 def _finite(array: np.ndarray, where: str) -> None:
