@@ -1,6 +1,7 @@
 """What a robot is, as an export folder says it: an embodiment without pydantic, since a robot's computer has none.
 
-The names are `vla.embodiment.EmbodimentSpec`'s, so that `vla.resample` takes either; what is refused is the same as well (`vla.schema.check_observation`).
+The names are `vla.embodiment.EmbodimentSpec`'s, so that `vla.resample` takes either; what is refused is the same as well
+(`vla.schema.check_observation`).
 """
 
 from __future__ import annotations
