@@ -40,8 +40,8 @@ LOADING = 600.0
 class ProcessBackend:
     """See the module. Made by `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, ends: tuple[Any, Any], shared: int) -> None:
-        self._process, (self._reader, self._writer), self._file = process, ends, shared
+    def __init__(self, process: asyncio.subprocess.Process, line: _Line, shared: int) -> None:
+        self._process, self._line, self._file = process, line, shared
         self._room, self._memory = 0, np.zeros(0, np.uint8)
         self._stopped = False
         self.info: Info
@@ -62,7 +62,8 @@ class ProcessBackend:
             )  # fmt: skip
         finally:
             theirs.close()
-        backend = cls(process, await asyncio.open_unix_connection(sock=mine), shared)
+        _, line = await asyncio.get_running_loop().create_unix_connection(_Line, sock=mine)
+        backend = cls(process, line, shared)
         try:
             async with asyncio.timeout(loading):
                 await backend._send(dict(spec))
@@ -113,14 +114,12 @@ class ProcessBackend:
         if self._stopped:
             return
         self._stopped = True
-        self._writer.close()  # its end of the conversation: it leaves by itself
+        self._line.close()  # its end of the conversation: it leaves by itself
         try:
             await asyncio.wait_for(self._process.wait(), 5.0)
         except TimeoutError:
             self.kill()
             await self._process.wait()
-        with contextlib.suppress(Exception):
-            await self._writer.wait_closed()
         self._memory = np.zeros(0, np.uint8)
         os.close(self._file)
 
@@ -138,20 +137,58 @@ class ProcessBackend:
     async def _send(self, message: Any) -> None:
         data = msgpack.packb(message)
         assert data is not None
-        self._writer.write(len(data).to_bytes(4, "big") + data)
-        try:
-            await self._writer.drain()
-        except (ConnectionError, RuntimeError) as error:
-            raise BackendLost("the policy's process is gone") from error
+        self._line.send(data)
 
     async def _receive(self) -> Any:
-        try:
-            size = int.from_bytes(await self._reader.readexactly(4), "big")
-            return msgpack.unpackb(await self._reader.readexactly(size), strict_map_key=False)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        data = await self._line.receive()
+        if data is None:
             code = await self._process.wait()
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            raise BackendLost(f"the policy's process ended ({how})") from error
+            raise BackendLost(f"the policy's process ended ({how})")
+        return msgpack.unpackb(data, strict_map_key=False)
+
+
+class _Line(asyncio.Protocol):
+    """Messages with their length before them, one waited for at a time; a stream reader costs two turns of the loop more."""
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._heard, self._lost = bytearray(), False
+        self._next: asyncio.Future[bytes | None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._heard += data
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._next is None or self._next.done():
+            return
+        if len(self._heard) >= 4 and len(self._heard) >= (end := 4 + int.from_bytes(self._heard[:4], "big")):
+            data = bytes(self._heard[4:end])
+            del self._heard[:end]
+            self._next.set_result(data)
+        elif self._lost:
+            self._next.set_result(None)
+
+    def send(self, data: bytes) -> None:
+        """Pictures lie elsewhere: it never takes long."""
+        self._transport.write(len(data).to_bytes(4, "big") + data)
+
+    async def receive(self) -> bytes | None:
+        """The next message; None when the other end is gone."""
+        self._next = asyncio.get_running_loop().create_future()
+        self._tell()
+        return await self._next
+
+    def close(self) -> None:
+        self._transport.close()
 
 
 class ThreadBackend:
@@ -159,6 +196,7 @@ class ThreadBackend:
 
     def __init__(self, actor: Any, thread: ThreadPoolExecutor) -> None:
         self._actor, self._thread = actor, thread
+        self._lost = asyncio.get_running_loop().create_future()
         self.info: Info = info_of(actor.describe())
 
     @classmethod
@@ -174,15 +212,21 @@ class ThreadBackend:
         """See `serve.engine.Backend`."""
         items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
         began = time.perf_counter()
-        said = await asyncio.get_running_loop().run_in_executor(self._thread, self._actor.answer, items)
-        return said, time.perf_counter() - began
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._actor.answer, items)
+        await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise BackendLost("the policy's thread hangs")
+        return answer.result(), time.perf_counter() - began
 
     async def stop(self) -> None:
         """See `serve.engine.Backend`."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
+        """It is not waited for any more; a thread cannot be ended."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if not self._lost.done():
+            self._lost.set_result(None)
 
 
 def info_of(said: Mapping[str, Any]) -> Info:

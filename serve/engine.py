@@ -258,23 +258,28 @@ class Engine:
         if request.deadline == math.inf:
             request.deadline = now + self.options.deadline
         self._admit(request, now)
-        one = _Waiting(request, asyncio.get_running_loop().create_future(), now)
+        loop = asyncio.get_running_loop()
+        one = _Waiting(request, loop.create_future(), now)
         self._queue.append(one)
         self._bytes += request.size
         self._recent[request.client] = now
         self._idle.clear()
         self._work.set()
         self.metrics.queue.set(len(self._queue))
+        timer = loop.call_later(request.deadline - now, self._expire, one)
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + request.deadline - time.monotonic()):
-                return await one.answer
-        except TimeoutError:
-            self.metrics.late.inc()
-            raise Refusal("late", found=f"no answer within {request.deadline - now:.3g} s",
-                          expected="a batch in time", fix="ask for a longer deadline, or less often",
-                          retry_after=self.expected) from None  # fmt: skip
+            return await one.answer
         finally:
+            timer.cancel()
             self._forget(one)
+
+    def _expire(self, one: _Waiting) -> None:
+        """Its deadline passed; what the model says of it is thrown away."""
+        if not one.answer.done():
+            self.metrics.late.inc()
+            _fail(one, Refusal("late", found=f"no answer within {one.request.deadline - one.since:.3g} s",
+                               expected="a batch in time", fix="ask for a longer deadline, or less often",
+                               retry_after=self.expected))  # fmt: skip
 
     def _admit(self, request: Request, now: float) -> None:
         if self.draining:
@@ -353,10 +358,12 @@ class Engine:
     async def _answer(self, batch: list[_Waiting]) -> None:
         assert self._backend is not None
         backend, self._running, self._began = self._backend, batch, time.monotonic()
+        hung: list[Backend] = []
+        watchdog = asyncio.get_running_loop().call_later(self.options.hang, lambda: (hung.append(backend), backend.kill()))
         try:
-            results, seconds = await asyncio.wait_for(backend.run([one.request for one in batch]), self.options.hang)
-        except (BackendLost, TimeoutError) as error:
-            why = str(error) or f"the policy's process did not answer for {self.options.hang:g} s"
+            results, seconds = await backend.run([one.request for one in batch])
+        except BackendLost as error:
+            why = f"the policy did not answer for {self.options.hang:g} s" if hung else str(error)
             logger.error("%s: killed and started again", why)
             self.metrics.restarts.inc()
             backend.kill()
@@ -369,6 +376,7 @@ class Engine:
             await backend.stop()
             return
         finally:
+            watchdog.cancel()
             self._running = []
         took = time.monotonic() - self._began
         self.expected = max(took, 0.9 * self.expected + 0.1 * took)

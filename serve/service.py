@@ -138,6 +138,8 @@ class Session:
         self.service, self.wire, self.id = service, wire, uuid.uuid4().hex[:16]
         self.guard: Guard | None = None
         self._seq = -math.inf
+        self._said, self._words = None, ""
+        """An instruction and what is left of it when it is cleaned; the next look's is mostly the same."""
 
     def reset(self) -> None:
         """Another episode: nothing is known of where the robot is."""
@@ -171,7 +173,8 @@ class Session:
             self.guard = service.guard_of(robot, self.id)
         guard = self.guard
         images, state = self._images(robot, look.images), _state(robot, look.state)
-        instruction = clean_instruction(look.instruction)
+        if look.instruction != self._said:
+            self._words, self._said = clean_instruction(look.instruction), look.instruction
         if look.seq is not None:
             if look.seq <= self._seq:
                 raise Refusal("stale", where="seq", found=look.seq, expected=f"more than {self._seq}", fix="send looks in order")
@@ -184,7 +187,7 @@ class Session:
                           fix="check the camera and the clock")  # fmt: skip
         deadline = time.monotonic() + look.deadline if look.deadline is not None else math.inf
         answer = await service.engine.act(Request(
-            images, state, instruction, robot.key, look.adapter or service.settings.adapter, look.seed, self.id, deadline,
+            images, state, self._words, robot.key, look.adapter or service.settings.adapter, look.seed, self.id, deadline,
         ))  # fmt: skip
         verdict = guard.chunk(answer.actions, confidence=answer.confidence)
         if guard.needs_help and not helped:

@@ -42,6 +42,7 @@ class Fake:
 
     def kill(self) -> None:
         self.alive = False
+        self.gate.set()
 
 
 def look(words: str = "a", client: str = "c", within: float | None = None, size: int = 8) -> Request:
