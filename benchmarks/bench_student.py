@@ -72,7 +72,7 @@ def main() -> None:
         runs[name] = partial(policy.act, seen, told, args.robot), sum(p.numel() for p in policy.parameters())
     if args.export:
         from serve.edge import EdgePolicy
-        from serve.export_folder import read_export
+        from vla.export_folder import read_export
 
         size = runs["student, torch float32"][1]
         for graph in read_export(args.export).meaning["graphs"]["policy"]:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from serve.export_folder import ExportFolder, Graph, read_export
-from serve.robot import Robot
+from serve.robot import Robot, robots_of
 from vla.errors import CheckpointError, DataError, MachineError, UsageError
+from vla.export_folder import ExportFolder, Graph, read_export
 from vla.prompt import act_prompt, clean_instruction
 from vla.resample import chunk_steps, source_step, to_robot_steps
 
@@ -50,15 +50,15 @@ class EdgePolicy:
         self._sentence, self._policy, self._tokenizer = sentence, policy, tokenizer
         meaning = folder.meaning
         self.chunk, self.execute, self.chunk_seconds = meaning["chunk"], meaning["execute"], meaning["chunk_seconds"]
-        self._robot_index = {name: np.array([i], np.int64) for i, name in enumerate(folder.robots)}
+        self.robots: Mapping[str, Robot] = robots_of(folder)
+        """Every robot it can move, by the key of its embodiment."""
+        self._robot_index = {name: np.array([i], np.int64) for i, name in enumerate(self.robots)}
         self._known = {clean_instruction(text) for text in self.instructions}
         self._sentences: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
         self._warned: set[str] = set()
 
     @classmethod
-    def load(
-        cls, folder: str | Path, runtime: str | None = None, threads: int | None = None, verify: bool = True
-    ) -> EdgePolicy:
+    def load(cls, folder: str | Path, runtime: str | None = None, threads: int | None = None, verify: bool = True) -> EdgePolicy:
         """Read an export folder. `runtime` ("int8", "float32") and `threads` default to what was fastest when it was exported.
 
         The files it uses are compared with their sha256 unless `verify` is False. Raises `CheckpointError` for a folder that is
@@ -81,11 +81,6 @@ class EdgePolicy:
             Graph(export.path / graph, workers, _POLICY_INPUTS, ["unit", "symbols", "confidence"], optional),
             tokenizer, runtime, workers,
         )  # fmt: skip
-
-    @property
-    def robots(self) -> Mapping[str, Robot]:
-        """Every robot it can move, by the key of its embodiment."""
-        return self.folder.robots
 
     @property
     def fingerprint(self) -> str:

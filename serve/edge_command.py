@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,11 +17,11 @@ import numpy as np
 
 import vla
 from serve.edge import EdgePolicy
-from serve.export_folder import read_export
 from serve.loop import percentiles
-from serve.robot import Robot
+from serve.robot import Robot, robots_of
 from vla.durable import check_place
 from vla.errors import DataError, UsageError, exit_code_of
+from vla.export_folder import read_export
 
 EXAMPLES = """\
 examples:
@@ -28,6 +29,7 @@ examples:
   vla-edge act exports/student --image front=frame.png --state 0.3,0,0.2,1 --instruction "push the red cube left"
   vla-edge run exports/student --sim tabletop --task push-red-left --episodes 20
   vla-edge run exports/student --sim tabletop --realtime --asynchronous --json
+  vla-edge run --server wss://gpu-box:8000 --token-file token --sim tabletop --realtime --asynchronous
 """
 _MOST_PIXELS = 50_000_000
 _PACKAGES = ("tendon-vla", "onnxruntime", "numpy", "tokenizers", "pillow")
@@ -47,7 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     def verb(name: str, function: Any, words: str) -> Any:
         made = verbs.add_parser(name, help=words, description=words, epilog=EXAMPLES, formatter_class=raw)
-        made.add_argument("folder", type=Path, metavar="FOLDER", help="what `vla export POLICY --to onnx` wrote")
+        many: Any = {"nargs": "?"} if name == "run" else {}
+        made.add_argument("folder", type=Path, metavar="FOLDER", help="what `vla export POLICY --to onnx` wrote", **many)
         made.add_argument("--runtime", metavar="GRAPH", help="int8 or float32 (default: what was fastest when it was exported)")
         made.add_argument("--threads", type=int, metavar="N", help="of onnxruntime (default: as exported)")
         made.add_argument("--robot", metavar="NAME", help="which robot's, where the policy knows several")
@@ -56,6 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
         return made.add_argument
 
     add = verb("run", _run, "play episodes in a simulator, through the guard, at the robot's control rate")
+    add("--server", metavar="ADDRESS", help="instead of FOLDER: the policy is behind `vla serve` there, loop and guard are here")
+    add("--token-file", type=Path, metavar="FILE", help="the server's token, in the first line that is none of a comment")
     add("--sim", required=True, metavar="SUITE", help="tabletop, metaworld, ... (needs the extra `sim` on this machine)")
     add("--task", action="append", metavar="TASK", help="a task or a group of them; may be repeated (default: the suite's)")
     add("--episodes", type=int, default=20, metavar="N", help="in all, tasks in turn (default %(default)s)")
@@ -82,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> int:
     export = read_export(args.folder)
-    size = export.verify()
+    size, robots = export.verify(), robots_of(export)
     graphs = export.meaning["graphs"]["policy"]
     measured = {}
     for runtime in [args.runtime] if args.runtime else sorted(graphs, reverse=True):
@@ -105,7 +110,7 @@ def _check(args: argparse.Namespace) -> int:
     result = {
         "folder": str(args.folder), "policy": meaning["policy"], "files": len(meaning["files"]), "bytes": size,
         "robots": {k: {"cameras": list(r.cameras), "state": r.names("state"), "action": r.names("action"), "hz": r.control_hz}
-                   for k, r in export.robots.items()},
+                   for k, r in robots.items()},
         "instructions": len(meaning.get("instructions") or []), "runtime": meaning["runtime"], "measured": measured,
         "versions": {p: _version(p) for p in _PACKAGES}, "exported_with": meaning.get("versions") or {},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -114,7 +119,7 @@ def _check(args: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     print(f"{args.folder}: {len(meaning['files'])} files, {size:,} bytes, all as exported; policy {str(meaning['policy'])[:12]}")
-    for name, robot in export.robots.items():
+    for name, robot in robots.items():
         state, action = (", ".join(robot.names(part)) for part in ("state", "action"))
         print(f"  robot {name}: {robot.control_hz:g} Hz, cameras {', '.join(robot.cameras)}, state {state} -> {action}")
     for name, one in measured.items():
@@ -191,6 +196,10 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.asynchronous and not args.realtime:
         raise UsageError("--asynchronous", found="no --realtime", expected="a clock to think beside", fix="add --realtime")
+    if (args.folder is None) == (args.server is None) or (args.server and (args.runtime or args.threads)):
+        raise UsageError("vla-edge run", found=f"folder {args.folder}, server {args.server}, runtime {args.runtime}, threads "
+                         f"{args.threads}", expected="a folder, with --runtime and --threads; or a server, without",
+                         fix="vla-edge run FOLDER ..., or vla-edge run --server ADDRESS ...")  # fmt: skip
     if not 0 <= args.help_below <= 1:
         raise UsageError("--help-below", found=args.help_below, expected="a confidence, 0 to 1", fix="--help-below 0.2")
     if args.video is not None:
@@ -200,7 +209,13 @@ def _run(args: argparse.Namespace) -> int:
         check_place(args.video, "--video")
     settings = Settings(args.sim, args.task, args.episodes, args.seed, args.execute, args.ensemble, args.realtime,
                         args.asynchronous, _jumps(args.jump), args.help_below, args.video, args.robot)  # fmt: skip
-    result = play(EdgePolicy.load(args.folder, args.runtime, args.threads), settings, None if args.json else _say)
+    with contextlib.ExitStack() as opened:
+        policy = (
+            EdgePolicy.load(args.folder, args.runtime, args.threads)
+            if args.server is None
+            else opened.enter_context(_there(args))
+        )
+        result = play(policy, settings, None if args.json else _say)
     if args.json:
         print(json.dumps(result))
         return 0
@@ -209,13 +224,29 @@ def _run(args: argparse.Namespace) -> int:
     print(f"success {result['successes']}/{result['n']} = {100 * result['rate']:.0f} % "
           f"({100 * result['low']:.0f}..{100 * result['high']:.0f}, Wilson 95 %)")  # fmt: skip
     why = "".join(f", {n} x {reason}" for reason, n in loop["reasons"].items())
-    print(f"{result['runtime']}, {result['threads']} thread(s): inference p50 {took['p50']:.2f} ms, p99 {took['p99']:.2f}; "
+    where = result.get("server") or f"{result['runtime']}, {result['threads']} thread(s)"
+    print(f"{where}: inference p50 {took['p50']:.2f} ms, p99 {took['p99']:.2f}; "
           f"{loop['holds']} of {loop['ticks']} ticks held{why}")  # fmt: skip
     if args.realtime:
         print(f"rate {loop['rate_hz']:.2f} of {loop['hz']:g} Hz; woke late p50 {loop['late_ms']['p50']:.2f} ms, "
               f"p99 {loop['late_ms']['p99']:.2f}, max {loop['late_ms']['max']:.2f}; jitter between actions p99 "
               f"{loop['jitter_ms']['p99']:.2f} ms; {loop['missed']} ticks missed")  # fmt: skip
     return 0
+
+
+def _there(args: argparse.Namespace) -> Any:
+    """The policy behind `--server`."""
+    from serve.client import Client
+
+    token = None
+    if args.token_file is not None:
+        try:
+            lines = [line.strip() for line in args.token_file.read_text().splitlines()]
+            token = next(line for line in lines if line and not line.startswith("#")).removeprefix("admin:")
+        except (OSError, UnicodeDecodeError, StopIteration) as error:
+            raise UsageError(args.token_file, found=str(error) or "no token", expected="a file with a token",
+                             fix="--token-file FILE, the server's own will do") from None  # fmt: skip
+    return Client(args.server, token, robot=args.robot)
 
 
 def _say(line: str) -> None:
@@ -227,4 +258,3 @@ def _jumps(words: Sequence[str]) -> Mapping[str, float]:
         return {name: float(value) for name, _, value in (word.partition("=") for word in words)}
     except ValueError:
         raise UsageError("--jump", found=" ".join(words), expected="CHANNEL=NUMBER", fix="--jump left_arm=0.1") from None
-

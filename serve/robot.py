@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla.errors import CheckpointError
+from vla.export_folder import ExportFolder
 from vla.schema import check_observation
 
 
@@ -114,6 +115,12 @@ def differences(here: Robot, there: Robot) -> list[str]:
 
 def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def robots_of(folder: ExportFolder) -> dict[str, Robot]:
+    """Every robot an exported policy knows, in the order that numbers them."""
+    entries, file = folder.meaning["embodiments"], folder.path / "export.json"
+    return {name: Robot.from_json(entries[name], f"{file}: embodiments.{name}") for name in folder.normalizers}
 
 
 def is_file(picture: Any) -> bool:

@@ -215,6 +215,13 @@ def test_a_graph_cut_short_is_no_graph(folder: Path, keep: int):
     refuse(resealed(folder), CheckpointError, "policy.int8.onnx", "onnxruntime")
 
 
+def test_a_folder_may_be_called_anything(tmp_path: Path):
+    folder = write_edge_folder(tmp_path / "opset 20, IR version 10")
+    graph = folder / "policy.int8.onnx"
+    graph.write_bytes(graph.read_bytes()[:100])
+    refuse(resealed(folder), CheckpointError, "a whole ONNX graph")
+
+
 @pytest.mark.parametrize(("opset", "ir"), [(999, 10), (17, 99)])
 def test_a_graph_too_new_for_the_runtime(folder: Path, opset: int, ir: int):
     model = onnx.load(folder / "policy.int8.onnx")

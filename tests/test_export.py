@@ -1,5 +1,6 @@
 """`vla export --to onnx`: a student as graphs that act as it does, whole or not there at all."""
 
+import copy
 import json
 import os
 import shutil
@@ -21,12 +22,13 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from vla.export.actor import OnnxPolicy, read_export  # noqa: E402
+from vla.export.actor import OnnxPolicy  # noqa: E402
 from vla.export.folder import export_onnx, sha256  # noqa: E402
 from vla.export.int8 import KINDS, affine, quantise, symmetric  # noqa: E402
 from vla.export.parity import paired  # noqa: E402
 from vla.export.runtime import choose, noise_feed  # noqa: E402
 from vla.export.windows import read_windows  # noqa: E402
+from vla.export_folder import read_export  # noqa: E402
 
 STUDENT = {"kind": "student", "tower": "patch", "image_size": 32, "patch": 16, "channels": [8, 8, 8], "keypoints": 4,
            "hidden": 32, "layers": 2, "heads": 2, "mlp": 64, "text_layers": 1, "text_vocab": 300}  # fmt: skip
@@ -73,7 +75,7 @@ def exported(root, policy):
 
 
 def test_the_folder_is_whole(exported, policy):
-    meaning = read_export(exported)
+    meaning = read_export(exported).meaning
     names = {"policy.onnx", "policy.int8.onnx", "sentence.onnx", "tokenizer.json", "requirements.txt", "parity.json", "README.md"}
     assert set(meaning["files"]) == names == {path.name for path in exported.iterdir()} - {"export.json"}
     for name, entry in meaning["files"].items():
@@ -132,9 +134,9 @@ def test_parity_is_measured(exported):
 
 
 def test_choosing_again_changes_nothing_else(exported, capsys):
-    before = read_export(exported)
+    before = read_export(exported).meaning
     assert main(["export", str(exported), "--choose", "--rounds", "3", "--json"]) == 0
-    chosen, after = json.loads(capsys.readouterr().out), read_export(exported)
+    chosen, after = json.loads(capsys.readouterr().out), read_export(exported).meaning
     new = ("runtime", "digest")
     assert after["runtime"] == chosen and {k: v for k, v in after.items() if k not in new} == {
         k: v for k, v in before.items() if k not in new}  # fmt: skip
@@ -146,12 +148,14 @@ def test_choosing_again_changes_nothing_else(exported, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_int8_runs(exported, policy, root, kind):
+    folder = root / f"int8-{kind}"
+    shutil.copytree(exported, folder)
     feeds = [noise_feed(OnnxPolicy(exported))]
-    made = quantise(exported / "policy.onnx", root / f"{kind}.onnx", kind, feeds)
+    made = quantise(exported / "policy.onnx", folder / f"{kind}.onnx", kind, feeds)
     assert "head.weight" not in made["products"] and made["on_bytes"] == (0 if kind.startswith("weight") else 1)
-    meaning = read_export(exported)
-    meaning["graphs"]["policy"]["int8"] = "../" + f"{kind}.onnx"
-    actors = OnnxPolicy(exported), OnnxPolicy(exported, meaning, "int8")
+    meaning = copy.deepcopy(dict(read_export(exported).meaning))
+    meaning["graphs"]["policy"]["int8"] = f"{kind}.onnx"
+    actors = OnnxPolicy(exported), OnnxPolicy(folder, meaning, "int8")
     wanted, found = (actor.unit(seen(), "do thing 1", "tabletop")[0] for actor in actors)
     assert 0 < np.abs(wanted - found).max() < (0.5 if kind.endswith("4") else 0.1)
     with pytest.raises(UsageError, match="--int8"):

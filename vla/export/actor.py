@@ -5,7 +5,6 @@ A robot uses `serve/edge.py`, which needs neither torch nor pydantic.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from vla.actions import codec_from_json
 from vla.embodiment import EmbodimentSpec
 from vla.errors import CheckpointError, UsageError
 from vla.export.onnx import open_graph
-from vla.images import ImagePreparation
-from vla.normalize import Normalizer
+from vla.export_folder import read_export, understand
 from vla.policy.protocol import Chunk
 from vla.prompt import act_prompt
 from vla.resample import chunk_steps, source_step, to_robot_steps
@@ -33,23 +31,17 @@ class OnnxPolicy:
         """`meaning`: the content of export.json, where it is not written yet; `graph`: `float32` or `int8`."""
         from tokenizers import Tokenizer
 
-        self.folder, self.meaning = folder, read_export(folder) if meaning is None else meaning
-        kept = self.meaning
-        graphs = kept["graphs"]["policy"]
-        if graph not in graphs:
-            raise UsageError(folder, found=f"graph {graph!r}", expected=f"one of {sorted(graphs)}",
-                             fix="export it with --int8 dynamic")  # fmt: skip
-        self.embodiments = {key: EmbodimentSpec.model_validate(entry) for key, entry in kept["embodiments"].items()}
-        self.normalizers = {
-            robot: {part: Normalizer.from_json(entry, f"{folder}: {robot}.{part}") for part, entry in parts.items()}
-            for robot, parts in kept["normalizers"].items()
-        }
-        self.codec, self.image = codec_from_json(kept["codec"]), ImagePreparation(**kept["image"])
+        self.export = read_export(folder) if meaning is None else understand(folder, meaning)
+        self.folder, self.meaning = folder, self.export.meaning
+        kept, file = self.meaning, self.export.graph(graph)
+        self.embodiments = {key: EmbodimentSpec.model_validate(kept["embodiments"][key]) for key in kept["robots"]}
+        self.normalizers = self.export.normalizers
+        self.codec, self.image = codec_from_json(kept["codec"]), self.export.image
         self.decode, self.fingerprint = kept["decode"], kept["policy"]
         self.recorded_seeds, self.instructions = kept["recorded_seeds"], kept["instructions"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.sentence_graph = open_graph(folder / kept["graphs"]["sentence"], 1)
-        self.policy_graph = open_graph(folder / graphs[graph], threads)
+        self.policy_graph = open_graph(folder / file, threads)
         self.inputs = [entry.name for entry in self.policy_graph.get_inputs()]
         self._sentences: dict[tuple[str, str], np.ndarray] = {}
 
@@ -114,20 +106,3 @@ class OnnxPolicy:
             actions = to_robot_steps(self.normalizers[embodiment]["action"].from_unit(unit), n, spec)
             chunks.append(Chunk(actions, confidence[held].astype(np.float32), symbols[held]))
         return chunks
-
-
-def read_export(folder: Path) -> dict[str, Any]:
-    """The content of export.json of a whole policy. Raises `CheckpointError` for another folder."""
-    try:
-        meaning = json.loads((folder / "export.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(folder, found=f"no readable export.json ({error})",
-                              expected="a folder written by vla export --to onnx", fix="export it again") from None  # fmt: skip
-    found = meaning.get("format") if isinstance(meaning, dict) else None
-    if found != 1:
-        raise CheckpointError(folder / "export.json", found=f"format {found}", expected="format 1",
-                              fix="export it again with this version")  # fmt: skip
-    if meaning.get("parts"):
-        raise CheckpointError(folder / "export.json", found="parts of a teacher (vla export --parts)", expected="a whole policy",
-                              fix="give an export made without --parts")  # fmt: skip
-    return meaning

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from vla.errors import CheckpointError
-from vla.export.actor import OnnxPolicy, read_export
-from vla.export.folder import sha256, write_meaning
+from vla.export.actor import OnnxPolicy
+from vla.export.folder import write_meaning
 from vla.export.int8 import Feed
 from vla.export.measure import graph_run, machine, race, several_views, thread_counts
+from vla.export_folder import read_export
 
 WORTH = 0.9
 """A further thread must bring a chunk down to this share of its time: a robot has other uses for its cores."""
@@ -49,11 +49,9 @@ def choose_again(folder: Path, views: int | None = None, rounds: int = 100) -> d
 
     Raises `CheckpointError` for a folder that is not whole.
     """
-    meaning = read_export(folder)
-    for name, entry in meaning["files"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != entry["sha256"]:
-            raise CheckpointError(folder / name, found="another content than export.json says, or none",
-                                  expected=f"sha256 {entry['sha256'][:12]}", fix="copy the whole folder again")  # fmt: skip
+    export = read_export(folder)
+    export.verify()
+    meaning = dict(export.meaning)
     feed = noise_feed(OnnxPolicy(folder, meaning), views)
     measured = measure_graphs(folder, meaning["graphs"]["policy"], feed, rounds)
     meaning["runtime"] = choose(measured, meaning["runtime"].get("int8_error_percent")) | {

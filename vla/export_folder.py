@@ -1,6 +1,7 @@
 """Reads an export folder: `export.json`, the files it vouches for, and ONNX graphs, each judged before it is believed.
 
-Written by `vla export POLICY --to onnx`. Needs numpy, and onnxruntime once a graph is opened; nothing else.
+Written by `vla export POLICY --to onnx` (`vla/export/folder.py`), read by a robot (`serve/edge.py`) and by who judges an export
+(`vla/export/actor.py`). Needs numpy, and onnxruntime once a graph is opened; nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from serve.robot import Robot
 from vla.durable import digest_of
 from vla.errors import CheckpointError, DataError, MachineError, UsageError
 from vla.images import ImagePreparation
@@ -34,10 +34,8 @@ class ExportFolder:
     path: Path
     meaning: Mapping[str, Any]
     """`export.json` as it is."""
-    robots: Mapping[str, Robot]
-    """In the order that numbers them."""
     normalizers: Mapping[str, Mapping[str, Normalizer]]
-    """Robot -> {"action", "state"}."""
+    """Robot -> {"action", "state"}, in the order that numbers the robots."""
     image: ImagePreparation
 
     def graph(self, runtime: str) -> str:
@@ -88,11 +86,20 @@ def read_export(folder: str | Path) -> ExportFolder:
     if isinstance(meaning.get("format"), int) and meaning["format"] > FORMAT:
         raise CheckpointError(file, found=f"format {meaning['format']}", expected=f"format {FORMAT}",
                               fix="pip install --no-deps -U tendon-vla: the folder was written by a newer version")  # fmt: skip
+    if meaning.get("parts"):
+        raise CheckpointError(file, found="parts of a teacher (vla export --parts)", expected="a whole policy",
+                              fix="give an export made without --parts")  # fmt: skip
     if missing := [key for key in _NEEDED if key not in meaning]:
         raise CheckpointError(file, found=f"no {missing}", expected=f"keys {list(_NEEDED)}", fix=_AGAIN)
     if meaning.get("digest", digest := digest_of(meaning)) != digest:
         raise CheckpointError(file, found="another content than was written", expected="what `vla export` wrote",
                               fix=f"{_AGAIN}; export.json is not meant to be edited")  # fmt: skip
+    return understand(path, meaning)
+
+
+def understand(path: Path, meaning: Mapping[str, Any]) -> ExportFolder:
+    """What `meaning` says of the folder `path`, before it is written there too. Raises `CheckpointError` where it is nonsense."""
+    file = path / "export.json"
     try:
         return _understand(path, file, meaning)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -100,22 +107,22 @@ def read_export(folder: str | Path) -> ExportFolder:
                               fix=f"{_AGAIN}; export.json is not meant to be edited") from error  # fmt: skip
 
 
-def _understand(path: Path, file: Path, meaning: dict[str, Any]) -> ExportFolder:
+def _understand(path: Path, file: Path, meaning: Mapping[str, Any]) -> ExportFolder:
     if meaning["format"] != FORMAT:
         raise ValueError(f"format {meaning['format']!r}")
     names = list(map(str, meaning["robots"]))
     if not names or set(names) != set(meaning["embodiments"]):
         raise ValueError(f"robots {names}, embodiments {sorted(meaning['embodiments'])}")
-    robots = {name: Robot.from_json(meaning["embodiments"][name], f"{file}: embodiments.{name}") for name in names}
     normalizers, short = {}, []
-    for name, robot in robots.items():
+    for name in names:
         entries = meaning["normalizers"].get(name, {})
         short += [f"{name}.{part}" for part in ("action", "state") if part not in entries]
         try:
             normalizers[name] = {p: Normalizer.from_json(e, f"{file}: normalizers.{name}.{p}") for p, e in entries.items()}
         except DataError as error:
             raise CheckpointError(error.where, found=error.found, expected=error.expected, fix=_AGAIN) from error
-        for part, width in (("action", robot.action_dim), ("state", robot.state_dim)):
+        for part in ("action", "state"):
+            width = sum(len(channel["dims"]) for channel in meaning["embodiments"][name][part])
             known, room = normalizers[name].get(part), meaning[f"{part}_dim"]
             if known is not None and not known.dims == width <= room:
                 raise ValueError(f"{part} of {name}: {width} dimensions, statistics of {known.dims}, room for {room}")
@@ -139,7 +146,7 @@ def _understand(path: Path, file: Path, meaning: dict[str, Any]) -> ExportFolder
         raise ValueError(f"chunk_seconds {seconds}")
     if not (isinstance(meaning["runtime"]["graph"], str) and meaning["runtime"]["threads"] >= 1 <= meaning["text"]["vocab"]):
         raise ValueError(f"runtime {meaning['runtime']}, text {meaning['text']}")
-    return ExportFolder(path, meaning, robots, normalizers, ImagePreparation(**meaning["image"]))
+    return ExportFolder(path, meaning, normalizers, ImagePreparation(**meaning["image"]))
 
 
 class Graph:
@@ -188,8 +195,9 @@ def load_onnxruntime(folder: Path) -> Any:
 
 
 def _explain(path: Path, error: Exception, version: str) -> CheckpointError | MachineError:
-    said = " ".join(str(error).split())[-300:]  # what is wrong stands at the end, behind names of its own functions
-    if any(sign in str(error).lower() for sign in ("opset", "ir version")):
+    text = str(error).replace(str(path), path.name)  # a folder may be called anything, opset too
+    said = " ".join(text.split())[-300:]  # what is wrong stands at the end, behind names of its own functions
+    if any(sign in text.lower() for sign in ("opset", "ir version")):
         return MachineError(path, found=f"onnxruntime {version} says: {said}", expected="an onnxruntime that knows its opset",
                             fix=f"pip install -U -r {path.parent / 'requirements.txt'}, or export with --opset")  # fmt: skip
     return CheckpointError(path, found=f"onnxruntime {version} says: {said}", expected="a whole ONNX graph", fix=_AGAIN)
