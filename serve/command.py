@@ -54,6 +54,14 @@ def add_serve_parser(subparsers: Any) -> None:
     add("--deadline", type=float, metavar="S", help="seconds a request may take (default 2)")
     add("--drain", type=float, metavar="S", help="seconds to finish accepted work after SIGTERM (default 20)")
     add("--gr00t", type=int, metavar="PORT", help="also answer GR00T's ZMQ clients there")
+    add("--replicas", metavar="N|A:B", help="this many, or between A and B, with Ray Serve (serve/ray_app.py)")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=POLICY",
+        help="with --replicas: further policies, chosen per request",
+    )
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     add("--threads", type=int, metavar="N", help="CPU threads of the policy")
@@ -65,19 +73,20 @@ def add_serve_parser(subparsers: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        from serve.server import run
+        from serve.server import engine_options, run
         from serve.service import Service
     except ImportError as error:
         raise MachineError("vla serve", found=str(error), expected="the packages of the server",
                            fix='pip install "tendon-vla[serve]"') from error  # fmt: skip
-    from serve.engine import Engine, EngineOptions
+    from serve.engine import Engine
 
     _log(args.log_json)
     settings = settings_of(args)
     spec = {"policy": args.policy, "adapters": _pairs("--adapter-folder", args.adapter_folder), "device": args.device,
             "dtype": args.dtype, "threads": args.threads, "base": args.base, "runtime": args.runtime}  # fmt: skip
-    options = EngineOptions(queue=settings.queue, batch=settings.batch, deadline=settings.deadline, hang=settings.hang)
-    service = Service(Engine(starter(settings.engine, spec), options), settings)
+    if args.replicas or args.model:
+        return _replicated(args, spec, settings)
+    service = Service(Engine(starter(settings.engine, spec), engine_options(settings)), settings)
     service.starter = lambda changed: starter(settings.engine, spec | changed)
     began = time.monotonic()
 
@@ -87,6 +96,19 @@ def _serve(args: argparse.Namespace) -> int:
 
     with asyncio.Runner(loop_factory=_loop()) as runner:
         runner.run(run(service, listening))
+    return 0
+
+
+def _replicated(args: argparse.Namespace, spec: dict[str, Any], settings: Any) -> int:
+    from serve.ray_app import replicas_of, run
+
+    specs = {"": spec} | {name: spec | {"policy": path, "adapters": {}} for name, path in _pairs("--model", args.model).items()}
+    run(
+        specs,
+        settings,
+        replicas_of(args.replicas or "1"),
+        lambda address: print(f"{address}  ready", file=sys.stderr, flush=True),
+    )
     return 0
 
 

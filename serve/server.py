@@ -9,7 +9,7 @@ GET  /v1/info          policy, robots (cameras, state, actions, units, limits), 
 POST /v1/act           one look as JSON -> one chunk
 POST /v1/swap          another policy, without dropping accepted work (admin tokens)
 WS   /v1/ws            our own wire: serve/wires/websocket.py
-and /act (OpenVLA, OFT), /openpi, /vla-eval: serve/wires/
+and /act (OpenVLA, OFT), /openpi, /vla-eval, GR00T's ZeroMQ on a port of its own: serve/wires/
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from serve.engine import EngineOptions
 from serve.gate import Gate, Tokens, check_bind, refusal_response
 from serve.openapi import document
+from serve.page import routes as page
 from serve.refusal import Refusal
 from serve.service import Service
+from serve.settings import ServeSettings
 from serve.sockets import FastWebSocket
-from serve.wires import openpi, openvla, rest, vla_eval, websocket
+from serve.wires import gr00t, openpi, openvla, rest, vla_eval, websocket
 from vla.errors import UsageError, VLAError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ def build_app(service: Service, tokens: Tokens) -> Starlette:
     routes: list[BaseRoute] = [
         Route("/livez", livez), Route("/readyz", readyz), Route("/healthz", readyz), Route("/metrics", metrics),
         Route("/openapi.json", openapi), *rest.routes(service), *websocket.routes(service), *openvla.routes(service),
-        *openpi.routes(service), *vla_eval.routes(service),
+        *openpi.routes(service), *vla_eval.routes(service), *page(),
     ]  # fmt: skip
     settings = service.settings
     gate = Middleware(Gate, tokens=tokens, body=settings.limits.message, origins=settings.origins)  # pyright: ignore[reportArgumentType]
@@ -129,6 +132,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def engine_options(settings: ServeSettings) -> EngineOptions:
+    """What the engine is told of them."""
+    return EngineOptions(queue=settings.queue, batch=settings.batch, deadline=settings.deadline, hang=settings.hang)
+
+
 def tokens_of(service: Service) -> Tokens:
     """Read, and compared with where the server listens. Raises `UsageError`."""
     settings = service.settings
@@ -157,7 +165,7 @@ async def run(service: Service, ready: Any = None) -> None:
             "TLS", found=str(error), expected="a certificate and its key in PEM", fix="--certificate FILE --key FILE"
         ) from error
     server = Server(config, service)
-    async with _listening(server, ready):
+    async with gr00t.listening(service, tokens), _listening(server, ready):
         await service.engine.start()
         service.check()
         logger.info("ready: %s", service.engine.info.name)

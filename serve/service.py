@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -128,6 +129,7 @@ class Service:
             "server": "tendon", "policy": info.policy, "name": info.name.rpartition("/")[2], "robots": dict(info.embodiments),
             "steps": {key: list(steps) for key, steps in info.steps.items()}, "adapters": list(info.adapters),
             "instructions": list(info.instructions[:200]), "symbols": info.symbols, "ready": self.engine.ready,
+            "pid": os.getpid(),
         }  # fmt: skip
 
 
