@@ -67,7 +67,7 @@ def add_serve_parser(subparsers: Any) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads of the policy")
     add("--base", metavar="PATH", help="base of an adapter, where it is not where it was")
     add("--runtime", choices=("int8", "float32"), help="graph of an export folder")
-    add("--log-json", action="store_true", help="one JSON object a line, for machines")
+    add("--json", action="store_true", help="log one JSON object a line")
     parser.set_defaults(run=_serve)
 
 
@@ -80,7 +80,7 @@ def _serve(args: argparse.Namespace) -> int:
                            fix='pip install "tendon-vla[serve]"') from error  # fmt: skip
     from serve.engine import Engine
 
-    _log(args.log_json)
+    _log(args.json)
     settings = settings_of(args)
     spec = {"policy": args.policy, "adapters": _pairs("--adapter-folder", args.adapter_folder), "device": args.device,
             "dtype": args.dtype, "threads": args.threads, "base": args.base, "runtime": args.runtime}  # fmt: skip
