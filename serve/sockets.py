@@ -1,9 +1,13 @@
-"""WebSockets for uvicorn, fast for what robots send: one large binary message after another.
+"""Connections for uvicorn: bounded in what they hold and in how long they may do nothing, and fast for what robots send.
 
 `FastWebSocket` is uvicorn's own protocol over the `websockets` package, but for one thing: bytes are received straight into one
 buffer, and a whole unfragmented binary message is taken from there. Everything else (handshake, text, fragments, pings, closing,
 violations) goes to the package, frame by frame, as before. Two 224-pixel pictures cost half the time that way (docs/results.md).
-And a connection that is lost ends what is being done for it.
+A connection that is lost ends what is being done for it; a message is not looked at before the one before it was taken.
+
+`PatientHTTP` is uvicorn's own as well, with an end to what uvicorn waits for without one: a head that never comes or never ends,
+a body that goes on after its answer. Both let go who does not read, and lose the connections that idle longest when there are
+too many.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Opcode
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import State
 
 try:
     from websockets.speedups import apply_mask
@@ -24,19 +30,171 @@ except ImportError:  # a platform without its C part: the same, slower
 
 SEND_SECONDS = 10.0
 """A client that reads nothing for so long is let go."""
-_FIRST = 64 << 10
+HEAD_SECONDS = 15.0
+"""The head of a request must have come by then."""
+HEAD_BYTES = 64 << 10
+"""Of a request's line and headers."""
+REST_SECONDS = 5.0
+"""A body that was answered already may go on for so long."""
+_FIRST, _KEPT = 64 << 10, 4 << 20
+"""Bytes of a connection's buffer at first, and most that stay between messages."""
+_OPCODES = frozenset(Opcode)
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
 _NO_MASK = b"\0\0\0\0"
 
 
-class FastWebSocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
+class Room:
+    """Bytes that all messages together may take while they come in: 256 connections of 32 MiB are more than a machine has."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for so many more; then they are taken."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+    def give(self, size: int) -> None:
+        """Back."""
+        self.left += size
+
+
+ROOM = Room(2 << 30)
+"""Of this process."""
+
+
+class _Reader:
+    """Lets a client go that does not read what it asked for, and one that leaves what it was sent last."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    _slow: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()  # pyright: ignore[reportAttributeAccessIssue]
+        self._let_go_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()  # pyright: ignore[reportAttributeAccessIssue]
+        self._stay()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stay()
+        super().connection_lost(exc)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _let_go_later(self) -> None:
+        """What was written is not waited for any longer then; `close` alone waits for ever."""
+        if self._slow is None:
+            self._slow = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def _stay(self) -> None:
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
+
+
+class PatientHTTP(_Reader, HttpToolsProtocol):
+    """See the module. uvicorn makes one a connection."""
+
+    most = 512
+    """Connections at once; beyond, the one that has been without a request the longest is closed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.idle_since: float | None = None
+        """Since when there is no request on this connection."""
+        self._in_head, self._heads = True, 0
+        self._head = self._fields = 0
+        """Bytes of the head that is coming, and of those of its headers that are whole."""
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self.idle_since = self.loop.time()
+        self._wait(HEAD_SECONDS)
+        if len(self.connections) > self.most:
+            idle = [c for c in self.connections if isinstance(c, PatientHTTP) and c.idle_since is not None]
+            min(idle, key=lambda c: c.idle_since or 0.0).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head and not self._head:
+            self._wait(HEAD_SECONDS)
+        heads = self._heads if self._in_head else -1
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        self._head = self._head + len(data) if heads == self._heads else 0
+        if self._head > HEAD_BYTES:
+            self.send_400_response("")
+
+    def send_400_response(self, msg: str) -> None:
+        if max(self._head, self._fields) <= HEAD_BYTES:
+            super().send_400_response(msg)
+            return
+        self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
+        self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._fields = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += len(name) + len(value)
+        if self._fields > HEAD_BYTES:
+            raise ValueError("head")  # the parser's answer to it is `send_400_response`
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self.idle_since = False, None
+        self._heads += 1
+        self._wait(None)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        self._wait(None)
+        if self.cycle is not None and self.cycle.response_complete:  # it went on after its answer
+            self._rest()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._let_go_later()
+        elif not self._in_head:
+            self._wait(REST_SECONDS)
+        elif not self.pipeline:
+            self._rest()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._let_go_later()
+
+    def _rest(self) -> None:
+        self.idle_since = self.loop.time()
+        self._wait(self.timeout_keep_alive)
+
+    def _wait(self, seconds: float | None) -> None:
+        """For what must come next, no longer than that."""
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+
+
+class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     """See the module. uvicorn makes one a connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._buffer = bytearray(_FIRST)
         self._view = memoryview(self._buffer)
-        self._filled = 0
+        self._filled, self._needed = 0, 0
         self._most = self.config.ws_max_size
         self._answering: asyncio.Task[Any] | None = None
         self._inner = self.app
@@ -50,11 +208,46 @@ class FastWebSocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             if not self.disconnected:
                 raise
             raise ClientDisconnected from None
+        finally:
+            self._answering = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._filled = 0
+        self._resize(_FIRST)
         if self._answering is not None:
             self._answering.cancel()
+
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        if not self.disconnected:
+            self._let_go_later()
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self._let_go_later()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if not self.transport.is_closing():
+            self.transport.pause_reading()  # who sends pings and reads no pongs
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        """The next message; what came behind it is looked at from now on."""
+        message = await super().receive()
+        self._take_all()
+        return message
+
+    async def send(self, message: Any) -> None:
+        before = self.handshake_complete, self.close_sent
+        await super().send(message)
+        if before != (self.handshake_complete, self.close_sent):
+            self._take_all()  # what came before the handshake was over; the other side's close
 
     # ------------------------------------------------------------------------------------------------ receiving
 
@@ -73,26 +266,51 @@ class FastWebSocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the transport writes next."""
         if self._filled == len(self._buffer):
-            larger = bytearray(2 * len(self._buffer))
-            larger[: self._filled] = self._buffer
-            self._view.release()
-            self._buffer, self._view = larger, memoryview(larger)
+            # No further than the frame that is coming: what lies behind it can wait.
+            size = min(4 * len(self._buffer), max(self._needed, len(self._buffer) + _FIRST))
+            if not self.handshake_complete:
+                self.transport.abort()
+                self._filled = 0
+            elif not self._resize(size):
+                self._fail(CloseCode.TRY_AGAIN_LATER, "too many large messages at once")
+                self._filled = 0
         return self._view[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take every whole frame there is."""
+        """Take what can be taken."""
         self._filled += nbytes
+        self._take_all()
+
+    def _resize(self, size: int) -> bool:
+        """False when there is no room."""
+        more = size - len(self._buffer)
+        if more > 0 and not ROOM.take(more):
+            return False
+        if more < 0:
+            ROOM.give(-more)
+        if more:
+            other = bytearray(size)
+            other[: self._filled] = self._view[: self._filled]
+            self._view.release()
+            self._buffer, self._view = other, memoryview(other)
+        return True
+
+    def _take_all(self) -> None:
+        """Every whole frame there is, up to the first message that somebody has to take first."""
         start = 0
-        while (end := self._take(start)) > start:
-            start = end
+        while self.handshake_complete and not (self.read_paused and not self.close_sent) and start < self._filled:
+            if self.transport.is_closing():
+                start = self._filled
+            elif (end := self._take(start)) > start:
+                start = end
+            else:
+                break
         if start:
             left = self._filled - start
             self._buffer[:left] = self._buffer[start : self._filled]
             self._filled = left
-            if not left and len(self._buffer) > 4 << 20:  # one large message does not keep its room for ever
-                self._view.release()
-                self._buffer = bytearray(_FIRST)
-                self._view = memoryview(self._buffer)
+            if not left and len(self._buffer) > _KEPT:  # one large message does not keep its room for ever
+                self._resize(_FIRST)
 
     def _take(self, at: int) -> int:
         """Where the frame that begins at `at` ends; `at` itself while it is not whole."""
@@ -100,21 +318,26 @@ class FastWebSocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         if there < 2:
             return at
         first, second = self._buffer[at], self._buffer[at + 1]
+        opcode = first & 0x0F
+        if opcode not in _OPCODES or not second & 0x80:  # no opcode, no mask: the package says no
+            return self._refuse(at)
         size, head = second & 0x7F, 2
         if size >= 126:
             head = 4 if size == 126 else 10
             if there < head:
                 return at
             size = int.from_bytes(self._view[at + 2 : at + head], "big")
-        masked = bool(second & 0x80)
-        head += 4 * masked
-        if size > self._most or not masked:  # the package knows how to say no
-            self._give(at, self._filled)
+        if size > self._most - (self.conn.current_size or 0):
+            return self._refuse(at)
+        if fault := self._fault(first, opcode, size):
+            self._fail(CloseCode.PROTOCOL_ERROR, fault)
             return self._filled
+        head += 4
         if there < head + size:
+            self._needed = head + size
             return at
         end = at + head + size
-        if first == _WHOLE_BINARY and self.handshake_complete and not self.close_sent and not self.frames:
+        if first == _WHOLE_BINARY and not self.close_sent and self.conn.state is State.OPEN:
             mask, data = bytes(self._view[at + head - 4 : at + head]), self._view[at + head : end]
             self.frames, self.curr_msg_data_type = [bytes(data) if mask == _NO_MASK else apply_mask(data, mask)], "bytes"
             self.send_receive_event_to_app()
@@ -122,8 +345,47 @@ class FastWebSocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self._give(at, end)
         return end
 
+    def _fault(self, first: int, opcode: int, size: int) -> str:
+        """What is wrong with a frame that begins so, in the package's words, which says them when all of it is there."""
+        if first & 0x70:
+            return "reserved bits must be 0"
+        if opcode & 0x08:
+            return "control frame too long" if size > 125 else "" if first & 0x80 else "fragmented control frame"
+        if opcode == Opcode.CONT:
+            return "unexpected continuation frame" if self.conn.current_size is None else ""
+        return "" if self.conn.current_size is None else "expected a continuation frame"
+
+    def _refuse(self, at: int) -> int:
+        self._give(at, self._filled)
+        return self._filled
+
     def _give(self, start: int, end: int) -> None:
         super().data_received(bytes(self._view[start:end]))
+
+    def _fail(self, code: CloseCode, reason: str) -> None:
+        self.conn.fail(code, reason)
+        self.handle_parser_exception()
+
+    def handle_cont(self, event: Frame) -> None:
+        """Parts are put together as they come: a list of a million small ones takes many times their bytes."""
+        parts: list[Any] = self.frames
+        if not isinstance(parts[0], bytearray):
+            parts[0] = bytearray(parts[0])
+        parts[0] += event.data
+        if event.fin:
+            parts[0] = bytes(parts[0])
+            self.send_receive_event_to_app()
+
+    def send_receive_event_to_app(self) -> None:
+        """As uvicorn's; but text that is none is the client's fault, and nothing for the log."""
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                self.frames[0].decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self._fail(CloseCode.INVALID_DATA, "text that is no UTF-8")
+                return
+        super().send_receive_event_to_app()
 
 
 async def messages(socket: WebSocket) -> AsyncIterator[bytes]:

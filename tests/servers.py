@@ -1,11 +1,12 @@
-"""Servers that are to be broken, for tests: `vla serve POLICY ...` as a process of its own, with its model's process, memory and log.
+"""Servers that are to be broken, for tests: `vla serve POLICY ...` as a process, with its model's process, memory and log.
 
     with started("null:tabletop?ms=20", "--batch", "1") as server:
         os.kill(server.model, signal.SIGKILL)
         ...
         assert server.get("/readyz")[0] == 200 and not server.complaints()
 
-At the end of the block the server is asked to leave, and must end with exit code 0. For who only wants an address: tests/serving.py.
+At the end of the block the server is asked to leave, and must end with exit code 0. `tests/serving.py` is for who only wants an
+address.
 """
 
 from __future__ import annotations
