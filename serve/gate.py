@@ -91,6 +91,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_here(host: str) -> bool:
+    """Whether a request for it means this machine. 0.0.0.0 is what clients of OpenVLA's and openpi's servers say by default;
+    no name can be made to mean it by others, so a page elsewhere gains nothing."""
+    return is_loopback(host) or host == "0.0.0.0"
+
+
 @dataclass
 class Gate:
     """ASGI middleware. See the module."""
@@ -121,7 +127,7 @@ class Gate:
 
     def _refusal(self, headers: Mapping[str, str], role: str | None) -> Refusal | None:
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if not self.tokens and not is_loopback(host):
+        if not self.tokens and not is_here(host):
             return Refusal("forbidden", where="Host", found=repr(host)[:80], expected="localhost, where a server has no tokens",
                            fix="--token-file FILE")  # fmt: skip
         origin = headers.get("origin")

@@ -1,11 +1,13 @@
-"""openpi's WebSocket, `/openpi`: the unchanged `openpi-client` package drives a policy.
+"""openpi's WebSocket, `/openpi` and `/`: the unchanged `openpi-client` package drives a policy.
 
     server: metadata, as soon as the socket opens
     client: {"observation/image": uint8, "observation/state": (S,), "prompt": str}, or {"images": {...}, "state", "prompt"}
     server: {"actions": (n, A), "policy_timing": {"infer_ms"}, "server_timing": {"infer_ms", "prev_total_ms"}}
          or a text frame that says what was wrong, and the socket closes with 1011
 
-msgpack with byte-string markers (`serve.wire.pack_openpi`). Format: Physical-Intelligence/openpi, `openpi/serving`.
+msgpack with byte-string markers (`serve.wire.pack_openpi`). An observation, or else the address (`/openpi?robot=R&adapter=A`),
+may name a robot and an adapter. `WebsocketClientPolicy(host, port)` cannot be told a path and comes to `/`. Format:
+Physical-Intelligence/openpi, `openpi/serving`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from serve.gate import refuse
 from serve.refusal import Refusal
 from serve.service import Look, Service, Session
 from serve.sockets import messages, send
@@ -32,14 +35,21 @@ def routes(service: Service) -> list[BaseRoute]:
     """Of this wire."""
 
     async def connected(socket: WebSocket) -> None:
+        try:
+            metadata = pack_openpi(_metadata(service))
+        except Refusal as refusal:  # no policy yet: what that client takes for metadata must not be words
+            await refuse(socket.scope, socket.receive, socket.send, refusal)
+            return
         await socket.accept()
-        session, before = Session(service, "openpi"), 0.0
+        session, before, asked = Session(service, "openpi"), 0.0, socket.query_params
         try:
             with service.metrics.sessions.labels("openpi").track_inprogress():
-                await send(socket, pack_openpi(_metadata(service)))
+                await send(socket, metadata)
                 async for data in messages(socket):
                     began = time.perf_counter()
-                    reply = await session.act(look_of(unpack(data, service.settings.limits)))
+                    look = look_of(unpack(data, service.settings.limits))
+                    look.robot, look.adapter = look.robot or asked.get("robot"), look.adapter or asked.get("adapter")
+                    reply = await session.act(look)
                     timing = {"infer_ms": reply.timing["serve"]} | ({"prev_total_ms": before} if before else {})
                     await send(socket, pack_openpi({
                         "actions": reply.actions, "confidence": reply.confidence, "hold": reply.hold, "reason": reply.reason,
@@ -53,7 +63,7 @@ def routes(service: Service) -> list[BaseRoute]:
         except WebSocketDisconnect:
             pass
 
-    return [WebSocketRoute("/openpi", connected), WebSocketRoute("/v1/realtime/robot/openpi", connected)]
+    return [WebSocketRoute(path, connected) for path in ("/openpi", "/", "/v1/realtime/robot/openpi")]
 
 
 def _metadata(service: Service) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     {"type": "hello" | "observation" | "episode_start" | "episode_end" | "action" | "error", "payload", "seq", "timestamp"}
 
 An observation is `{"images": {camera: (h, w, 3)}, "state"?, "task_description"}`; its answer one action (A,), for that harness
-moves one step a look: chunks are played here, and the policy is asked again when their part is played. Format: allenai
-vla-evaluation-harness, `vla_eval/protocol`.
+moves one step a look: chunks are played here, and the policy is asked again when their part is played. The address may name a
+robot and an adapter: `/vla-eval?robot=...&adapter=...`. Format: allenai vla-evaluation-harness, `vla_eval/protocol`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import vla
+from serve.gate import refuse
 from serve.refusal import Refusal
+from serve.robot import Robot
 from serve.service import Look, Service, Session
 from serve.sockets import messages, send
 from serve.wire import pack, unpack
@@ -49,8 +51,13 @@ def routes(service: Service) -> list[BaseRoute]:
         return JSONResponse({"applied": {}, "config": {"max_batch_size": service.settings.batch}})
 
     async def connected(socket: WebSocket) -> None:
+        try:
+            service.engine.info  # noqa: B018  none yet: that client tries the handshake again, and nothing later
+        except Refusal as refusal:
+            await refuse(socket.scope, socket.receive, socket.send, refusal)
+            return
         await socket.accept()
-        playing = Playing(service)
+        playing = Playing(service, socket.query_params.get("robot"), socket.query_params.get("adapter"))
         try:
             with service.metrics.sessions.labels("vla-eval").track_inprogress():
                 async for data in messages(socket):
@@ -66,9 +73,12 @@ def routes(service: Service) -> list[BaseRoute]:
 class Playing:
     """One harness's episodes: the chunk that is being played."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, robot: str | None = None, adapter: str | None = None) -> None:
         self.service, self.session = service, Session(service, "vla-eval")
+        self._robot, self._adapter = robot, adapter
         self._left: deque[np.ndarray] = deque()
+        self._played: int | None = None
+        """Steps of the chunk that were sent, each before the next look; None before the first chunk of an episode."""
         self._words: Any = None
 
     async def heard(self, data: bytes) -> bytes | None:
@@ -84,6 +94,7 @@ class Playing:
                     return _envelope("hello", seq, self._hello())
                 case "episode_start":
                     self._left.clear()
+                    self._played = None
                     self.session.reset()
                     task = payload.get("task")
                     self._words = task.get("name") if isinstance(task, Mapping) else None
@@ -105,26 +116,40 @@ class Playing:
                 raise _wrong("images", type(images).__name__, "camera -> picture")
             state = payload.get("state", payload.get("states", payload.get("proprio")))
             words = payload.get("task_description", self._words)
-            reply = await self.session.act(Look({str(k): v for k, v in images.items()}, state, words))
+            look = Look({str(k): v for k, v in images.items()}, state, words, self._robot, self._adapter, executed=self._played)
+            reply = await self.session.act(look)
             self._left.extend(reply.actions[: 1 if reply.hold else reply.execute])
+            self._played = 0
+        assert self._played is not None
+        self._played += 1
         return self._left.popleft()
 
     def _hello(self) -> dict[str, Any]:
-        robot = self.service.robot_of(None)
-        action = {name: spec for channel in robot.action for name, spec in [_spec(channel)]}
+        said: dict[str, Any] = {"harness_version": f"tendon-vla {vla.__version__}", "protocol_version": _VERSION,
+                                "model_server": "tendon-vla", "capabilities": {}}  # fmt: skip
+        try:
+            robot = self.service.robot_of(self._robot)
+        except Refusal:  # that client drops what an error says here; the first observation is told
+            return said
         state = {} if not robot.state_dim else {"state": {"name": "state", "dims": robot.state_dim, "format": "raw"}}
-        seen = {"image": {"name": "image", "dims": 0, "format": "rgb_hwc_uint8"}, "language": {"name": "language", "dims": 0,
-                "format": "language"}} | state  # fmt: skip
-        return {"harness_version": f"tendon-vla {vla.__version__}", "protocol_version": _VERSION, "model_server": "tendon-vla",
-                "capabilities": {}, "action_spec": action, "observation_spec": seen}  # fmt: skip
+        seen = {"image": {"name": "image", "dims": 0, "format": "rgb_hwc_uint8"},
+                "language": {"name": "language", "dims": 0, "format": "language"}}  # fmt: skip
+        wrist = any("wrist" in camera for camera in robot.cameras)
+        wanted = {"send_state": bool(robot.state_dim), "send_wrist_image": wrist}
+        return said | {"action_spec": _specs(robot), "observation_spec": seen | state,
+                       "observation_params": {name: True for name, value in wanted.items() if value}}  # fmt: skip
 
 
-def _spec(channel: Any) -> tuple[str, dict[str, Any]]:
-    part, form = _PARTS.get(channel.convention, (channel.name, channel.convention))
-    spec: dict[str, Any] = {"name": part, "dims": len(channel.dims), "format": form, "description": channel.unit}
-    if channel.low:
-        spec["range"] = [min(channel.low), max(channel.high)]
-    return part, spec
+def _specs(robot: Robot) -> dict[str, dict[str, Any]]:
+    """A part that comes twice, as with two arms, goes by our own name of it."""
+    specs: dict[str, dict[str, Any]] = {}
+    for channel in robot.action:
+        part, form = _PARTS.get(channel.convention, (channel.name, channel.convention))
+        part = channel.name if part in specs else part
+        specs[part] = {"name": part, "dims": len(channel.dims), "format": form, "description": channel.unit}
+        if channel.low:
+            specs[part]["range"] = [min(channel.low), max(channel.high)]
+    return specs
 
 
 def _envelope(kind: str, seq: int, payload: Mapping[str, Any]) -> bytes:
