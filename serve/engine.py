@@ -156,6 +156,9 @@ class Engine:
         self._bytes = 0
         self._running: list[_Waiting] = []
         self._began = self._loading = self._back = 0.0
+        self._busy: Backend | None = None
+        self._over = asyncio.Event()
+        """The batch that is with `_busy` came to an end, whoever waits for it."""
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -172,14 +175,16 @@ class Engine:
 
     async def start(self) -> Engine:
         """Load the model and warm it up. Raises what the backend says it lacks."""
-        began = time.monotonic()
-        await self._take(await self._start())
-        self._loading = time.monotonic() - began
+        await self._take(*await self._timed(self._start))
         self._loop = asyncio.create_task(self._serve(), name="engine")
         return self
 
-    async def _take(self, backend: Backend) -> None:
-        self._backend, self.expected = backend, max(backend.info.warm, 1e-4)
+    async def _timed(self, start: Start) -> tuple[Backend, float]:
+        began = time.monotonic()
+        return await start(), time.monotonic() - began
+
+    async def _take(self, backend: Backend, loading: float) -> None:
+        self._backend, self._loading, self.expected = backend, loading, max(backend.info.warm, 1e-4)
         self.state = "draining" if self.draining else "ready"
         self.metrics.policy(backend.info.policy)
 
@@ -209,11 +214,12 @@ class Engine:
     async def stop(self) -> None:
         """End the model's process; whoever still waits hears `unavailable`."""
         self.draining, self.state = True, "stopped"
+        left = [*self._running, *self._queue]
         if self._loop is not None:
             self._loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loop
-        for one in (*self._running, *self._queue):
+        for one in left:
             _fail(one, unavailable("the server is stopping", retry_after=5.0))
             one.queued = False
         self._queue.clear()
@@ -228,7 +234,7 @@ class Engine:
         nothing has changed.
         """
         async with self._swapping:
-            fresh = await start()
+            fresh, loading = await self._timed(start)
             old = self._backend
             lost = (
                 sorted(({*old.info.robots} - {*fresh.info.robots}) | ({*old.info.adapters} - {*fresh.info.adapters}))
@@ -240,12 +246,12 @@ class Engine:
                 raise Refusal("bad_request", where="swap", found=f"a policy without {lost}" if lost else "a server that stops",
                               expected="every robot and adapter that is served now",
                               fix="start another server for it")  # fmt: skip
-            self._start, busy = start, list(self._running)
-            await self._take(fresh)
+            self._start = start
+            await self._take(fresh, loading)
             self.metrics.swaps.inc()
-            if busy:  # the batch that is with the old one is finished there
-                await asyncio.wait([one.answer for one in busy])
             if old is not None:
+                while self._busy is old:  # the batch that is with the old one is finished there
+                    await self._over.wait()
                 await old.stop()
             return fresh.info
 
@@ -254,9 +260,8 @@ class Engine:
     async def act(self, request: Request) -> Answer:
         """One chunk for one look. Raises `Refusal`, or the `VLAError` the policy has for this observation."""
         now = time.monotonic()
-        request.deadline = min(request.deadline, now + 10 * self.options.deadline)
-        if request.deadline == math.inf:
-            request.deadline = now + self.options.deadline
+        own = request.deadline < math.inf
+        request.deadline = min(request.deadline, now + self.options.deadline * (10 if own else 1))
         self._admit(request, now)
         loop = asyncio.get_running_loop()
         one = _Waiting(request, loop.create_future(), now)
@@ -357,27 +362,35 @@ class Engine:
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         assert self._backend is not None
-        backend, self._running, self._began = self._backend, batch, time.monotonic()
+        backend = self._busy = self._backend
+        self._running, self._began = batch, time.monotonic()
+        self._over.clear()
         hung: list[Backend] = []
         watchdog = asyncio.get_running_loop().call_later(self.options.hang, lambda: (hung.append(backend), backend.kill()))
         try:
             results, seconds = await backend.run([one.request for one in batch])
-        except BackendLost as error:
+        except Exception as error:  # of ours as well: whatever it was, this conversation is not to be trusted any more
             why = f"the policy did not answer for {self.options.hang:g} s" if hung else str(error)
+            if not isinstance(error, BackendLost):
+                why = f"the policy's answer could not be read: {type(error).__name__}"
+                logger.error("a conversation that failed", exc_info=error)
             logger.error("%s: killed and started again", why)
             self.metrics.restarts.inc()
             backend.kill()
             self._running = []
-            back = time.monotonic() + self._loading
-            for one in (*batch, *(one for one in self._queue if one.request.deadline < back)):
-                _fail(one, unavailable(why, retry_after=max(1.0, self._loading)))
+            lost = batch
             if self._backend is backend:
-                self._backend, self.state, self._back = None, "restarting", back
+                self._back = time.monotonic() + self._loading
+                lost = [*batch, *(one for one in self._queue if one.request.deadline < self._back)]
+                self._backend, self.state = None, "restarting"
+            for one in lost:
+                _fail(one, unavailable(why, retry_after=max(1.0, self._loading)))
             await backend.stop()
             return
         finally:
             watchdog.cancel()
-            self._running = []
+            self._running, self._busy = [], None
+            self._over.set()
         took = time.monotonic() - self._began
         self.expected = max(took, 0.9 * self.expected + 0.1 * took)
         self.metrics.batch(len(batch), took)
@@ -396,13 +409,13 @@ class Engine:
         while self._backend is None:
             await asyncio.sleep(pause)
             try:
-                backend = await self._start()
-            except (VLAError, BackendLost, OSError) as error:
+                backend, loading = await self._timed(self._start)
+            except Exception as error:  # whatever it is, the next try may come to something
                 pause = min(30.0, max(1.0, 2 * pause))
                 logger.error("the policy's process did not start, again in %g s: %s", pause, error)
                 continue
             if self._backend is None:
-                await self._take(backend)
+                await self._take(backend, loading)
             else:  # swapped meanwhile
                 await backend.stop()
 
