@@ -13,16 +13,17 @@ import binascii
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.refusal import Refusal
+from serve.refusal import Refusal, unavailable
+from serve.sockets import ROOM
 from vla.errors import UsageError
 
 OPEN = frozenset({"/livez"})
@@ -106,6 +107,10 @@ class Gate:
     body: int = 32 << 20
     """Bytes of a request's body."""
     origins: Iterable[str] = ()
+    most: int = 256
+    """WebSockets and requests at once."""
+    open: int = 0
+    """As many there are."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN:
@@ -116,22 +121,31 @@ class Gate:
         refusal = self._refusal(headers, role)
         if refusal is None and scope["type"] == "http":
             refusal = self._too_large(headers)
+        if refusal is None and self.open >= self.most:
+            refusal = unavailable(f"{self.open} connections")
         if refusal is not None:
             await refuse(scope, receive, send, refusal)
             return
         scope.setdefault("state", {})["role"] = role
-        if scope["type"] == "websocket":
-            await self.app(scope, receive, send)
-        else:
-            await self._bounded(scope, receive, send)
+        self.open += 1
+        try:
+            if scope["type"] == "websocket":
+                await self.app(scope, receive, send)
+            else:
+                await self._bounded(scope, receive, send)
+        finally:
+            self.open -= 1
 
     def _refusal(self, headers: Mapping[str, str], role: str | None) -> Refusal | None:
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _part(f"//{headers.get('host', '')}", lambda parts: parts.hostname)
+        if host is None:
+            return Refusal("bad_request", where="Host", found=repr(headers.get("host"))[:80], expected="a name or an address",
+                           fix="leave it to your HTTP library")  # fmt: skip
         if not self.tokens and not is_here(host):
             return Refusal("forbidden", where="Host", found=repr(host)[:80], expected="localhost, where a server has no tokens",
                            fix="--token-file FILE")  # fmt: skip
         origin = headers.get("origin")
-        if origin is not None and origin not in self.origins and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and origin not in self.origins and _part(origin, lambda parts: parts.netloc) != headers.get("host"):
             return Refusal("forbidden", where="Origin", found=repr(origin)[:80], expected="this server's own page",
                            fix="--origin, for a page you trust")  # fmt: skip
         if role is None:
@@ -141,7 +155,7 @@ class Gate:
 
     def _too_large(self, headers: Mapping[str, str]) -> Refusal | None:
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) <= self.body:
+        if length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= self.body:
             return None
         return _large(self.body, f"{length[:20]} bytes")
 
@@ -160,10 +174,13 @@ class Gate:
             except TimeoutError:
                 raise Refusal("bad_request", where="body", found=f"none within {BODY_SECONDS:g} s", expected="a whole request",
                               fix="send it at once") from None  # fmt: skip
-            got += len(message.get("body", b""))
-            ended = not message.get("more_body", False)
-            if got > self.body:
+            ended, new = not message.get("more_body", False), len(message.get("body", b""))
+            if got + new > self.body:
                 raise _large(self.body, "more bytes")
+            if not ROOM.take(new):
+                raise Refusal("busy", where="body", found="too many large ones at once", expected="room", fix="try again",
+                              retry_after=1.0)  # fmt: skip
+            got += new
             return message
 
         async def watched(message: Message) -> None:
@@ -177,6 +194,16 @@ class Gate:
             if answered:
                 raise
             await refuse(scope, receive, send, refusal)
+        finally:
+            ROOM.give(got)
+
+
+def _part(url: str, part: Callable[[SplitResult], str | None]) -> str | None:
+    """Empty where it says none; None when it is no address at all."""
+    try:
+        return part(urlsplit(url)) or ""
+    except ValueError:
+        return None
 
 
 def _large(most: int, found: str) -> Refusal:
@@ -189,8 +216,6 @@ async def refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008})
         return
-    if refusal.code == "too_large":
-        response.headers["connection"] = "close"
     await response(scope, receive, send)
 
 

@@ -28,6 +28,9 @@ def read_json(body: bytes | str, arrays: bool = False, limits: Limits = LIMITS) 
 
     try:
         text = body if isinstance(body, str) else body.decode("utf-8")
+        if sum(map(text.count, ",[{")) > limits.values:  # each may be an object of 64 bytes
+            raise WireError("body", found=f"more than {limits.values:,} values", expected="fewer: pictures and states are arrays",
+                            fix="see GET /openapi.json", too_large=True)  # fmt: skip
         return json.loads(text, object_pairs_hook=mapping, parse_constant=_no_number, parse_float=_finite)
     except WireError:
         raise

@@ -36,7 +36,7 @@ from serve.page import routes as page
 from serve.refusal import Refusal
 from serve.service import Service
 from serve.settings import ServeSettings
-from serve.sockets import FastWebSocket
+from serve.sockets import FastWebSocket, PatientHTTP
 from serve.wires import gr00t, openpi, openvla, rest, vla_eval, websocket
 from vla.errors import UsageError, VLAError
 
@@ -66,7 +66,9 @@ def build_app(service: Service, tokens: Tokens) -> Starlette:
         *openpi.routes(service), *vla_eval.routes(service), *page(),
     ]  # fmt: skip
     settings = service.settings
-    gate = Middleware(Gate, tokens=tokens, body=settings.limits.message, origins=settings.origins)  # pyright: ignore[reportArgumentType]
+    gate = Middleware(
+        Gate, tokens=tokens, body=settings.limits.message, origins=settings.origins, most=settings.connections,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     return Starlette(
         routes=routes, middleware=[gate], exception_handlers={VLAError: _refused, 404: _unknown, 405: _method, 500: _broken}
     )
@@ -79,7 +81,7 @@ async def _refused(request: HTTPRequest, error: Exception) -> Response:
 
 async def _unknown(request: HTTPRequest, error: Exception) -> Response:
     return refusal_response(
-        Refusal("not_found", where="path", found=request.url.path[:80], expected="a route", fix="GET /openapi.json")
+        Refusal("not_found", where="path", found=request.scope["path"][:80], expected="a route", fix="GET /openapi.json")
     )
 
 
@@ -128,7 +130,8 @@ class Server(uvicorn.Server):
         logger.info("draining: %d requests to finish, at most %g s", engine.waiting, most)
         if not await engine.drain(most):
             logger.warning("%d requests were not finished in %g s", engine.waiting, most)
-        await asyncio.sleep(0.05)  # their answers are on the way out
+        for pause in (0.05, *[0.0] * 20):  # their answers are on the way out, through a few turns of the loop
+            await asyncio.sleep(pause)
         self.should_exit = True
 
 
@@ -152,10 +155,11 @@ async def run(service: Service, ready: Any = None) -> None:
     """
     settings, tokens = service.settings, tokens_of(service)
     app = build_app(service, tokens)
+    http = type("HTTP", (PatientHTTP,), {"most": 2 * settings.connections})  # the gate refuses, with words, long before
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, ws=FastWebSocket, lifespan="off", log_config=None, access_log=False,  # pyright: ignore
-        ws_max_size=settings.limits.message, ws_per_message_deflate=False, limit_concurrency=settings.connections,
-        timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, h11_max_incomplete_event_size=64 << 10,
+        app, host=settings.host, port=settings.port, http=http, ws=FastWebSocket, lifespan="off", log_config=None,  # pyright: ignore
+        access_log=False, ws_max_size=settings.limits.message, ws_per_message_deflate=False, timeout_keep_alive=75,
+        timeout_graceful_shutdown=5, server_header=False,
         ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
     )  # fmt: skip
     try:
@@ -165,17 +169,23 @@ async def run(service: Service, ready: Any = None) -> None:
             "TLS", found=str(error), expected="a certificate and its key in PEM", fix="--certificate FILE --key FILE"
         ) from error
     server = Server(config, service)
-    async with gr00t.listening(service, tokens), _listening(server, ready):
-        await service.engine.start()
-        service.check()
-        logger.info("ready: %s", service.engine.info.name)
+    async with gr00t.listening(service, tokens), _listening(server, ready) as serving:
+        starting = asyncio.create_task(service.engine.start())
+        await asyncio.wait({starting, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            service.check()
+            logger.info("ready: %s", service.engine.info.name)
+        else:  # asked to leave before there was anything to serve
+            starting.cancel()
+            await asyncio.wait({starting})
     await service.engine.stop()
     if service.audit is not None:
         service.audit.close()
 
 
 @contextlib.asynccontextmanager
-async def _listening(server: Server, ready: Any) -> AsyncIterator[None]:
+async def _listening(server: Server, ready: Any) -> AsyncIterator[asyncio.Task[None]]:
     """Probes are answered while the policy loads; a policy that cannot be loaded ends the server."""
     serving = asyncio.create_task(server.serve())
     try:
@@ -187,7 +197,7 @@ async def _listening(server: Server, ready: Any) -> AsyncIterator[None]:
         if ready is not None:
             host, port = server.servers[0].sockets[0].getsockname()[:2]
             ready(f"{'https' if server.config.is_ssl else 'http'}://{f'[{host}]' if ':' in host else host}:{port}")
-        yield
+        yield serving
     except BaseException:
         server.should_exit = True
         await serving

@@ -187,9 +187,14 @@ class Session:
             code = "stale" if seen.startswith(("stale", "repeated")) else "bad_request"
             raise Refusal(code, where="observation", found=seen, expected=f"a fresh look of robot {robot.key!r}",
                           fix="check the camera and the clock")  # fmt: skip
+        adapter, known = look.adapter or service.settings.adapter, service.engine.info.adapters
+        if adapter is not None and adapter not in known:
+            raise Refusal("bad_request", where="adapter", found=repr(adapter)[:80],
+                          expected=f"one of {sorted(known)}" if known else "none: the policy has no adapters",
+                          fix="name one of them")  # fmt: skip
         deadline = time.monotonic() + look.deadline if look.deadline is not None else math.inf
         answer = await service.engine.act(Request(
-            images, state, self._words, robot.key, look.adapter or service.settings.adapter, look.seed, self.id, deadline,
+            images, state, self._words, robot.key, adapter, look.seed, self.id, deadline,
         ))  # fmt: skip
         verdict = guard.chunk(answer.actions, confidence=answer.confidence)
         if guard.needs_help and not helped:
@@ -220,7 +225,7 @@ class Session:
         missing = [c for c in robot.cameras if c not in images]
         if missing:
             raise Refusal("bad_request", where="images", found=f"no picture of camera {', '.join(map(repr, missing))} among "
-                          f"{sorted(map(str, given))[:16]}", expected=f"cameras {sorted(robot.cameras)}",
+                          f"{sorted(str(name)[:40] for name in given)[:16]}", expected=f"cameras {sorted(robot.cameras)}",
                           fix="name them so, or serve with --camera NAME_ON_THE_WIRE=CAMERA")  # fmt: skip
         return {c: _frame(images[c], c) for c in robot.cameras}
 

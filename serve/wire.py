@@ -46,6 +46,10 @@ class Limits:
     """Characters of one string that is no picture."""
     items: int = 4_096
     """Entries of one list or mapping."""
+    values: int = 100_000
+    """Entries of all of them: a byte on the wire may be a mapping of 64 bytes here."""
+    segments: int = 8_192
+    """Of a picture's file; somebody has to walk over all of them."""
 
 
 LIMITS = Limits()
@@ -80,8 +84,10 @@ class Encoded:
 
         try:
             with Image.open(io.BytesIO(self.data), formats=(self.format.upper(),)) as picture:
+                if picture.size != (self.width, self.height):
+                    raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels for one reader, other ones for another")
                 frame = np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged files make readers raise nearly anything
             raise _wrong("picture", f"a damaged {self.format}: {str(error)[:200]}", "a whole file") from error
         if frame.shape != self.shape:
             raise _wrong("picture", f"{frame.shape} of a file that says {self.shape}", "what its header says")
@@ -93,19 +99,52 @@ Picture = np.ndarray | Encoded
 
 def picture_of(data: bytes, limits: Limits = LIMITS) -> Encoded:
     """A JPEG or PNG file's bytes, header read. Raises `WireError` for another format and for more pixels than allowed."""
-    from PIL import Image
-
     data = bytes(data)
     kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
     if kind is None:
         raise _wrong("picture", f"{len(data)} bytes that begin with {data[:8].hex() or 'nothing'}", "a JPEG or PNG file")
-    try:
-        with Image.open(io.BytesIO(data), formats=(kind.upper(),)) as picture:
-            width, height = picture.size
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise _wrong("picture", f"a {kind} whose header is damaged: {str(error)[:200]}", "a whole file") from error
+    width, height = (_png_size if kind == "png" else _jpeg_size)(data, limits)
     _bounded(height, width, limits)
     return Encoded(data, kind, height, width)
+
+
+def _png_size(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(width, height). Who decodes it walks over every chunk, so they are counted."""
+    if data[12:16] != b"IHDR" or len(data) < 33:
+        raise _wrong("picture", "a png without a header", "a whole file")
+    at = 8
+    for _ in range(limits.segments):
+        kind, at = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if at >= len(data) or kind == b"IEND":
+            return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    raise _wrong("picture", f"a png of more than {limits.segments:,} chunks", "fewer", too_large=True)
+
+
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+"""Markers before a JPEG's size: baseline, extended, progressive. Nobody sends the other kinds, few can read them."""
+_SCANS = 100
+"""Of a progressive JPEG; each costs as much as all of its pixels."""
+
+
+def _jpeg_size(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(width, height), from the segments before the first scan."""
+    at, size = 2, (0, 0)
+    for _ in range(limits.segments):
+        while data[at : at + 2] == b"\xff\xff":  # filling
+            at += 1
+        marker, length = data[at + 1 : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
+        if at + 4 > len(data) or data[at] != 0xFF or length < 2:
+            break
+        if marker[0] in _FRAMES and length >= 8 and size == (0, 0):
+            size = int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        if marker == b"\xda" and size != (0, 0):
+            if data.count(b"\xff\xda", at) > _SCANS:
+                raise _wrong("picture", f"a jpeg of more than {_SCANS} scans", "fewer", too_large=True)
+            return size
+        at += 2 + length
+    else:
+        raise _wrong("picture", f"a jpeg of more than {limits.segments:,} segments", "fewer", too_large=True)
+    raise _wrong("picture", "a jpeg without a header we read", "a whole file: baseline or progressive")
 
 
 def encode(frame: np.ndarray, format: str = "png", quality: int = 95) -> Encoded:
@@ -134,10 +173,23 @@ def unpack(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Any
     """
     if len(data) > limits.message:
         raise _wrong("message", f"{len(data):,} bytes", f"at most {limits.message:,}", too_large=True)
-    pictures = 0
+    pictures = values = 0
+
+    def count(entries: int) -> None:
+        nonlocal values
+        values += 1 + entries
+        if values > limits.values:
+            raise _wrong(
+                "message", f"more than {limits.values:,} values", "fewer: pictures and states are arrays", too_large=True
+            )
+
+    def listed(entries: list[Any]) -> list[Any]:
+        count(len(entries))
+        return entries
 
     def mapping(pairs: list[tuple[Any, Any]]) -> Any:
         nonlocal pictures
+        count(len(pairs))
         entries = dict(pairs)
         if len(entries) != len(pairs):
             raise _wrong("message", "a key twice in one mapping", "every key once")
@@ -156,8 +208,8 @@ def unpack(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Any
 
     try:
         return msgpack.unpackb(
-            data, object_pairs_hook=mapping, raw=False, strict_map_key=True, max_str_len=limits.text, max_ext_len=0,
-            max_bin_len=limits.message, max_array_len=limits.items, max_map_len=limits.items,
+            data, object_pairs_hook=mapping, list_hook=listed, raw=False, strict_map_key=True, max_str_len=limits.text,
+            max_ext_len=0, max_bin_len=limits.message, max_array_len=limits.items, max_map_len=limits.items,
         )  # fmt: skip
     except WireError:
         raise
@@ -226,6 +278,33 @@ def _wrong(where: str, found: str, expected: str, too_large: bool = False) -> Wi
 def pack(message: Any) -> bytes:
     """Our own and vla-eval's dialect. Raises `WireError` for an array whose numbers do not travel."""
     return _packed(message, _plain)
+
+
+def pieces(message: Mapping[str, Any], images: Mapping[str, Picture]) -> list[bytes | memoryview]:
+    """`pack(message | {"images": images})` in pieces, for who can send them one after the other: pixels are not copied."""
+    packer, out = msgpack.Packer(default=_plain, autoreset=False), list[bytes | memoryview]()
+    packer.pack_map_header(len(message) + 1)
+    for part in (part for entry in message.items() for part in entry):
+        packer.pack(part)
+    packer.pack("images")
+    packer.pack_map_header(len(images))
+    for name, picture in images.items():
+        packer.pack(name)
+        if not isinstance(picture, np.ndarray):
+            packer.pack(picture)
+            continue
+        _travels(picture.dtype)
+        data = np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data
+        packer.pack_map_header(4)
+        for part in ("__ndarray__", True, "data"):
+            packer.pack(part)
+        # The head of a byte string, whose bytes are the next piece.
+        width = 1 if data.nbytes < 1 << 8 else 2 if data.nbytes < 1 << 16 else 4
+        out += [packer.bytes() + bytes((0xC3 + width.bit_length(),)) + data.nbytes.to_bytes(width, "big"), data]
+        packer.reset()
+        for part in ("dtype", picture.dtype.str, "shape", picture.shape):
+            packer.pack(part)
+    return [*out, packer.bytes()]
 
 
 def pack_openpi(message: Any) -> bytes:

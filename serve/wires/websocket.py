@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from serve.gate import refuse
 from serve.refusal import Refusal
 from serve.service import Look, Reply, Service, Session
-from serve.sockets import messages
+from serve.sockets import messages, send
 from serve.wire import PROTOCOL, pack, unpack
 from vla.errors import VLAError
 
@@ -44,7 +44,7 @@ def routes(service: Service) -> list[BaseRoute]:
             async for data in messages(socket):
                 if service.engine.ready and policy != service.engine.info.policy:
                     policy = service.engine.info.policy
-                await socket.send_bytes(await _answer(service, session, data))
+                await send(socket, await _answer(service, session, data))
 
     async def greeted(socket: WebSocket) -> None:
         try:
@@ -63,7 +63,8 @@ async def _answer(service: Service, session: Session, data: bytes) -> bytes:
             raise _wrong("message", type(message).__name__, "a mapping with a 'type'")
         given = message.get("seq")
         seq = given if type(given) is int else None
-        match message.get("type"):
+        kind = message.get("type")
+        match kind if isinstance(kind, str) else type(kind).__name__:
             case "hello":
                 return pack({"type": "hello", "protocol": PROTOCOL, **service.describe()})
             case "look":
