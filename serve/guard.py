@@ -201,14 +201,15 @@ class Guard:
     def judge_seen(self, seen: Seen, age: float = 0.0, executed: int | None = None) -> str:
         """`saw`, where `see` has looked already."""
         self._seen, self._spent = self._judge_seen(seen, age), False
-        self._executed = _steps(executed)
-        if self._executed == -1:
+        told = _steps(executed)
+        self._executed = None if told == -1 else told
+        if told == -1:
             self._seen = "; ".join(filter(None, [self._seen, "executed: no number of steps"]))
         if not self._seen:
             self._state = seen.state
             if not self._placed:
                 self._place()
-        self._tell("saw", {"seen": seen, "age": age, "executed": self._executed}, self._seen)
+        self._tell("saw", {"seen": seen, "age": age, "executed": told}, self._seen)
         return self._seen
 
     def _judge_seen(self, seen: Seen, age: float) -> str:

@@ -538,6 +538,23 @@ def test_a_hold_after_a_known_step_keeps_that_command():
     assert asked(guard, None, state=[0.35, -0.2, 0, 0, 0.1]).actions[0, 0] == np.float32(0.35)  # nobody said: where it is seen
 
 
+def test_what_was_seen_before_a_chunk_is_not_where_the_robot_is_after_it():
+    guard = arm_guard()
+    asked(guard, steps({0: 0.6}, {0: 1.0}))
+    assert guard.saw(LOOK, age=2.0).startswith("stale")
+    assert guard.chunk(None).actions[0, 0] == 1.0  # not back to 0.2
+
+
+def test_only_the_first_chunk_measures_a_gripper_from_where_it_is_seen():
+    guard = Guard(shipped("aloha"), jump={"left_arm": 0.2, "right_arm": 0.2, "left_gripper": 0.3}, repeats=None)
+    state, chunk = np.zeros(14, np.float32), np.zeros((1, 14), np.float32)
+    state[6], chunk[0, 6] = 0.8, 0.1  # within 3 jumps
+    assert not asked(guard, chunk, state=state).hold
+    assert not asked(guard, chunk, state=state, executed=0).hold
+    chunk[0, 6] = 0.5
+    assert "left_gripper.opening by 0.4, at most 0.3" in asked(guard, chunk, state=state, executed=1).reason
+
+
 def test_chunks_count_as_one_for_help_and_confidence():
     guard = table_guard(most_holds=2, window=4, confidence=0.5)
     said = []
