@@ -1,24 +1,32 @@
-"""An exported policy in a simulator, driven as it drives a robot: control loop, guard, clock. Part of `vla-edge run`.
+"""A policy in a simulator, driven as it drives a robot: control loop, guard, clock. Part of `vla-edge run`.
+
+The policy is an exported one, or a server's (`--server`), whose guard then judges as well.
 
 The simulators need packages a robot has not (pydantic, gymnasium, mujoco); nothing else in `serve` imports this file.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from serve.edge import EdgePolicy
 from serve.guard import Guard
 from serve.loop import Clock, ControlLoop, Hurried, Report
-from serve.robot import Robot
+from serve.robot import Robot, differences
 from vla.errors import MachineError, UsageError
 from vla.resample import rotations_of
+
+if TYPE_CHECKING:
+    from serve.client import Client
+
+logger = logging.getLogger(__name__)
 
 _FILM_SIZE = 240
 
@@ -61,7 +69,7 @@ class SimulatedRobot:
         return bool(terminated or truncated)
 
 
-def play(policy: EdgePolicy, settings: Settings, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def play(policy: EdgePolicy | Client, settings: Settings, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Episodes of a suite; success with its Wilson interval, how the loop kept time, a record of each.
 
     Raises `UsageError` (another robot, an unknown task, seeds the policy was trained on) and `MachineError` (no simulator here).
@@ -76,7 +84,10 @@ def play(policy: EdgePolicy, settings: Settings, say: Callable[[str], None] | No
     tasks = expand_tasks(settings.suite, settings.tasks)
     if settings.episodes < 1:
         raise UsageError("--episodes", found=settings.episodes, expected="at least 1", fix="--episodes 20")
-    check_seeds(policy, settings.suite, settings.seed, settings.episodes)  # pyright: ignore[reportArgumentType]
+    if isinstance(policy, EdgePolicy):
+        check_seeds(policy, settings.suite, settings.seed, settings.episodes)  # pyright: ignore[reportArgumentType]
+    else:
+        logger.warning("a server does not say which seeds its policy was trained on: --seed %d is taken on trust", settings.seed)
     robot = _robot_of(policy, find_suite(settings.suite).embodiment)
     if settings.robot not in (None, robot.key):
         raise UsageError("--robot", found=settings.robot, expected=f"{robot.key!r}, the robot of --sim {settings.suite}",
@@ -107,13 +118,18 @@ def play(policy: EdgePolicy, settings: Settings, say: Callable[[str], None] | No
     wins = sum(r["success"] for r in records)
     return {
         "suite": settings.suite, "tasks": tasks, "seed": settings.seed, **proportion(wins, len(records)),
-        "needs_help": sum(bool(r["needs_help"]) for r in records), "policy": policy.fingerprint, "runtime": policy.runtime,
-        "threads": policy.threads, "realtime": settings.realtime, "asynchronous": settings.asynchronous,
-        "ensemble": settings.ensemble, "loop": total.to_json(), "records": records,
+        "needs_help": sum(bool(r["needs_help"]) for r in records), **_about(policy), "realtime": settings.realtime,
+        "asynchronous": settings.asynchronous, "ensemble": settings.ensemble, "loop": total.to_json(), "records": records,
     }  # fmt: skip
 
 
-def make_guard(policy: EdgePolicy, robot: Robot, settings: Settings) -> Guard:
+def _about(policy: EdgePolicy | Client) -> dict[str, Any]:
+    if isinstance(policy, EdgePolicy):
+        return {"policy": policy.fingerprint, "runtime": policy.runtime, "threads": policy.threads}
+    return {"policy": policy.policy, "server": policy.address, "connections": policy.connections}
+
+
+def make_guard(policy: EdgePolicy | Client, robot: Robot, settings: Settings) -> Guard:
     """Limits from the embodiment; where nobody gave a jump, a quarter of the range of a target, half a radian of a rotation."""
     turned = {dims[0] for dims, _ in rotations_of(robot)}
     jump: dict[str, Any] = {}
@@ -127,7 +143,7 @@ def make_guard(policy: EdgePolicy, robot: Robot, settings: Settings) -> Guard:
                  confidence=settings.help_below)  # fmt: skip
 
 
-def _robot_of(policy: EdgePolicy, name: str) -> Robot:
+def _robot_of(policy: EdgePolicy | Client, name: str) -> Robot:
     """The policy's own description of a suite's robot, which must be the simulator's, up to the size of pictures."""
     from vla.embodiment import load_embodiment
 
@@ -137,11 +153,8 @@ def _robot_of(policy: EdgePolicy, name: str) -> Robot:
     if known is None:
         raise UsageError("--sim", found=f"a policy of {sorted(policy.robots)}", expected=f"{there.key!r}, this suite's robot",
                          fix="choose the suite the policy was trained for")  # fmt: skip
-    wrong = [f"{part} {getattr(known, part)} against {getattr(there, part)}" for part in ("state", "action", "control_hz")
-             if getattr(known, part) != getattr(there, part)]  # fmt: skip
-    wrong += [f"camera {camera!r} does not exist there" for camera in known.cameras if camera not in there.cameras]
-    if wrong:
-        raise UsageError(f"robot {name!r}", found="policy against simulator: " + "; ".join(wrong),
+    if wrong := differences(there, known):
+        raise UsageError(f"robot {name!r}", found="simulator (here) and policy (there): " + "; ".join(wrong),
                          expected="the same channels, units and cameras",
                          fix="record and train again with this version")  # fmt: skip
     return known

@@ -6,6 +6,9 @@
 
 Ticks lie on a grid of the monotonic clock, so that lateness never adds up. The policy thinks inside the tick, or with
 `asynchronous=True` in a thread of its own while the chunk before is played on; the steps that passed meanwhile are skipped.
+
+A policy may be a server (`serve.client.Client`). Its `reset()` is called when a run begins; it is told when an observation was
+taken, and how many steps of its last chunk were carried out; a chunk that is a hold stops the robot until there is another.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,7 +36,7 @@ _KEPT = 100_000
 
 
 class Acts(Protocol):
-    """What a loop asks of a policy; `serve.edge.EdgePolicy` is one."""
+    """What a loop asks of a policy; `serve.edge.EdgePolicy` and `serve.client.Client` are."""
 
     def act(self, observation: Any, instruction: str, robot: str | None = None) -> Any: ...
     def steps(self, robot: str) -> tuple[int, int]: ...
@@ -106,6 +109,17 @@ class Player:
     def looking(self) -> None:
         """The observation of this tick is with the policy."""
         self._looked = self.step
+
+    @property
+    def passed(self) -> int:
+        """Steps of the chunk that lie behind, the skipped ones as well."""
+        return self.step - self._start
+
+    def drop(self) -> None:
+        """Nothing that was said is good any more: look again, and until then there is nothing to play."""
+        self._looked, self._actions = None, self._actions[:0]
+        if self.ensemble is not None:
+            self.ensemble.reset()
 
     def unheard(self) -> None:
         """Nothing came of the last look: the next tick looks again."""
@@ -221,6 +235,13 @@ class ControlLoop:
             Ensemble(ensemble)  # refuses what is no decay before anything moves
         self._stop = threading.Event()
         self._pending: tuple[Future[tuple[Any, float]], int] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._held = self._help = ""
+        """Why the policy itself holds, and why it wants somebody to look."""
+        self._executed: int | None = None
+        """Steps of its last chunk that were carried out, when that is certain."""
 
     def stop(self) -> None:
         """End the run before its next tick; from any thread, or a signal handler."""
@@ -237,7 +258,10 @@ class ControlLoop:
         report, began = Report(self.period), time.perf_counter()
         self._stop.clear()
         self._pending = None
+        self._forget()
         self.guard.reset()
+        if (reset := getattr(self.policy, "reset", None)) is not None:
+            reset()
         with ThreadPoolExecutor(1, "policy") as thinker:
             try:
                 self._first(player, instruction, report)
@@ -255,7 +279,7 @@ class ControlLoop:
         chunk, seconds = self._think(observation, instruction)
         report.thinking.append(seconds)
         report.looks += 1
-        if not (self._why or self.guard.said(chunk.actions)):
+        if not (self._why or self._holds(chunk, player) or self.guard.said(chunk.actions)):
             player.said(chunk, 0)
 
     def _tick(self, player: Player, instruction: str, report: Report, steps: int | None, thinker: ThreadPoolExecutor) -> None:
@@ -269,7 +293,10 @@ class ControlLoop:
             if player.due and self._pending is None:
                 why = self._look(player, instruction, report, thinker) or why
             action, confidence = player.next()
-            verdict = self.guard.judge(action, confidence=confidence, late=clock.now() - due, why=why)
+            verdict = self.guard.judge(action, confidence=confidence, late=clock.now() - due, why=why or self._held)
+            if self._help and not verdict.needs_help:
+                verdict = replace(verdict, needs_help=self._help)
+            self._executed = None if verdict.hold or player.ensemble is not None else player.passed
             sent = clock.now()
             if verdict.placed:
                 report.over = bool(self.io.act(verdict.action))
@@ -299,12 +326,13 @@ class ControlLoop:
         observation = self._observe()
         if self._why:
             return self._why
+        observation = {**observation, "executed": self._executed}
         player.looking()
         answer = Future[tuple[Any, float]]()
         if self.asynchronous:
             frames = {camera: np.array(frame) for camera, frame in observation["images"].items()}  # drivers reuse their buffers
             state = None if observation.get("state") is None else np.array(observation["state"])
-            answer = thinker.submit(self._think, {"images": frames, "state": state}, instruction)
+            answer = thinker.submit(self._think, {**observation, "images": frames, "state": state}, instruction)
         else:
             try:
                 answer.set_result(self._think(observation, instruction))
@@ -322,15 +350,29 @@ class ControlLoop:
         try:
             chunk, seconds = answer.result()
         except VLAError as error:
+            if getattr(error, "code", "") == "needs_help":
+                self._help = error.found
             player.unheard()
             return f"policy: {error.where}: {error.found}".replace("; ", ", ")
         report.thinking.append(seconds)
         report.looks += 1
+        if self._holds(chunk, player):
+            return self._held
         if why := self.guard.said(chunk.actions):
             player.unheard()
         else:
             player.said(chunk, at)
+            self._executed = None
         return why
+
+    def _holds(self, chunk: Any, player: Player) -> bool:
+        """Whether a policy that is a server, with a guard of its own, said to hold still."""
+        held = bool(getattr(chunk, "hold", False))
+        self._held = f"server: {chunk.reason}".replace("; ", ", ") if held else ""
+        self._help = str(getattr(chunk, "needs_help", ""))
+        if held:
+            player.drop()
+        return held
 
     def _note(self, report: Report, verdict: Verdict, confidence: Any, woke: float, sent: float, between: float | None) -> None:
         report.ticks += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vla.errors import VLAError
 
 STATUS = {
@@ -26,6 +28,17 @@ class Refusal(VLAError):
         """{"error": {"code", "where", "found", "expected", "fix", "retry_after"?}}."""
         said = {"code": self.code, "where": self.where, "found": self.found, "expected": self.expected, "fix": self.fix}
         return {"error": said if self.retry_after is None else said | {"retry_after": round(self.retry_after, 3)}}
+
+    @classmethod
+    def from_json(cls, entry: Any) -> Refusal:
+        """What `to_json` made of one, with bounds on its words. Raises `ValueError` for something else."""
+        said = entry.get("error") if isinstance(entry, dict) else None
+        if not isinstance(said, dict) or said.get("code") not in STATUS:
+            raise ValueError("no refusal")
+        where, found, expected, fix = (str(said.get(name, ""))[:1000] for name in ("where", "found", "expected", "fix"))
+        after: Any = said.get("retry_after")
+        return cls(said["code"], where=where, found=found, expected=expected, fix=fix,
+                   retry_after=float(after) if type(after) in (int, float) else None)  # fmt: skip
 
     @classmethod
     def of(cls, error: VLAError) -> Refusal:

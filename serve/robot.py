@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vla.errors import CheckpointError
-from vla.export_folder import ExportFolder
 from vla.schema import check_observation
+
+if TYPE_CHECKING:  # a client needs none of what reads an export
+    from vla.export_folder import ExportFolder
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_run_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.Cap
         (folder, ["--sim", "tabletopp"], 2, "no such suite"),
         (folder, ["--sim", "tabletop", "--task", "fly"], 2, "no such task"),
         (folder, ["--sim", "metaworld"], 2, "'metaworld_sawyer', this suite's robot"),
-        (two, ["--sim", "tabletop"], 2, "camera 'wrist' does not exist there"),
+        (two, ["--sim", "tabletop"], 2, "camera 'wrist': none here"),
         (seen, ["--sim", "tabletop"], 2, "seeds the policy was trained on"),
         (folder, ["--sim", "tabletop", "--asynchronous"], 2, "no --realtime"),
         (folder, ["--sim", "tabletop", "--jump", "arm=1"], 2, "jump 'arm': no such channel"),
