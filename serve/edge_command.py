@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = verb("run", _run, "play episodes in a simulator, through the guard, at the robot's control rate")
     add("--server", metavar="ADDRESS", help="instead of FOLDER: the policy is behind `vla serve` there, loop and guard are here")
-    add("--token-file", type=Path, metavar="FILE", help="the server's token, in the first line that is none of a comment")
+    add("--token-file", type=Path, metavar="FILE", help="the server's token, in the first line that is no comment")
     add("--sim", required=True, metavar="SUITE", help="tabletop, metaworld, ... (needs the extra `sim` on this machine)")
     add("--task", action="append", metavar="TASK", help="a task or a group of them; may be repeated (default: the suite's)")
     add("--episodes", type=int, default=20, metavar="N", help="in all, tasks in turn (default %(default)s)")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from edge_folder import edge_spec, look, write_edge_folder
 from PIL import Image
+from serving import started
 
 from serve.edge import EdgePolicy
 from serve.edge_command import main
@@ -120,6 +121,30 @@ def test_run_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.Cap
     ):
         assert main(["run", str(where), *words]) == code, words
         assert part in capsys.readouterr().err, words
+
+
+def test_run_asks_a_server_and_plays_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The folder here, and the same folder behind `vla serve`: what is seen, said and done is one and the same."""
+    token = "0123456789abcdef"
+    (tmp_path / "token").write_text(f"# ours\n\nadmin:{token}\n")
+    play, kept = ["--sim", "tabletop", "--task", "touch-red", "--episodes", "2"], ("task", "seed", "ticks", "looks", "confidence")
+    assert main(["run", str(folder), *play, "--json"]) == 0
+    here = json.loads(capsys.readouterr().out)
+    with started(folder, "--token-file", tmp_path / "token", token=token) as server:
+        ask = ["run", "--server", server.address, "--token-file", str(tmp_path / "token")]
+        assert main([*ask, *play, "--json"]) == 0
+        there = json.loads(capsys.readouterr().out)
+        assert [[r[k] for k in kept] for r in here["records"]] == [[r[k] for k in kept] for r in there["records"]]
+        assert there["policy"] == here["policy"] and there["connections"] == 1 and there["loop"]["holds"] == 0
+        assert main([*ask, *play[:-1], "1", "--realtime", "--asynchronous", "--ensemble", "0.01"]) == 0
+        assert f"{server.address.replace('http', 'ws')}: inference p50" in capsys.readouterr().out
+        assert main([*ask, "--sim", "metaworld"]) == 2 and "'metaworld_sawyer', this suite's robot" in capsys.readouterr().err
+        assert main([*ask, *play, "--threads", "2"]) == 2 and "a server, without" in capsys.readouterr().err
+        assert main(["run", str(folder), *ask[1:], *play]) == 2 and "a server, without" in capsys.readouterr().err
+        assert main([*ask[:3], *play]) == 1 and "Bearer" in capsys.readouterr().err
+    assert main(["run", *play]) == 2 and "run --server ADDRESS" in capsys.readouterr().err
+    (tmp_path / "token").write_text("#\n")
+    assert main([*ask, *play]) == 2 and "no token" in capsys.readouterr().err
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]):
