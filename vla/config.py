@@ -7,6 +7,7 @@ hold values and nothing else: no code paths, no interpolation, no tags (`yaml.sa
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -75,26 +76,59 @@ def validate(values: dict, model: type[C], where: str, lines: dict[tuple, int] |
         return model.model_validate(values)
     except ValidationError as error:
         lines = lines or {}
-        problems = [_problem(item, model, where, lines) for item in error.errors()]
-        found = "\n            ".join(found for found, _ in problems)
+        problems = [_problem(item, values, model, where, lines) for item in error.errors()]
+        found = "\n            ".join(dict.fromkeys(found for found, _ in problems))
         expected = "\n            ".join(dict.fromkeys(expected for _, expected in problems))
         raise UsageError(where, found=found, expected=expected,
                          fix="correct the keys named above and run again") from error  # fmt: skip
 
 
-def _problem(item: Any, model: type[BaseModel], where: str, lines: dict[tuple, int]) -> tuple[str, str]:
-    loc = tuple(part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-    dotted = ".".join(map(str, loc))
-    line = next((lines[loc[:k]] for k in range(len(loc), 0, -1) if loc[:k] in lines), None)
-    place = f"{dotted} (the override)" if line == 0 else f"{where}:{line}: {dotted}" if line else dotted
+def _problem(item: Any, values: dict, model: type[BaseModel], where: str, lines: dict[tuple, int]) -> tuple[str, str]:
+    loc = _written(item["loc"], values, item["type"] == "missing")
+
+    def place(at: tuple) -> str:
+        dotted = ".".join(map(str, at))
+        line = next((lines[at[:k]] for k in range(len(at), 0, -1) if at[:k] in lines), None)
+        return f"{dotted} (the override)" if line == 0 else f"{where}:{line}: {dotted}" if line else dotted or where
+
     if item["type"] == "extra_forbidden":
         known = sorted(_fields_at(model, loc[:-1]))
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {known}"
-        return f"{place}: no such key", hint
+        return f"{place(loc)}: no such key", hint
     if item["type"] == "missing":
-        return f"{place}: missing", f"a value for {loc[-1]!r}"
-    return f"{place} = {item['input']!r}", item["msg"].removeprefix("Value error, ")
+        return f"{place(loc)}: missing", f"a value for {loc[-1]!r}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], dict):  # a whole part of the config, or all of it
+        named = _named(item["input"], set(re.findall(r"\w+(?:\.\w+)*", message)))
+        said = [f"{place((*loc, *at))}: {', '.join(map(str, value))}" if isinstance(value, dict) else
+                f"{place((*loc, *at))} = {value!r}" for at, value in named]  # fmt: skip
+        return "\n            ".join(said) or place(loc), message
+    return f"{place(loc)} = {item['input']!r}", message
+
+
+def _written(loc: tuple, values: Any, missing: bool) -> tuple:
+    """`loc` without what no file says: names pydantic gives to the members of unions and to functions."""
+    out = []
+    for k, part in enumerate(loc):
+        if isinstance(values, dict) and part in values or isinstance(values, list) and isinstance(part, int):
+            values = values[part]
+            out.append(part)
+        elif missing and k == len(loc) - 1:
+            out.append(part)
+    return tuple(out)
+
+
+def _named(values: dict, words: set[str], at: tuple = ()) -> list[tuple[tuple, Any]]:
+    """(path, value) of the keys that a message of these `words` is about: said in full, or by their last name where the part they
+    lie in is named as well."""
+    found: list[tuple[tuple, Any]] = []
+    for key, value in values.items():
+        path = (*at, key)
+        inner = _named(value, words, path) if isinstance(value, dict) else []
+        here = ".".join(map(str, path)) in words or (str(key) in words and ".".join(map(str, at)) in words)
+        found += inner or ([(path, value)] if here else [])
+    return found
 
 
 def _fields_at(model: type[BaseModel], loc: tuple) -> set[str]:
