@@ -4,12 +4,13 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_datasets import SIZE, write_dataset
+from small_datasets import SIZE, make_episode, small_spec, write_dataset
 
 from vla.checkpoint import publish
 from vla.cli import main
@@ -17,6 +18,7 @@ from vla.episodes import EpisodeStore
 from vla.errors import CheckpointError, DataError, UsageError
 from vla.mixture import Mixture
 from vla.policy import PolicyConfig, build_policy, save_policy
+from vla.recording import LeRobotWriter
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -217,6 +219,15 @@ def test_refusals(root, policy, tmp_path, capsys):
         export_onnx(policy, tmp_path / "full" / "a" / "x")
     with pytest.raises(CheckpointError, match=r"export\.json"):
         OnnxPolicy(tmp_path)
+    write_dataset(tmp_path / "one", 1)
+    with pytest.raises(DataError, match=f"no held-out episodes in {tmp_path / 'one'}"):
+        read_windows(policy, [str(tmp_path / "one")], 4)
+    spec = small_spec().model_copy(update={"name": "other"})
+    with LeRobotWriter(tmp_path / "other", spec) as writer:
+        for n in range(3):
+            writer.add(replace(make_episode(n), embodiment="other"))
+    with pytest.raises(DataError, match=r"robots \['other'\]"):
+        read_windows(policy, [str(tmp_path / "other")], 4)
     policy.provenance, kept = policy.provenance | {"datasets": []}, policy.provenance
     try:
         with pytest.raises(DataError, match="--calibrate"):

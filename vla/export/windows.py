@@ -29,12 +29,17 @@ def read_windows(policy: VLAPolicy, datasets: Sequence[str], count: int) -> tupl
     config = MixtureConfig(datasets=[DatasetConfig(path=path) for path in paths])
     train, held = open_mixture(config, policy.chunk, 0, progress=False, seconds=policy.config.chunk_seconds)
     parts = []
+    ours = [i for i, spec in enumerate(train.specs) if spec.key in policy.embodiments]
+    if not ours:
+        raise DataError("vla export", found=f"robots {sorted({spec.key for spec in train.specs})}",
+                        expected=f"one of {sorted(policy.embodiments)}",
+                        fix="--calibrate a dataset of a robot the policy knows")  # fmt: skip
     for mixture in (train, held):
-        known = [i for i, spec in enumerate(mixture.specs) if spec.key in policy.embodiments and mixture.sizes[i]]
-        if not known:
-            raise DataError("vla export", found=f"robots {sorted({spec.key for spec in mixture.specs})}",
-                            expected=f"one of {sorted(policy.embodiments)}",
-                            fix="--calibrate a dataset of a robot the policy knows")  # fmt: skip
+        known = [i for i in ours if mixture.sizes[i]]
+        if not known:  # only held-out ones can be lacking: a mixture without a training episode does not open
+            raise DataError("vla export", found="no held-out episodes in " + ", ".join(str(train.stores[i].root) for i in ours),
+                            expected="at least two episodes in one of them: one is held out, to compare on",
+                            fix="--calibrate a dataset with more; or --windows 0 to export without a report")  # fmt: skip
         share = -(-count // len(known))
         places = [(i, int(at)) for i in known for at in _spread(mixture.sizes[i], share)]
         parts.append([mixture.window_at(i, *mixture.place(i, at)) for i, at in places])
