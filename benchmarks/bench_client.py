@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from serving import serving  # noqa: E402
+from serving import serving  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from serve.client import Client  # noqa: E402
 from serve.loop import percentiles  # noqa: E402
@@ -41,6 +41,7 @@ def measure(address: str, looks: int, size: int) -> dict[str, object]:
     frames = rng.integers(0, 256, (4, 2, size, size, 3)).astype(np.uint8)
     state = np.zeros(4, np.float32)
     took: dict[str, list[float]] = {"ours": [], "masked": [], "websockets": [], "server": []}
+    busy: dict[str, list[float]] = {"ours": [], "masked": [], "websockets": []}
     url = address.replace("http://", "ws://") + "/v1/ws?protocol=1"
     with (
         Client(address, robot="tabletop_wrist") as ours,
@@ -51,7 +52,7 @@ def measure(address: str, looks: int, size: int) -> dict[str, object]:
             images = dict(zip(("front", "wrist"), frames[n % 4], strict=True))
             order = [("ours", ours), ("masked", masked), ("websockets", None)]
             for name, client in order if n % 2 else reversed(order):
-                began = time.perf_counter()
+                began, worked = time.perf_counter(), time.process_time()
                 if client is not None:
                     timing = client.act({"images": images, "state": state}, "go").timing
                     if n >= 0 and name == "ours":
@@ -61,9 +62,12 @@ def measure(address: str, looks: int, size: int) -> dict[str, object]:
                     assert unpack(theirs.recv())["type"] == "chunk"  # pyright: ignore[reportArgumentType]
                 if n >= 0:
                     took[name].append(time.perf_counter() - began)
-    result: dict[str, object] = {name: percentiles(times) for name, times in took.items()}
-    p50 = {name: float(np.median(times)) for name, times in took.items()}
-    return {**result, "ratio": round(p50["ours"] / p50["websockets"], 3), "looks": looks, "size": size}
+                    busy[name].append(time.process_time() - worked)
+    wall, cpu = ({name: 1e3 * float(np.median(times)) for name, times in of.items()} for of in (took, busy))
+    return {"ms": {name: percentiles(times) for name, times in took.items()},
+            "cpu_ms": {name: round(each, 3) for name, each in cpu.items()},
+            "ratio": round(wall["ours"] / wall["websockets"], 3), "cpu_ratio": round(cpu["ours"] / cpu["websockets"], 3),
+            "looks": looks, "size": size}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -30,11 +30,15 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import WebSocketURI, parse_uri
-from websockets.utils import apply_mask
 
 from serve.refusal import Refusal
 from serve.wire import LIMITS
 from vla.errors import UsageError
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # a platform without its C part: the same, slower
+    from websockets.utils import apply_mask
 
 _FIRST = 64 << 10
 """Bytes of the buffer at first, and the most that a server may say before the socket opens."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +17,16 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
+from serve.client import Client
 from serve.wire import PROTOCOL, pack, unpack
 from vla.embodiment import EmbodimentSpec, load_embodiment
 
 N, E = 8, 4
+PATIENT = 60.0
+"""Seconds an answer may take where nothing is wrong, on a machine that does other things as well."""
+SHORT = 0.3
+SOON = 20.0
+"""Far more than `SHORT`, far less than for ever."""
 
 
 def chunk(look: dict[str, Any], first: float = 0.0, **changes: Any) -> dict[str, Any]:
@@ -46,7 +51,7 @@ class Line:
 
     def __init__(self, plain: socket.socket, number: int) -> None:
         self.plain, self.number = plain, number
-        """The how manieth connection it is, from 1 on."""
+        """Of the connection, from 1 on."""
         self.looks = 0
 
     def say(self, message: Any) -> None:
@@ -63,6 +68,7 @@ class Peer:
         """Every message, without pictures."""
         self.opened: list[Request] = []
         self.greets = True
+        self.greeted: Callable[[Line], None] = lambda line: None
         self._ended = threading.Event()
         self._plain = socket.create_server(("127.0.0.1", 0))
         self._lines: list[socket.socket] = []
@@ -122,6 +128,7 @@ class Peer:
         match message["type"]:
             case "hello" if self.greets:
                 line.say(self.hello())
+                self.greeted(line)
             case "look":
                 line.looks += 1
                 self.answer(line, message)
@@ -129,6 +136,18 @@ class Peer:
                 line.say({"type": "ok", "seq": message.get("seq")})
 
 
-def never(seconds: float = 30.0) -> float:
-    """A moment that no test waits for."""
-    return time.monotonic() + seconds
+def look(n: int = 0, size: int = 32) -> dict[str, Any]:
+    """What a tabletop robot sees."""
+    frame = np.random.default_rng(n).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    return {"images": {"front": frame}, "state": np.array([0.1, 0.2, 0.3, n % 10 / 10], np.float32)}
+
+
+def client(peer: Peer | str, **options: Any) -> Client:
+    """A patient one."""
+    options = {"timeout": PATIENT, "wait": PATIENT, "reconnect": (0.01, 0.1), **options}
+    return Client(peer.address if isinstance(peer, Peer) else peer, **options)
+
+
+def answers(line: Line, message: dict[str, Any]) -> None:
+    """As a good server does."""
+    line.say(chunk(message))

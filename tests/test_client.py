@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import select
 import socket
 import ssl
@@ -14,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,39 +21,15 @@ from edge_folder import edge_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from misbehaving import E, Line, N, Peer, chunk, frame
+from misbehaving import PATIENT, SHORT, SOON, Line, N, Peer, answers, chunk, client, frame, look
 from serving import serving, started, until
 
 from serve.client import Client
-from serve.guard import Guard
-from serve.loop import ControlLoop, Hurried
 from serve.refusal import Refusal
 from serve.robot import Robot, differences
 from serve.wire import encode, pack, pieces
 from vla.embodiment import load_embodiment
 from vla.errors import DataError, UsageError
-
-PATIENT = 60.0
-"""Seconds an answer may take where nothing is wrong, on a machine that does other things as well."""
-SHORT = 0.3
-SOON = 20.0
-"""Far more than `SHORT`, far less than for ever."""
-
-
-def look(n: int = 0, size: int = 32, cameras: tuple[str, ...] = ("front",)) -> dict[str, Any]:
-    rng = np.random.default_rng(n)
-    images = {camera: rng.integers(0, 256, (size, size, 3)).astype(np.uint8) for camera in cameras}
-    return {"images": images, "state": np.array([0.1, 0.2, 0.3, n % 10 / 10], np.float32)}
-
-
-def client(peer: Peer | str, **options: Any) -> Client:
-    options = {"timeout": PATIENT, "wait": PATIENT, "reconnect": (0.01, 0.1), **options}
-    return Client(peer.address if isinstance(peer, Peer) else peer, **options)
-
-
-def answers(line: Line, message: dict[str, Any]) -> None:
-    line.say(chunk(message))
-
 
 # --- a real server ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +122,11 @@ def test_it_comes_back_when_the_server_does():
         assert not robot.act(look(2), "go").hold and robot.connections == 2
 
 
+def test_it_waits_for_a_policy_that_is_loading():
+    with started("null:tabletop", wait=False) as server, client(server.address) as robot:
+        assert not robot.act(look(), "go").hold and robot.policy == "null"
+
+
 def test_tls(tmp_path: Path):
     files = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
     try:
@@ -218,11 +197,11 @@ def test_a_policy_that_is_swapped_is_looked_at_again():
 # --- a server that misbehaves ----------------------------------------------------------------------------------------
 
 
-def raised(robot: Client, code: str, n: int = 0) -> Refusal:
+def raised(robot: Client, code: str, observation: Any = None) -> Refusal:
     """What one look is refused with, within a time that is bounded."""
     began = time.monotonic()
     with pytest.raises(Refusal) as refused:
-        robot.act(look(n), "go")
+        robot.act(observation or look(), "go")
     assert time.monotonic() - began < SOON and refused.value.code == code, refused.value
     return refused.value
 
@@ -305,18 +284,25 @@ def test_an_answer_that_comes_late_is_nobodys():
 
 def test_a_server_that_reads_nothing():
     """Pictures that fit no buffer on the way."""
-    with Peer(lambda line, message: peer.sleep(PATIENT)) as peer, client(peer, timeout=SHORT, reconnect=None) as robot:
-        large = {"images": {c: np.zeros((1500, 1500, 3), np.uint8) for c in "abcd"}, "state": None}
-        with pytest.raises(Refusal, match="no answer within 0.3 s"):
-            robot.act(look(), "go")
-        with pytest.raises(Refusal, match="no answer within 0.3 s"):  # never again: it was told not to
-            robot.act(large, "go")
-    with Peer(answers) as peer, client(peer, timeout=SHORT) as robot:
-        peer._serve = lambda line: peer.sleep(PATIENT)  # whoever comes from now on is accepted and never greeted
-        robot._drop(robot._link, Refusal("late", found="-", expected="-", fix="-"))  # pyright: ignore[reportArgumentType]
-        for _ in range(3):
-            with pytest.raises(Refusal):
-                robot.act(large, "go")
+    large = {"images": {c: np.zeros((1500, 1500, 3), np.uint8) for c in "abcd"}, "state": None}
+    with Peer(answers) as peer:
+        peer.greeted = lambda line: peer.sleep(PATIENT)
+        with client(peer, reconnect=None) as robot:
+            robot.timeout = SHORT
+            raised(robot, "late", large)
+            assert not peer.looks()
+            raised(robot, "late")  # it was told not to connect again
+
+
+def test_a_server_that_greets_nobody_any_more():
+    with Peer(lambda line, message: line.plain.close()) as peer, client(peer) as robot:
+        robot.timeout, peer.greets = SHORT, False
+        for n in range(3):
+            began = time.monotonic()
+            with pytest.raises(Refusal) as refused:
+                robot.act(look(n), "go")
+            assert time.monotonic() - began < SOON and refused.value.code in ("unavailable", "late")
+        assert len(peer.looks()) == 1
 
 
 def test_nobody_reads_what_is_sent():
@@ -382,38 +368,6 @@ def test_who_speaks_another_protocol():
     with peer, pytest.raises(Refusal, match="same tendon-vla on both sides") as refused:
         client(peer)
     assert refused.value.code == "bad_request" and "protocol 2" in refused.value.found
-
-
-@pytest.mark.parametrize(
-    ("said", "code"),
-    [
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!", "not_found"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "bad_request"),
-        (b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<html>", "unavailable"),
-        (b"HTTP/1.1 301 Moved\r\nLocation: https://elsewhere\r\nContent-Length: 0\r\n\r\n", "bad_request"),
-        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "bad_request"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "unavailable"),
-        (b"x" * 100_000, "unavailable"),
-        (b"", "unavailable"),
-    ],
-)
-def test_what_is_no_server_of_ours(said: bytes, code: str):
-    def serve(plain: socket.socket) -> None:
-        while True:
-            try:
-                line, _ = plain.accept()
-            except OSError:
-                return
-            with line:
-                line.recv(1 << 16)
-                line.sendall(said)
-
-    with socket.create_server(("127.0.0.1", 0)) as plain:
-        threading.Thread(target=serve, args=(plain,), daemon=True).start()
-        with pytest.raises(Refusal) as refused:
-            Client(f"127.0.0.1:{plain.getsockname()[1]}", wait=PATIENT, reconnect=None)
-        assert refused.value.code == code, refused.value
-        plain.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize(
@@ -515,134 +469,6 @@ def test_reset_needs_no_server():
         robot.close()
 
 
-# --- the control loop ------------------------------------------------------------------------------------------------
-
-
-class World:
-    """A robot that writes down what it was sent, and whose state says how often it was."""
-
-    def __init__(self, last: int) -> None:
-        self.sent: list[np.ndarray] = []
-        self.last = last
-
-    def observe(self) -> dict[str, Any]:
-        return {**look(len(self.sent)), "state": np.array([0, 0, 0, len(self.sent) / 1000], np.float32), "time": time.monotonic()}
-
-    def act(self, action: np.ndarray) -> bool:
-        self.sent.append(action)
-        return len(self.sent) >= self.last
-
-    def told(self) -> list[int]:
-        return [round(1000 * float(action[0])) for action in self.sent]
-
-
-def by_tick(line: Line, message: dict[str, Any]) -> None:
-    """What is said for step s of a look taken at tick t is t + s."""
-    line.say(chunk(message, first=round(1000 * float(message["state"][3]))))
-
-
-def loop_of(robot: Client, world: World, **options: Any) -> ControlLoop:
-    guard = Guard(edge_spec(("front",)).model_dump(mode="json"), **options.pop("guard", {}))
-    return ControlLoop(robot, world, 10, guard, **{"clock": Hurried(), **options})
-
-
-def test_a_loop_plays_what_a_server_says_and_tells_it_what_became_of_it():
-    world = World(21)
-    with Peer(by_tick) as peer, client(peer) as robot:
-        report = loop_of(robot, world).run("go")
-        assert world.told() == list(range(21)) and report.holds == 0 and report.over
-        looks = peer.looks()
-        assert [message["executed"] for message in looks] == [None, *[E] * (len(looks) - 1)] and len(looks) == 6
-        assert all(0 < message["age"] < PATIENT and 0 < message["deadline"] < PATIENT for message in looks)
-        assert [message["type"] for message in peer.heard[:3]] == ["hello", "reset", "look"]
-        assert {message["robot"] for message in looks} == {"tabletop"}
-
-
-@pytest.mark.parametrize("ensemble", [None, 0.01])
-def test_a_server_of_150_ms_costs_steps_and_no_tick_at_10_hz(ensemble: float | None):
-    """Nothing is asserted of time: an action says which tick it is meant for, and it is sent in that one."""
-    world = World(40)
-
-    def slow(line: Line, message: dict[str, Any]) -> None:
-        peer.sleep(0.15)
-        by_tick(line, message)
-
-    with Peer(slow) as peer, client(peer) as robot:
-        report = loop_of(robot, world, asynchronous=True, ensemble=ensemble, clock=None).run("go")
-        assert report.ticks == 40 and report.reasons.keys() <= {"deadline", "no action"} and report.looks >= 5
-        moved = [(at, said) for at, said in enumerate(world.told()) if np.any(world.sent[at])]
-        # A tick that was missed, as on a machine that does something else, shifts what comes after it, and nothing else does.
-        assert all(0 <= said - at <= report.missed for at, said in moved)
-        if not report.holds and not report.missed:
-            assert world.told() == list(range(40))
-        looks, ran = peer.looks(), list(range(40))
-        asked = [round(1000 * float(message["state"][3])) for message in looks]
-        assert asked == sorted(asked) and len(looks) < len(ran) / 2
-        if ensemble is None and not report.holds and not report.missed:
-            # Since the chunk before was played on meanwhile, what was carried out of it reaches up to the tick of the look.
-            wanted = [now - before for before, now in zip(asked[:-1], asked[1:], strict=True)]
-            assert [message["executed"] for message in looks[1:]] == wanted
-        if ensemble is not None:
-            assert all(message["executed"] is None for message in looks)
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_hold_of_the_server_stops_the_robot_until_it_is_over(asynchronous: bool):
-    world, helped = World(30), threading.Event()
-
-    def answer(line: Line, message: dict[str, Any]) -> None:
-        if line.looks in (3, 4):
-            line.say(
-                chunk(message, first=900, hold=True, reason="jump: 'eef'; waiting", needs_help="look at me" * (line.looks == 4))
-            )
-        else:
-            by_tick(line, message)
-
-    with Peer(answer) as peer, client(peer) as robot:
-        verdicts: list[Any] = []
-        loop = loop_of(robot, world, asynchronous=asynchronous, on_verdict=verdicts.append)
-        if asynchronous:  # ticks wait for the answer, so that they can be counted
-            act = world.act
-            world.act = lambda action: (act(action), loop._pending and loop._pending[0].exception(PATIENT))[0]  # pyright: ignore
-        report = loop.run("go")
-    held = [verdict for verdict in verdicts if verdict.hold]
-    assert held and report.holds == len(held) and report.needs_help == "look at me" and helped is not None
-    assert all("server: jump: 'eef', waiting" in verdict.reason for verdict in held) and report.reasons["server"] == len(held)
-    assert {verdict.needs_help for verdict in held} == {"", "look at me"} and not verdicts[-1].needs_help
-    assert all(said == (0 if verdict.hold else at) for at, (said, verdict) in enumerate(zip(world.told(), verdicts, strict=True)))
-    assert 2 <= len(held) <= 6
-
-
-def test_a_server_that_is_lost_makes_the_robot_hold_with_the_reason_and_one_that_is_back_move():
-    world = World(24)
-
-    def answer(line: Line, message: dict[str, Any]) -> None:
-        if line.number == 1 and line.looks == 3:
-            line.plain.close()
-        else:
-            by_tick(line, message)
-
-    with Peer(answer) as peer, client(peer) as robot:
-        report = loop_of(robot, world).run("go")
-    assert report.holds == 1 and report.reasons["policy"] == 1 and robot.connections == 2
-    assert world.told() == [at if at != 8 else 0 for at in range(24)]
-
-
-def test_a_loop_says_help_is_needed_when_the_server_that_asked_for_it_is_gone(caplog: pytest.LogCaptureFixture):
-    def answer(line: Line, message: dict[str, Any]) -> None:
-        if line.number == 1 and line.looks == 1:
-            line.say(chunk(message, hold=True, reason="no", needs_help="ask"))
-            line.plain.close()
-        else:
-            line.say(chunk(message))
-
-    caplog.set_level(logging.ERROR)
-    world = World(10)
-    with Peer(answer) as peer, client(peer) as robot:
-        report = loop_of(robot, world).run("go")
-        assert report.needs_help == "ask" and report.holds == 10 and len(peer.looks()) == 1
-
-
 # --- and what it costs -----------------------------------------------------------------------------------------------
 
 
@@ -667,12 +493,3 @@ def test_a_robot_needs_little():
     heavy = ["torch", "pydantic", "pandas", "transformers", "PIL", "starlette", "uvicorn", "asyncio", "yaml"]
     done = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
-def test_a_policy_may_be_anything_with_a_chunk():
-    """A loop's policy that is no server needs neither `reset` nor `hold`."""
-    world = World(5)
-    plain: Any = SimpleNamespace(act=lambda *_: SimpleNamespace(actions=np.zeros((N, 4), np.float32), confidence=np.ones((N, 4))),
-                            steps=lambda robot: (N, E))  # fmt: skip
-    report = ControlLoop(plain, world, 10, Guard(edge_spec(("front",)).model_dump(mode="json")), clock=Hurried()).run("go")
-    assert report.holds == 0 and report.ticks == 5
