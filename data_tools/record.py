@@ -7,6 +7,9 @@ timing and interruptions change nothing.
 Noise: a demonstrator that never errs never shows how to recover. Two episodes in three are pushed off course, by N(0,
 0.3) on every motion dimension and by bursts of 3 steps (begun at 6% of the steps), while the label stays the expert's
 clean action at the state actually reached. The unit of the 0.3 is a whole step, or 0.06 rad of a joint's place.
+
+Goals of several subtasks (`tabletop-long`) are recorded with LeRobot's language column: what is to be done now, what is left,
+what was done (`vla/recording/language.py`); and with a few steps beyond the end, so that a picture shows what done looks like.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from tqdm import tqdm
 from data_tools.working import begin_worker, one_thread_each, terminable
 from vla.embodiment import EmbodimentSpec, load_embodiment
 from vla.errors import DataError, MachineError, UsageError
+from vla.prompt import DONE
 from vla.recording import EncodedEpisode, LeRobotWriter, encode_episode
+from vla.recording.language import Segment, narrate
 from vla.recording.video import VIDEO
 from vla.schema import Episode
 from vla.sims import SUITES, expand_tasks, find_suite, make_sim
@@ -41,6 +46,8 @@ _MOTION = {
 }  # fmt: skip
 """What a noise of 1 is in a channel's own unit: all of a command that is a step (a quarter where it
 turns the hand by half a radian), 0.06 rad of a joint's place."""
+_TAIL = 4
+"""Steps recorded after the last subtask was done."""
 _GIVE_UP = 50
 """Failed attempts of one task in a row after which the recorder says so instead of going on for ever."""
 
@@ -69,7 +76,8 @@ def record(
     spec = spec.model_copy(update={"cameras": sizes})
     header = {"suite": suite, "seed": seed, "task_order": names, "noise": NOISE if noise else None}
     quota = [episodes // len(names) + (k < episodes % len(names)) for k in range(len(names))]
-    with LeRobotWriter(Path(out), spec, video=video, header=header, resume=resume) as writer:
+    told = find_suite(suite).subtask is not None
+    with LeRobotWriter(Path(out), spec, video=video, header=header, resume=resume, language=told) as writer:
         already = writer.num_episodes
         if writer.orphans:
             tqdm.write(f"removed what an interrupted recording had left: {', '.join(writer.orphans)}")
@@ -257,20 +265,32 @@ def demonstrate(sim: Any, seed: int, noise: bool) -> Episode | None:
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in sim.spec.cameras}
     states, actions = [], []
     observation, info = sim.reset(seed=seed)
-    ended = bool(info.get("success"))
+    ended, success, left = bool(info.get("success")), False, _TAIL if "subtask" in info else 0
+    segments: list[Segment] = []
     while not ended:
         for camera, frames in images.items():
             frames.append(observation["images"][camera])
         states.append(observation["state"])
+        if "subtask" in info:
+            _note(segments, len(actions), info, find_suite(sim.suite).subtask)
         label = np.clip(sim.expert(), low, high).astype(np.float32)
         actions.append(label)
-        executed = disturb(label) if disturb else label
+        executed = disturb(label) if disturb and not success else label
         observation, _, terminated, truncated, info = sim.step(np.clip(executed, low, high))
-        ended = terminated or truncated
-    if not info["success"] or not actions:
+        left -= success
+        success = success or bool(info["success"])
+        ended = left <= 0 if success else terminated or truncated
+    if not success or not actions:
         return None
     return Episode({c: np.stack(f) for c, f in images.items()}, np.stack(states).astype(np.float32), np.stack(actions),
-                   sim.instruction, sim.spec.name, True, sim.task, seed)  # fmt: skip
+                   sim.instruction, sim.spec.name, True, sim.task, seed, narrate(segments))  # fmt: skip
+
+
+def _note(segments: list[Segment], frame: int, info: dict[str, Any], sentence: Any) -> None:
+    """Begin a segment where something else than before is to be done. `sentence` names a subtask."""
+    plan, done = (tuple(map(sentence, info[name])) for name in ("plan", "done"))
+    if not segments or (segments[-1].plan[:1], segments[-1].done) != (plan[:1], done):
+        segments.append(Segment(frame, plan[0] if plan else DONE, plan, done))
 
 
 # ---- the command ----

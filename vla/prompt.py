@@ -6,6 +6,7 @@ An instruction is cleaned once, here, before it reaches any tokenizer; what cann
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 from vla.errors import DataError
 
@@ -33,6 +34,19 @@ ANSWER_PROMPTS: dict[str, str] = {
 }
 """What the same models were asked other questions with."""
 
+DONE = "done"
+"""What is answered, and written into datasets, when nothing is left to do."""
+NOTHING = "nothing"
+"""What stands where no instruction has been given or followed yet."""
+
+PLAN_PROMPTS: dict[str, str] = {"plan-1": "goal: {goal}. done: {done}. last: {last}. what next?"}
+"""Version -> what a planner is asked. The answer is the next instruction, or `DONE`. Instructions done are separated by commas;
+beside those and the goal there are seven words, so a vocabulary learned from the questions has each whole."""
+PROGRESS_PROMPTS: dict[str, str] = {"progress-1": "is it finished: {instruction}?"}
+"""Version -> what whoever watches is asked about the instruction that is being followed. The answer is `yes` or `no`."""
+PLAN_VERSION, PROGRESS_VERSION = "plan-1", "progress-1"
+"""What is asked where nobody says otherwise."""
+
 
 def clean_instruction(text: str) -> str:
     """NFC, control characters and runs of white space to one space, lower case.
@@ -59,3 +73,18 @@ def answer_prompt(question: str) -> str:
     """The text before an answer: the question, white space and control characters cleaned, its case kept."""
     kept = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in unicodedata.normalize("NFC", question))
     return " ".join(kept.split())
+
+
+def plan_prompt(goal: str, done: Sequence[str] = (), last: str = "", version: str = PLAN_VERSION) -> str:
+    """The question whose answer is what to do next towards `goal`, once `done` was done and `last` was the last instruction.
+
+    Raises `DataError` where one of them is no instruction (`clean_instruction`).
+    """
+    known = ", ".join(map(clean_instruction, done)) or NOTHING
+    return PLAN_PROMPTS[version].format(goal=clean_instruction(goal), done=known,
+                                        last=clean_instruction(last) if last else NOTHING)  # fmt: skip
+
+
+def progress_prompt(instruction: str, version: str = PROGRESS_VERSION) -> str:
+    """The question whether `instruction` is carried out by what the picture shows."""
+    return PROGRESS_PROMPTS[version].format(instruction=clean_instruction(instruction))

@@ -17,6 +17,15 @@ Observation = Mapping[str, object]
 
 
 @dataclass(frozen=True)
+class Said:
+    """A sentence that holds from frame `frame` of an episode on, until the next of its style (`subtask`, `plan`, `memory`)."""
+
+    frame: int
+    style: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Episode:
     """One demonstration from reset to its end, in the robot's own units.
 
@@ -34,12 +43,14 @@ class Episode:
     """The simulator's or recorder's own name of the task, e.g. `push-red-left`."""
     seed: int | None = None
     """The reset seed, when the episode came from a simulator."""
+    language: tuple[Said, ...] = ()
+    """What is said while it goes on, beside `instruction`, in order of time."""
 
     def __len__(self) -> int:
         return len(self.action)
 
     def validate(self, where: str) -> None:
-        """Raise `DataError` unless every array is finite and all of them have the same length T >= 1."""
+        """Raise `DataError` unless every array is finite, all of them have the same length T >= 1 and nothing is said outside."""
         T = len(self.action)
         if T == 0:
             raise DataError(where, found="an episode of 0 steps", expected="at least 1 step", fix="record it again")
@@ -56,6 +67,9 @@ class Episode:
                     f"{where}, camera {camera!r}", found=f"{frames.dtype} {frames.shape}",
                     expected=f"uint8 ({T}, h, w, 3)", fix="give one RGB frame per step",
                 )
+        if outside := [said for said in self.language if not 0 <= said.frame < T or not said.content]:
+            raise DataError(f"{where}, language", found=str(outside[0]), expected=f"a sentence from one of its {T} frames on",
+                            fix="say it of a frame the episode has")  # fmt: skip
 
 
 @dataclass(frozen=True)

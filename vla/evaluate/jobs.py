@@ -18,6 +18,7 @@ from vla.embodiment import EmbodimentSpec
 from vla.errors import UsageError
 from vla.report.lines import CONDITIONS
 from vla.schema import Observation
+from vla.sims.suites import same_scenes
 
 if TYPE_CHECKING:
     from vla.recording import EncodedEpisode
@@ -136,7 +137,7 @@ def check_conditions(conditions: Sequence[str]) -> list[str]:
 
 
 def check_seeds(policy: Actor, suite: str, seed: int, episodes: int) -> None:
-    """Raise `UsageError` when an evaluation seed was recorded for training, in any task of the suite.
+    """Raise `UsageError` when an evaluation seed was recorded for training, in any task of the suite or of one with its scenes.
 
     In any task, because in a language-conditioned suite the scene depends on the seed and not on the task.
     """
@@ -154,7 +155,8 @@ def trained_on(policy: Actor, suite: str, seed: int, episodes: int) -> str:
     last = seed + episodes - 1
     clashes = [
         f"{task}: {max(seed, low)}" + (f"..{min(last, high)}" if max(seed, low) < min(last, high) else "")
-        for task, ranges in policy.recorded_seeds.get(suite, {}).items()
+        for name in same_scenes(suite)
+        for task, ranges in policy.recorded_seeds.get(name, {}).items()
         for low, high in ranges
         if low <= last and seed <= high
     ]
@@ -241,12 +243,15 @@ def _apply(job: Job, policy: Actor, suite: Any, turn: int, demos: Demos | None, 
 
 
 def _siblings(task: str, suite: Any, policy: Actor) -> list[str]:
-    """Tasks of the same scene that differ in one word of their name (`push-red-left`: other colours, other directions)."""
+    """Tasks of the same scene that differ in one word of their name (`push-red-left`: other colours, other directions), or
+    those the suite names itself."""
     words = task.split("-")
     same = [t for t in suite.tasks if t != task and suite.group(t) == suite.group(task)]
+    if suite.swaps:
+        same = [t for t in suite.swaps(task) if t in suite.tasks]
     if policy.instructions:
         same = [t for t in same if suite.instruction(t) in policy.instructions]
-    near = [t for t in same if len(t.split("-")) == len(words)
+    near = [t for t in same if not suite.swaps and len(t.split("-")) == len(words)
             and sum(a != b for a, b in zip(t.split("-"), words, strict=True)) == 1]  # fmt: skip
     return near or same
 

@@ -4,7 +4,8 @@
         writer.add(episode)  # an Episode, or what `encode_episode` made of one in another process
 
 `writer.py` is the dataset and its commits, `encoded.py` one episode, `video.py` its clips, `columns.py` and
-`statistics.py` the numbers, `committed.py` continues what was begun. `vla/episodes/` reads.
+`statistics.py` the numbers, `language.py` what is said while it goes on, `committed.py` continues what was begun.
+`vla/episodes/` reads.
 """
 
 from vla.recording.encoded import EncodedEpisode, encode_episode, image_key

@@ -10,13 +10,15 @@ with the same statistics as one written in one go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from vla.normalize import QUANTILES
+from vla.recording.language import COLUMN, to_column
 
 MAX_KEPT_ROWS = 1 << 20
 _CHUNKS = 256
@@ -37,13 +39,15 @@ class EpisodeRows:
     success: bool
     state: np.ndarray  # (T, S) float32
     action: np.ndarray  # (T, A) float32
+    language: list[dict[str, Any]] | None = None  # rows of its column (`language.py`); None where the dataset has none
 
     def __len__(self) -> int:
         return len(self.action)
 
     @property
     def nbytes(self) -> int:
-        """Size of its rows, uncompressed: state, action and the seven columns every dataset has."""
+        """Size of its rows, uncompressed: state, action and the seven columns every dataset has. What is said is repeated in
+        every row, and next to nothing on the disk."""
         return self.state.nbytes + self.action.nbytes + len(self) * (4 * 8 + 4 + 2)
 
     def columns(self, fps: int) -> dict[str, np.ndarray]:
@@ -58,7 +62,7 @@ class EpisodeRows:
         }  # fmt: skip
 
 
-def to_table(episodes: Iterable[EpisodeRows], fps: int) -> pa.Table:
+def to_table(episodes: Sequence[EpisodeRows], fps: int) -> pa.Table:
     """The rows of consecutive episodes."""
     parts = [episode.columns(fps) for episode in episodes]
     arrays = {}
@@ -67,6 +71,8 @@ def to_table(episodes: Iterable[EpisodeRows], fps: int) -> pa.Table:
         flat = pa.array(values.reshape(-1))
         wide = values.ndim == 2 and values.shape[1] > 1  # a feature of shape [1] is a plain column
         arrays[key] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if wide else flat
+    if episodes[0].language is not None:
+        arrays[COLUMN] = to_column([episode.language or [] for episode in episodes], list(map(len, episodes)))
     return pa.table(arrays)
 
 
@@ -86,11 +92,13 @@ def from_table(table: pa.Table, number: int, lengths: list[int]) -> list[Episode
     state = values("observation.state").reshape(len(table), -1)[:total] if "observation.state" in table.column_names else None
     state = np.zeros((total, 0), np.float32) if state is None else state
     index, task, success = values("index"), values("task_index"), values("next.success")
+    said = table[COLUMN] if COLUMN in table.column_names else None
     episodes, at = [], 0
     for n, T in enumerate(lengths):
         rows = slice(at, at + T)
         solved = bool(success[at + T - 1])
-        episodes.append(EpisodeRows(number + n, int(index[at]), int(task[at]), solved, state[rows], action[rows]))
+        language = None if said is None else said[at].as_py()
+        episodes.append(EpisodeRows(number + n, int(index[at]), int(task[at]), solved, state[rows], action[rows], language))
         at += T
     return episodes
 

@@ -10,7 +10,7 @@ import numpy as np
 from vla.recording.columns import timestamps
 from vla.recording.statistics import PixelStats, column_stats
 from vla.recording.video import encode
-from vla.schema import Episode
+from vla.schema import Episode, Said
 
 
 @dataclass
@@ -30,6 +30,7 @@ class EncodedEpisode:
     source: str = ""  # key in the dataset it was converted from
     split: str = ""  # `val`, ..., where that dataset has any
     several: bool = False  # more instructions there than the one kept
+    language: tuple[Said, ...] = ()  # what is said while it goes on
 
     def __len__(self) -> int:
         return len(self.action)
@@ -53,6 +54,7 @@ def encode_episode(episode: Episode, fps: int, video: str = "lossless") -> Encod
         episode.state, episode.action, episode.instruction, episode.success, episode.task, episode.seed,
         {camera: counted.histogram for camera, counted in pixels.items()}, stats,
         {camera: hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest() for camera, frames in exact.items()},
+        language=episode.language,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from vla.errors import DataError, MachineError, UsageError
 from vla.recording.columns import EpisodeRows, Running, to_table
 from vla.recording.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, Committed, locate, read_committed, sweep
 from vla.recording.encoded import EncodedEpisode, encode_episode, image_key
+from vla.recording.language import COLUMN, FEATURE, to_rows
 from vla.recording.statistics import PixelStats, constant_stats, ramp_stats
 from vla.recording.video import VIDEO, describe, join, joinable
 from vla.schema import Episode
@@ -51,9 +52,10 @@ class LeRobotWriter:
     """Appends episodes to `root`, creating it when it is absent or empty.
 
     `spec.cameras` must carry the size of the frames. `header` is kept in `meta/recording.json` and must be the same
-    when a dataset is continued. Commits happen by themselves: at most every 10 s and so seldom that they cost under 5
-    % of the time, but at the latest when 64 MiB of clips are waiting; `close()` makes the last one. One process at a
-    time: a second writer is refused.
+    when a dataset is continued. With `language`, there is a column for what is said while an episode goes on.
+
+    Commits happen by themselves: at most every 10 s and so seldom that they cost under 5 % of the time, but at the latest
+    when 64 MiB of clips are waiting; `close()` makes the last one. One process at a time: a second writer is refused.
 
     Raises `UsageError` when the folder is something else or was begun with other settings, `MachineError` when the
     disk is full (all committed episodes stay readable).
@@ -62,12 +64,14 @@ class LeRobotWriter:
     def __init__(
         self, root: Path, spec: EmbodimentSpec, *, fps: int | None = None, video: str = "lossless",
         header: dict[str, Any] | None = None, resume: bool = True, data_mb: int = 32, video_mb: int = 100,
+        language: bool = False,
     ) -> None:  # fmt: skip
         if video not in VIDEO:
             raise UsageError("video", found=video, expected=f"one of {sorted(VIDEO)}", fix="choose one of these")
         self.root, self.spec, self.video = Path(root), spec, video
         self.fps = fps or max(1, round(spec.control_hz))
-        self.header = {"version": 1, "video": video, "fps": self.fps, **(header or {})}
+        self.header = {"version": 1, "video": video, "fps": self.fps, **(header or {})} | ({"language": True} if language else {})
+        self.language = language
         self.limits = {"data": data_mb * 2**20, "videos": video_mb * 2**20}
         self.orphans: list[str] = []
         """Files an interrupted writer had left, removed on opening."""
@@ -136,6 +140,9 @@ class LeRobotWriter:
         if found != expected:
             raise DataError(f"{self.root}, episode {self.num_episodes}", found=f"cameras, state, action {found}",
                             expected=f"{expected}, as {self.spec.name!r} has", fix="record with that robot")  # fmt: skip
+        if encoded.language and not self.language:
+            raise DataError(f"{self.root}, episode {self.num_episodes}", found="subtasks, or other sentences of its frames",
+                            expected="an episode with one instruction", fix="open the writer with language=True")  # fmt: skip
         entry = {"episode_index": self.num_episodes, "task": encoded.task or encoded.instruction, "seed": encoded.seed}
         entry |= {"pixels": encoded.digests} if encoded.digests else {}
         entry |= {name: value for name in ("source", "split", "several") if (value := getattr(encoded, name))}
@@ -182,7 +189,8 @@ class LeRobotWriter:
         rows, stats, episodes, pixels = [], [], [], dict(done.pixels)
         for number, episode in enumerate(self._pending, start=self.committed):
             task, T = tasks.setdefault(episode.instruction, len(tasks)), len(episode)
-            episodes.append(EpisodeRows(number, frames, task, episode.success, episode.state, episode.action))
+            said = to_rows(episode.language, self.fps) if self.language else None
+            episodes.append(EpisodeRows(number, frames, task, episode.success, episode.state, episode.action, said))
             for camera in pixels:
                 pixels[camera] = pixels[camera] + PixelStats(episode.pixels[camera], T)
             entries = episode.stats | {
@@ -300,6 +308,7 @@ class LeRobotWriter:
             if names:
                 features[key] = {"dtype": "float32", "shape": [len(names)], "names": names}
         features |= {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in _DEFAULTS.items()}
+        features |= {COLUMN: FEATURE} if self.language else {}
         return {
             "codebase_version": VERSION, "fps": self.fps, "features": features, "total_episodes": episodes,
             "total_frames": frames, "total_tasks": tasks, "chunks_size": CHUNK_FILES,

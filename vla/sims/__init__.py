@@ -19,6 +19,7 @@ __all__ = ["SUITES", "Suite", "expand_tasks", "find_suite", "local_sim", "make_s
 _ADAPTERS = {
     "tabletop": ("vla.sims.tabletop", "Tabletop"),
     "tabletop-wrist": ("vla.sims.tabletop", "TabletopWrist"),
+    "tabletop-long": ("vla.sims.tabletop", "TabletopLong"),
     "metaworld": ("vla.sims.metaworld", "MetaWorld"),
     "fetch": ("vla.sims.fetch", "Fetch"),
     "aloha": ("vla.sims.aloha", "Aloha"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vla.errors import UsageError
+from vla.sims.tabletop_goals import GOALS, other_goals
 
 COLOURS = ("red", "green", "blue", "yellow")
 DIRECTIONS = ("left", "right", "away")
@@ -109,6 +110,12 @@ class Suite:
     """What a task's results are summed under: the verb on the tabletop, the task itself in Meta-World."""
     instruction: Callable[[str], str] = field(repr=False)
     """The one sentence of a task, lower-case words."""
+    scenes: str = ""
+    """The suite whose scenes it draws: scene n is the same in both; default: its own."""
+    swaps: Callable[[str], tuple[str, ...]] | None = field(default=None, repr=False)
+    """Tasks that can be told and judged in the scenes of another; default: those of its group."""
+    subtask: Callable[[str], str] | None = field(default=None, repr=False)
+    """Where tasks are made of subtasks, the sentence of one; else None."""
 
 
 SUITES: dict[str, Suite] = {
@@ -118,7 +125,12 @@ SUITES: dict[str, Suite] = {
     ),
     "tabletop-wrist": Suite(
         name="tabletop-wrist", embodiment="tabletop_wrist", tasks=TABLETOP_TASKS, known=TABLETOP_TASKS,
-        group=lambda task: task.split("-")[0], instruction=tabletop_instruction,
+        group=lambda task: task.split("-")[0], instruction=tabletop_instruction, scenes="tabletop",
+    ),
+    "tabletop-long": Suite(
+        name="tabletop-long", embodiment="tabletop", tasks=tuple(GOALS), known=tuple(GOALS), group=lambda goal: goal,
+        instruction=lambda goal: GOALS[goal].sentence, scenes="tabletop", swaps=other_goals,
+        subtask=tabletop_instruction,
     ),
     "metaworld": Suite(
         name="metaworld", embodiment="metaworld_sawyer", tasks=("button-press-topdown-v3",),
@@ -149,6 +161,12 @@ def find_suite(name: str) -> Suite:
         raise UsageError(f"suite {name!r}", found="no such suite", expected=f"one of {list(SUITES)}",
                          fix=f"use --suite {_nearest(name, list(SUITES))[0]}")  # fmt: skip
     return SUITES[name]
+
+
+def same_scenes(name: str) -> list[str]:
+    """Suites whose scene n is the one of suite `name`, itself included; [name] for a suite that is not known here."""
+    own = SUITES[name].scenes or name if name in SUITES else name
+    return [name, *(other for other, suite in SUITES.items() if other != name and (suite.scenes or other) == own)]
 
 
 def expand_tasks(suite: str, tasks: Sequence[str] | None) -> list[str]:

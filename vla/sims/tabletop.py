@@ -4,6 +4,8 @@ Ours, MJCF from primitives, needs only MuJoCo. Three verbs (touch, push left/rig
 tasks. Scene number `seed` is the same whatever the task, so a swapped instruction can be judged on the very same scene.
 Models, the inverse-kinematics twin and the renderer are shared by all simulators of a process; a simulator owns its
 `MjData` (and, when randomised, its numbers). Not safe to step from several threads.
+
+`tabletop-wrist` shows the same to a second camera; `tabletop-long` asks for several of the tasks, one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import copy
 import functools
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mujoco as _mujoco
 import numpy as np
@@ -21,7 +23,8 @@ import numpy as np
 from vla.errors import UsageError
 from vla.sims.base import Simulator
 from vla.sims.render import eye_for
-from vla.sims.suites import COLOURS, TABLETOP_TASKS
+from vla.sims.suites import COLOURS, find_suite
+from vla.sims.tabletop_long import STEPS_EACH, GoalJudge, goal_expert, progress
 from vla.sims.tabletop_tasks import STEP, Judge, expert
 
 mujoco: Any = _mujoco  # its compiled parts carry no types
@@ -48,6 +51,7 @@ class Tabletop(Simulator):
     suite = "tabletop"
     max_steps = 40
     camera = "front"
+    rules: ClassVar[type[Judge | GoalJudge]] = Judge
 
     def __init__(self, task: str, **kw: Any) -> None:
         super().__init__(task, **kw)
@@ -58,8 +62,8 @@ class Tabletop(Simulator):
         self._camera_ids = {name: self._model.camera(name).id for name in self.spec.cameras}
         self._site = self._model.site("ee").id
         self._cubes = [self._model.body(colour).id for colour in COLOURS]
-        self._judge_of: Judge = Judge(task, np.zeros((4, 3)))
-        self._watching: dict[str, Judge] = {}
+        self._judge_of: Any = self.rules(task, np.zeros((4, 3)))
+        self._watching: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the world
 
@@ -137,10 +141,10 @@ class Tabletop(Simulator):
 
     def _start_judging(self, watch: list[str]) -> tuple[bool, bool]:
         for task in watch:
-            _known(task)
+            self._change_task(task)
         start = self._cube_places().copy()
-        self._judge_of = Judge(self.task, start)
-        self._watching = {task: Judge(task, start) for task in watch}
+        self._judge_of = self.rules(self.task, start)
+        self._watching = {task: self.rules(task, start) for task in watch}
         return self._judge()
 
     def _judge(self) -> tuple[bool, bool]:
@@ -154,7 +158,10 @@ class Tabletop(Simulator):
         return {task: judge.status > 0 for task, judge in self._watching.items()}
 
     def _change_task(self, task: str) -> None:
-        _known(task)
+        known = find_suite(self.suite).known
+        if task not in known:
+            raise UsageError(f"task {task!r}", found=f"no such task in {self.suite}", expected=f"one of its {len(known)} tasks",
+                             fix=f"see vla.sims.SUITES[{self.suite!r}].known")  # fmt: skip
 
     # ------------------------------------------------------------------ pictures
 
@@ -170,6 +177,33 @@ class TabletopWrist(Tabletop):
     """The same scenes and tasks, seen by a second camera on the hand as well."""
 
     suite = "tabletop-wrist"
+
+
+class TabletopLong(Tabletop):
+    """The same scenes under goals of several subtasks (`vla/sims/tabletop_goals.py`), each of them a task of the tabletop.
+
+    `info` says more than other suites': `subtask` ({index, task, instruction} of what is to be done now; None at the end), `done`
+    and `plan` (tasks, in the order they were done and are going to be). The limit is `STEPS_EACH` steps per subtask.
+    """
+
+    suite = "tabletop-long"
+    rules = GoalJudge
+
+    def __init__(self, task: str, *, max_steps: int | None = None, **kw: Any) -> None:
+        super().__init__(task, max_steps=max_steps, **kw)
+        self._limit = max_steps
+
+    def _start_judging(self, watch: list[str]) -> tuple[bool, bool]:
+        status = super()._start_judging(watch)
+        self.max_steps = self._limit or STEPS_EACH * len(self._judge_of.subtasks)
+        return status
+
+    def _info(self, success: bool, failure: bool) -> dict[str, Any]:
+        return super()._info(success, failure) | progress(self._judge_of)
+
+    def expert(self) -> np.ndarray:
+        """(4,) float32; see `vla/sims/tabletop_long.py`."""
+        return goal_expert(self._judge_of, self._hand(), self._opening(), self._cube_places())
 
 
 def randomise(model: Any, rng: np.random.Generator) -> None:
@@ -236,9 +270,3 @@ def _places(rng: np.random.Generator) -> np.ndarray:
         gaps = np.linalg.norm(places[pairs[0]] - places[pairs[1]], axis=1)
         if gaps.min() >= _APART:
             return places
-
-
-def _known(task: str) -> None:
-    if task not in TABLETOP_TASKS:
-        raise UsageError(f"task {task!r}", found="no such task on the tabletop", expected="one of its 20 tasks",
-                         fix="see vla.sims.SUITES['tabletop'].known")  # fmt: skip
