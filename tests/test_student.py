@@ -20,6 +20,7 @@ from vla.policy import AdapterConfig, PolicyConfig, VLAPolicy, build_policy, loa
 from vla.policy.adapters import adapt
 from vla.policy.build import extend_policy
 from vla.schema import Window
+from vla.train import decayed_of
 
 SMALL = {"kind": "student", "image_size": 32, "patch": 16, "channels": (8, 8, 16), "keypoints": 8, "hidden": 32, "layers": 2,
          "heads": 2, "mlp": 64, "text_vocab": 320}  # fmt: skip
@@ -74,6 +75,15 @@ def seen(mixture: Mixture, n: int = 0) -> tuple[dict, str]:
     window = mixture.window(n)
     assert isinstance(window, Window)
     return {"images": window.images, "state": window.state}, window.embodiment
+
+
+def test_weight_decay_shrinks_layers_and_neither_queries_nor_positions(policy):
+    layers = [n for n, m in policy.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    decayed, whole = decayed_of(policy), {n for n, p in policy.named_parameters() if p.ndim >= 2}
+    assert decayed == {f"{name}.weight" for name in layers}
+    kept = {"steps", "end", "patch_positions", "camera_positions", "text.embed.weight", "dimensions.weight"}
+    kept |= {"text.positions"} if policy.config.backbone.text_layers else set()
+    assert {name.removeprefix("model.") for name in whole - decayed} == kept
 
 
 @torch.inference_mode()

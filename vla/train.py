@@ -265,11 +265,11 @@ def _train(
             problem = error
         together(problem)
     names: dict[Tensor, str] = {parameter: name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    tables = {id(p) for m in policy.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    decayed = [p for p in names if p.ndim >= 2 and id(p) not in tables and not names[p].endswith("_positions")]
-    plain = [p for p in names if all(p is not q for q in decayed)]
+    decayed = decayed_of(policy)
+    plain = [p for p, name in names.items() if name not in decayed]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": [p for p, name in names.items() if name in decayed], "weight_decay": config.optim.weight_decay},
+         {"params": plain, "weight_decay": 0.0}],
         lr=config.optim.lr, betas=config.optim.betas, fused=True,
     )  # fmt: skip
     policy.to(accelerator.device)
@@ -441,6 +441,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = (step - optim.warmup) / max(1, config.run.steps - optim.warmup)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def decayed_of(policy: VLAPolicy) -> set[str]:
+    """Names of the parameters that weight decay shrinks: the matrices of layers.
+
+    Rows of tables, positions and learned queries stand for one thing each: a row that is seldom drawn would only ever shrink.
+    Those that are no `Embedding` lie beside the layers under names of their own, as what is a matrix is called a weight (or, of
+    a mixture's experts, a projection) by everybody.
+    """
+    tables = {id(p) for module in policy.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
+    return {name for name, p in policy.named_parameters()
+            if p.ndim >= 2 and id(p) not in tables and name.endswith(("weight", "_proj"))}  # fmt: skip
 
 
 def _pinned(config: PolicyConfig, start: dict | None) -> PolicyConfig:
