@@ -1,7 +1,7 @@
 """The model in a process of its own: pictures go there through shared memory, everything else through a socket.
 
     backend = await ProcessBackend.start({"policy": "runs/demo"})
-    results, seconds = await backend.run(requests)
+    results, seconds = await backend.begin(requests)
 
 The server's process never imports torch, so nothing the model does (a long step, a crash, `kill -9`) stops a probe or a socket.
 What the process does is `serve/model_process.py`. `ThreadBackend` is the same without a process, for replicas that
@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,7 +66,7 @@ class ProcessBackend:
         backend = cls(process, line, shared)
         try:
             async with asyncio.timeout(loading):
-                await backend._send(dict(spec))
+                backend._send(dict(spec))
                 said = await backend._receive()
         except (TimeoutError, BackendLost, asyncio.CancelledError) as error:
             backend.kill()
@@ -87,7 +87,7 @@ class ProcessBackend:
         """Of the model's process."""
         return self._process.pid
 
-    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
         """See `serve.engine.Backend`."""
         at, items, places = 0, [], []
         for request in batch:
@@ -105,7 +105,10 @@ class ProcessBackend:
         for start, size, data in places:
             raw = np.ascontiguousarray(data).reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
             self._memory[start : start + size] = raw.view(np.uint8)
-        await self._send({"batch": items, "room": self._room})
+        self._send({"batch": items, "room": self._room})
+        return self._results()
+
+    async def _results(self) -> tuple[list[Any], float]:
         said = await self._receive()
         return [result_of(one) for one in said["results"]], said["seconds"]
 
@@ -134,7 +137,7 @@ class ProcessBackend:
             os.ftruncate(self._file, self._room)
             self._memory = np.frombuffer(mmap.mmap(self._file, self._room), np.uint8)
 
-    async def _send(self, message: Any) -> None:
+    def _send(self, message: Any) -> None:
         data = msgpack.packb(message)
         assert data is not None
         self._line.send(data)
@@ -208,11 +211,13 @@ class ThreadBackend:
         actor = await asyncio.get_running_loop().run_in_executor(thread, load, dict(spec))
         return cls(actor, thread)
 
-    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
         """See `serve.engine.Backend`."""
         items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
-        began = time.perf_counter()
         answer = asyncio.get_running_loop().run_in_executor(self._thread, self._actor.answer, items)
+        return self._results(answer, time.perf_counter())
+
+    async def _results(self, answer: asyncio.Future[Any], began: float) -> tuple[list[Any], float]:
         await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise BackendLost("the policy's thread hangs")

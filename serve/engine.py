@@ -106,8 +106,9 @@ class Backend(Protocol):
 
     info: Info
 
-    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
-        """(for each request a (actions, confidence, symbols) or a `VLAError`, seconds). Raises `BackendLost`."""
+    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
+        """The batch is with the model when this returns. What it comes to: (for each request (actions, confidence, symbols) or a
+        `VLAError`, seconds). Awaiting it raises `BackendLost`."""
         ...
 
     async def stop(self) -> None:
@@ -162,6 +163,9 @@ class Engine:
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._parked = False
+        """Whether nothing is being done, nor about to be."""
+        self._begun: tuple[list[_Waiting], Any, Any] | None = None
         self._loop: asyncio.Task[None] | None = None
         self._swapping = asyncio.Lock()
         self._recent: dict[str, float] = {}
@@ -259,6 +263,13 @@ class Engine:
 
     async def act(self, request: Request) -> Answer:
         """One chunk for one look. Raises `Refusal`, or the `VLAError` the policy has for this observation."""
+        return await self.ask(request)
+
+    def ask(self, request: Request) -> asyncio.Future[Answer]:
+        """`act`, to be awaited later; cancelled, it frees its place. Raises the `Refusal` of what is not even accepted.
+
+        Where nothing else waits the model has it when this returns: what a caller still does then costs no time.
+        """
         now = time.monotonic()
         own = request.deadline < math.inf
         request.deadline = min(request.deadline, now + self.options.deadline * (10 if own else 1))
@@ -270,13 +281,13 @@ class Engine:
         self._recent[request.client] = now
         self._idle.clear()
         self._work.set()
-        self.metrics.queue.set(len(self._queue))
         timer = loop.call_later(request.deadline - now, self._expire, one)
-        try:
-            return await one.answer
-        finally:
-            timer.cancel()
-            self._forget(one)
+        one.answer.add_done_callback(lambda _: (timer.cancel(), self._forget(one)))
+        if self._parked and self._backend is not None and len(self._recent) == 1:
+            self._begin(self._next())
+        else:
+            self.metrics.queue.set(len(self._queue))
+        return one.answer
 
     def _expire(self, one: _Waiting) -> None:
         """Its deadline passed; what the model says of it is thrown away."""
@@ -310,8 +321,6 @@ class Engine:
 
     def _forget(self, one: _Waiting) -> None:
         """It was answered, or nobody waits for it any more."""
-        if not one.answer.done():
-            one.answer.cancel()
         if one.queued:
             one.queued = False
             self._queue.remove(one)
@@ -326,13 +335,17 @@ class Engine:
         while True:
             if not self._queue:
                 self._work.clear()
+                self._parked = True
                 await self._work.wait()
-            await self._gather()
-            if self._backend is None:
-                await self._restart()
-            batch = self._next()
-            if batch:
-                await self._answer(batch)
+                self._parked = False
+            if self._begun is None:
+                await self._gather()
+                if self._backend is None:
+                    await self._restart()
+                if batch := self._next():
+                    self._begin(batch)
+            if self._begun is not None:
+                await self._finish(*self._begun)
             if not self._queue and not self._running:
                 self._idle.set()
 
@@ -360,15 +373,23 @@ class Engine:
         self.metrics.queue.set(len(self._queue))
         return batch
 
-    async def _answer(self, batch: list[_Waiting]) -> None:
+    def _begin(self, batch: list[_Waiting]) -> None:
+        """The batch is with the model."""
         assert self._backend is not None
         backend = self._busy = self._backend
-        self._running, self._began = batch, time.monotonic()
+        self._parked, self._running, self._began = False, batch, time.monotonic()
         self._over.clear()
+        try:
+            self._begun = batch, backend, backend.begin([one.request for one in batch])
+        except Exception as error:
+            self._begun = batch, backend, _raising(error)
+
+    async def _finish(self, batch: list[_Waiting], backend: Backend, pending: Awaitable[tuple[list[Any], float]]) -> None:
+        """What the model says of it, to those who wait."""
         hung: list[Backend] = []
         watchdog = asyncio.get_running_loop().call_later(self.options.hang, lambda: (hung.append(backend), backend.kill()))
         try:
-            results, seconds = await backend.run([one.request for one in batch])
+            results, seconds = await pending
         except Exception as error:  # of ours as well: whatever it was, this conversation is not to be trusted any more
             why = f"the policy did not answer for {self.options.hang:g} s" if hung else str(error)
             if not isinstance(error, BackendLost):
@@ -389,7 +410,7 @@ class Engine:
             return
         finally:
             watchdog.cancel()
-            self._running, self._busy = [], None
+            self._running, self._busy, self._begun = [], None, None
             self._over.set()
         took = time.monotonic() - self._began
         self.expected = max(took, 0.9 * self.expected + 0.1 * took)
@@ -418,6 +439,10 @@ class Engine:
                 await self._take(backend, loading)
             else:  # swapped meanwhile
                 await backend.stop()
+
+
+async def _raising(error: Exception) -> Any:
+    raise error
 
 
 def _fail(one: _Waiting, error: VLAError) -> None:

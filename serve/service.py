@@ -28,6 +28,9 @@ from serve.wire import Encoded, Picture
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
 
+SHORTEST = 0.001
+"""Seconds of a deadline. Less is a mistake, not a wish."""
+
 
 @dataclass
 class Look:
@@ -175,27 +178,30 @@ class Session:
             self.guard = service.guard_of(robot, self.id)
         guard = self.guard
         images, state = self._images(robot, look.images), _state(robot, look.state)
-        if look.instruction != self._said:
+        if not isinstance(look.instruction, str) or look.instruction != self._said:  # an array equals nothing, element by element
             self._words, self._said = clean_instruction(look.instruction), look.instruction
         if look.seq is not None:
             if look.seq <= self._seq:
                 raise Refusal("stale", where="seq", found=look.seq, expected=f"more than {self._seq}", fix="send looks in order")
             self._seq = look.seq
         helped = guard.needs_help
-        seen = guard.saw({"images": images, "state": state}, look.age, executed=look.executed)
-        if seen:
-            code = "stale" if seen.startswith(("stale", "repeated")) else "bad_request"
-            raise Refusal(code, where="observation", found=seen, expected=f"a fresh look of robot {robot.key!r}",
-                          fix="check the camera and the clock")  # fmt: skip
         adapter, known = look.adapter or service.settings.adapter, service.engine.info.adapters
         if adapter is not None and adapter not in known:
             raise Refusal("bad_request", where="adapter", found=repr(adapter)[:80],
                           expected=f"one of {sorted(known)}" if known else "none: the policy has no adapters",
                           fix="name one of them")  # fmt: skip
         deadline = time.monotonic() + look.deadline if look.deadline is not None else math.inf
-        answer = await service.engine.act(Request(
+        pending = service.engine.ask(Request(
             images, state, self._words, robot.key, adapter, look.seed, self.id, deadline,
         ))  # fmt: skip
+        # The model has it already: what it says of a look that is refused here is thrown away.
+        seen = guard.saw({"images": images, "state": state}, look.age, executed=look.executed)
+        if seen:
+            pending.cancel()
+            code = "stale" if seen.startswith(("stale", "repeated")) else "bad_request"
+            raise Refusal(code, where="observation", found=seen, expected=f"a fresh look of robot {robot.key!r}",
+                          fix="check the camera and the clock")  # fmt: skip
+        answer = await pending
         verdict = guard.chunk(answer.actions, confidence=answer.confidence)
         if guard.needs_help and not helped:
             service.metrics.help.inc()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ PROTOCOL = 1
 """Of our own WebSocket; a server and a client of different ones refuse each other."""
 KINDS = "biuf"
 """Kinds of numbers that travel: booleans, integers, floats. Objects, records, strings and complex numbers do not."""
+_DTYPE = re.compile(r"[|<>=]?(?:\?|b1|[iu][1248]|f[248])|bool|u?int(?:8|16|32|64)|float(?:16|32|64)")
 _MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png"}
 
 
@@ -95,6 +97,8 @@ class Encoded:
 
 
 Picture = np.ndarray | Encoded
+_KNOWN = {name: np.dtype(name) for name in ("|u1", "<f4", "<f8", "<i8")}
+"""The ones that come all the time."""
 
 
 def picture_of(data: bytes, limits: Limits = LIMITS) -> Encoded:
@@ -251,21 +255,18 @@ def _number(value: Any, dtype: Any) -> Any:
     if not isinstance(value, (bool, int, float)):
         raise _wrong("number", type(value).__name__, "a number")
     try:
-        return kind.type(value)
-    except (OverflowError, ValueError) as error:
+        with np.errstate(over="raise"):
+            return kind.type(value)
+    except (OverflowError, ValueError, FloatingPointError) as error:
         raise _wrong("number", f"{value} as {kind}", "one that fits") from error
 
 
 def _dtype(name: Any) -> np.dtype:
-    if not isinstance(name, str) or len(name) > 8:
-        raise _wrong("array", f"dtype {str(name)[:40]!r}", f"a name of one of the kinds {', '.join(KINDS)}")
-    try:
-        kind = np.dtype(name)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise _wrong("array", f"dtype {name!r}", "one that numpy knows") from error
-    if kind.kind not in KINDS or kind.subdtype is not None:
-        raise _wrong("array", f"dtype {name!r}", f"one of the kinds {', '.join(KINDS)}")
-    return kind
+    if (known := _KNOWN.get(name) if isinstance(name, str) else None) is not None:
+        return known
+    if not isinstance(name, str) or not _DTYPE.fullmatch(name):  # numpy itself reads a small language there
+        raise _wrong("array", f"dtype {str(name)[:40]!r}", f"a name of one of the kinds {', '.join(KINDS)}: <f4, float32, |u1")
+    return np.dtype(name)
 
 
 def _wrong(where: str, found: str, expected: str, too_large: bool = False) -> WireError:

@@ -29,8 +29,11 @@ class Fake:
         self.fail: Callable[[Request], VLAError | None] = lambda request: None
         self.lose = False
 
-    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+    def begin(self, batch: Sequence[Request]) -> Coroutine[Any, Any, tuple[list[Any], float]]:
         self.batches.append([r.instruction for r in batch])
+        return self.run(batch)
+
+    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
         await asyncio.sleep(self.seconds)
         await self.gate.wait()
         if self.lose or not self.alive:
