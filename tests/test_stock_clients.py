@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from children import LIMIT
-from serving import serving
+from serving import serving, started
 from stock_environments import python_of
 
 from serve.reading import read_json
@@ -249,8 +249,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """No model; a token, and OpenVLA's manners."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text(TOKEN + "\n")
-    with serving("null:tabletop", "--token-file", str(tokens), "--compat", "openvla", *PATIENT) as address:
-        yield address.removeprefix("http://")
+    with started("null:tabletop", "--token-file", tokens, "--compat", "openvla", *PATIENT, token=TOKEN) as server:
+        yield server.address.removeprefix("http://")
 
 
 def test_openpi_client_shows_its_key(guarded: str):

@@ -244,18 +244,22 @@ async def _serve(service: Service, tokens: Tokens, socket: Any) -> None:
     answering, settings = Answering(service, tokens), service.settings
     sessions: OrderedDict[bytes, Session] = OrderedDict()
     busy: dict[bytes, asyncio.Task[None]] = {}
+    held = 0
 
     async def answer(client: bytes, data: bytes) -> None:
+        nonlocal held
+        held += len(data)
         try:
             await socket.send_multipart([client, b"", await answering.answer(sessions[client], data)])
         finally:
+            held -= len(data)
             busy.pop(client, None)
 
     try:
         while True:
             client, *parts = await socket.recv_multipart()
             data = parts[-1] if len(parts) == 2 and not parts[0] else b""  # as a REQ socket sends it; b"" is no request
-            if client in busy or len(busy) >= settings.queue + settings.batch:
+            if client in busy or len(busy) >= settings.queue + settings.batch or held > service.engine.options.queue_bytes:
                 full = Refusal("busy", found="a request before the last one's answer" if client in busy else "too many requests",
                                expected="one at a time", fix="wait for the answer")  # fmt: skip
                 await socket.send_multipart([client, b"", _pack({"error": str(full)})])
