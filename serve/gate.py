@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -194,6 +195,8 @@ class Gate:
             if answered:
                 raise
             await refuse(scope, receive, send, refusal)
+        except ClientDisconnect:  # in the middle of its body: nobody is left to hear of it
+            pass
         finally:
             ROOM.give(got)
 

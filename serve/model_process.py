@@ -218,7 +218,9 @@ def _result(one: Any) -> dict[str, Any]:
 
 
 def _error(error: VLAError) -> dict[str, str]:
-    return {"kind": type(error).__name__, "where": error.where, "found": error.found, "expected": error.expected,
+    # What it is called where everybody knows it: a `WireError` is a `DataError` of its own.
+    kinds = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == VLAError.__module__)
+    return {"kind": next(kinds), "where": error.where, "found": error.found, "expected": error.expected,
             "fix": error.fix}  # fmt: skip
 
 

@@ -246,6 +246,8 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
     async def send(self, message: Any) -> None:
         before = self.handshake_complete, self.close_sent
         await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # by a refusal; uvicorn would call it unfinished, in the log, for every stranger
         if before != (self.handshake_complete, self.close_sent):
             self._take_all()  # what came before the handshake was over; the other side's close
 

@@ -90,7 +90,8 @@ class Encoded:
                     raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels for one reader, other ones for another")
                 frame = np.asarray(picture.convert("RGB"))
         except Exception as error:  # damaged files make readers raise nearly anything
-            raise _wrong("picture", f"a damaged {self.format}: {str(error)[:200]}", "a whole file") from error
+            said = str(error).partition("<")[0][:200]  # "cannot identify image file <_io.BytesIO object at 0x..."
+            raise _wrong("picture", f"a damaged {self.format}: {said}", "a whole file") from error
         if frame.shape != self.shape:
             raise _wrong("picture", f"{frame.shape} of a file that says {self.shape}", "what its header says")
         return frame

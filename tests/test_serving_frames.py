@@ -7,22 +7,42 @@ of it. No mutation of a valid message is answered with a 5xx, ends a process, or
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import socket
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
 import pytest
 import uvicorn
+from children import LIMIT
+from mutations import mutated_body, mutated_bytes, mutated_message, valid, valid_body
+from servers import Server, started
 from uvicorn.server import ServerState
+from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
+from websockets.sync.client import connect
 from websockets.utils import apply_mask
 
 from serve import sockets
+from serve.backend import ThreadBackend
+from serve.engine import Engine, EngineOptions
+from serve.gate import Tokens
+from serve.refusal import Refusal
+from serve.server import build_app
+from serve.service import Service, Session
+from serve.settings import ServeSettings
 from serve.sockets import FastWebSocket
+from serve.wire import pack, unpack
+from serve.wires import openpi, vla_eval, websocket
+from vla.errors import VLAError
 
 MOST = 300_000
 """Bytes of a message, for the streams below."""
@@ -269,3 +289,211 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(caplo
     assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60, counts
     assert sockets.ROOM.left == room  # all of it was given back
     assert not caplog.records, caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- messages, in this process
+
+KINDS = ("text/plain", "application/x-www-form-urlencoded", "", "application/json; charset=utf-8")
+WIRES = ("/v1/ws", "/openpi", "/vla-eval")
+BROKEN = {"internal", "unavailable", "late"}
+"""Codes that would be the server's fault."""
+
+
+async def asked(app: Any, path: str, body: bytes, method: str = "POST", kind: str = "application/json") -> tuple[int, bytes]:
+    """(status, body) of a request, without a socket. An exception of the app is raised here."""
+    headers = [(b"host", b"localhost"), (b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
+             "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers, "client": ("127.0.0.1", 1),
+             "server": ("127.0.0.1", 80), "state": {}}  # fmt: skip
+    given, said = [{"type": "http.request", "body": body, "more_body": False}], list[Any]()
+
+    async def receive() -> Any:
+        return given.pop() if given else await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    await app(scope, receive, send)
+    return said[0]["status"], b"".join(m.get("body", b"") for m in said[1:])
+
+
+@contextlib.asynccontextmanager
+async def served(policy: str = "null:tabletop", **settings: Any) -> AsyncIterator[Service]:
+    """A server without a socket; the model in a thread."""
+    service = Service(
+        Engine(lambda: ThreadBackend.start({"policy": policy}), EngineOptions(gather=0.0)), ServeSettings(**settings)
+    )
+    await service.engine.start()
+    try:
+        yield service
+    finally:
+        await service.engine.stop()
+
+
+def test_mutated_messages_are_refused_or_answered():
+    """What a wire makes of a message, up to the model and back."""
+    codes = Counter[str]()
+
+    async def work() -> None:
+        async with served() as service:
+            sessions = {wire: Session(service, wire) for wire in WIRES}
+            playing = vla_eval.Playing(service)
+            for n in range(6600):
+                wire = WIRES[n % 3]
+                data = mutated_message(7, n, wire)
+                if wire == "/v1/ws":
+                    said = unpack(await websocket._answer(service, sessions[wire], data))
+                    code = said["error"]["code"] if said["type"] == "refusal" else said["type"]
+                elif wire == "/vla-eval":
+                    answer = await playing.heard(data)
+                    said: Any = {"type": "nothing"} if answer is None else unpack(answer)
+                    code = said["payload"].get("code", "error") if said["type"] == "error" else said["type"]
+                else:
+                    try:
+                        await sessions[wire].act(openpi.look_of(unpack(data)))
+                        code = "actions"
+                    except VLAError as error:
+                        code = Refusal.of(error).code
+                assert code not in BROKEN, (n, wire, code)
+                codes[code] += 1
+                if n % 50 == 49:  # a robot that repeats itself is refused for that, and nothing else is tried
+                    for session in (*sessions.values(), playing.session):
+                        session.reset()
+                        session.resume()
+
+    asyncio.run(work())
+    answered = codes["chunk"] + codes["action"] + codes["actions"]
+    assert answered > 300 and codes["bad_request"] > 3000, codes
+
+
+def test_mutated_bodies_are_refused_or_answered():
+    statuses = Counter[int]()
+
+    async def work() -> None:
+        async with served() as service:
+            app = build_app(service, Tokens())
+            for n in range(2400):
+                path = ["/v1/act", "/act"][n % 2]
+                kind = "application/json" if n % 40 else KINDS[n // 40 % len(KINDS)]
+                status, body = await asked(app, path, mutated_body(8, n, path), kind=kind)
+                assert status in (200, 409, 413, 415, 422), (n, path, status, body[:300])
+                json.loads(body, parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
+                statuses[status] += 1
+
+    asyncio.run(work())
+    assert statuses[200] > 40 and statuses[415] and statuses[422] > 1200, statuses
+
+
+# ---------------------------------------------------------------------------------------------------- messages, over sockets
+
+GROWTH = 48 << 20
+"""Bytes that a process may be larger after thousands of mutations than after hundreds: what an allocator keeps, no more."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One for all of them: none of them may end it."""
+    with started("null:tabletop", "--deadline", "20") as server:
+        yield server
+        assert not server.complaints(), server.log[-4000:]
+
+
+def spoken(server: Server, wire: str, numbers: Iterable[int]) -> Counter[str]:
+    """Mutated messages in good frames; every one of them is answered, or the socket closed with a reason."""
+    said, url = Counter[str](), server.address.replace("http", "ws") + wire
+    waiting = list(numbers)[::-1]
+    while waiting:
+        with connect(url, max_size=None, open_timeout=LIMIT) as line:
+            if wire == "/openpi":
+                assert unpack(bytes(line.recv(LIMIT, decode=False)))["server"] == "tendon"
+            while waiting:
+                n = waiting.pop()
+                try:
+                    line.send(mutated_message(9, n, wire))
+                    if wire == "/vla-eval":  # which answers some kinds with silence
+                        line.send(pack({"type": "hello", "payload": {}, "seq": -n - 1, "timestamp": 0.0}))
+                    while True:
+                        answer = line.recv(LIMIT)
+                        if isinstance(answer, str):
+                            said["words"] += 1
+                            continue
+                        message = unpack(bytes(answer))
+                        refused = message.get("error") or (message.get("payload", {}) if message.get("type") == "error" else {})
+                        assert refused.get("code") not in BROKEN, (n, message)
+                        said[refused.get("code") or message.get("type", "actions")] += 1
+                        if wire != "/vla-eval" or message["seq"] == -n - 1:
+                            break
+                except ConnectionClosed as closed:
+                    assert wire == "/openpi" and closed.rcvd and closed.rcvd.code == 1011 and said["words"], (n, closed)
+                    break
+    return said
+
+
+def posted(server: Server, numbers: Iterable[int]) -> Counter[int]:
+    """Mutated bodies in good requests."""
+    statuses = Counter[int]()
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=LIMIT)
+    for n in numbers:
+        path = ["/v1/act", "/act"][n % 2]
+        connection.request("POST", path, mutated_body(9, n, path), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status in (200, 409, 413, 415, 422), (n, path, answer.status, answer.read()[:300])
+        json.loads(answer.read())
+        statuses[answer.status] += 1
+    connection.close()
+    return statuses
+
+
+def torn_off(server: Server, data: bytes) -> bytes:
+    """What comes back for these bytes and then the end."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) as line:
+        said = bytearray()
+        try:
+            line.sendall(data)
+            line.shutdown(socket.SHUT_WR)
+            while part := line.recv(1 << 16):
+                said += part
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        return bytes(said)
+
+
+def raw_request(n: int) -> bytes:
+    path = ["/v1/act", "/act"][n % 2]
+    body = json.dumps(valid_body(path, n)).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    chunked = head.partition("Content-Length")[0] + "Transfer-Encoding: chunked\r\n\r\n"
+    if n % 3:
+        return head.encode() + b"\r\n" + body
+    return chunked.encode() + f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+
+
+def test_thousands_of_mutations_over_sockets_leave_the_processes_as_they_were(server: Server):
+    model = server.model
+
+    def all_of_them(numbers: range) -> tuple[Counter[str], Counter[int], int]:
+        said, torn = Counter[str](), 0
+        for wire in WIRES:
+            said += spoken(server, wire, numbers)
+        statuses = posted(server, [*numbers, *(n + 10_000 for n in numbers)])
+        for n in numbers:
+            rng = np.random.default_rng((10, n))
+            wire = WIRES[n % 3]
+            message, packed = valid(wire, n)
+            frames = b"".join(frame(2, part, True, a_mask(rng)) for part in (packed(message), packed(message)))
+            handshake = HANDSHAKE.replace(b"/v1/ws", wire.encode())
+            torn += torn_off(server, handshake + mutated_bytes(rng, frames, HANDSHAKE)).startswith(b"HTTP/1.1 101 ")
+            line = torn_off(server, mutated_bytes(rng, [raw_request(n), handshake][n % 2], HANDSHAKE)).split(b"\r\n")[0]
+            assert not line or line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 5"), (n, line)
+        return said, statuses, torn
+
+    all_of_them(range(200))
+    before = server.memory()
+    said, statuses, torn = all_of_them(range(200, 700))
+    after = server.memory()
+    assert server.model == model and server.get("/readyz")[0] == 200
+    assert all(after[name] - before[name] < GROWTH for name in before), (before, after)
+    assert said["bad_request"] > 800 and said["chunk"] and said["action"] and said["actions"] and torn == 500, (said, torn)
+    assert statuses[200] and statuses[422] > 600, statuses
+    assert server.metric("tendon_backend_restarts_total") == 0
+    print(before, after, said, statuses)

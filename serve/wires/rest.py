@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from serve.reading import read_json
 from serve.refusal import Refusal
-from serve.service import Look, Reply, Service, Session
+from serve.service import SHORTEST, Look, Reply, Service, Session
 from serve.wire import PROTOCOL, picture_of
 from vla.config import Config
 
@@ -32,7 +32,7 @@ class ActBody(Config):
     instruction: str = Field(max_length=20_000)
     robot: str | None = Field(default=None, description="Key of the embodiment; may be left out where there is one.")
     adapter: str | None = None
-    deadline: float | None = Field(default=None, gt=0, le=3600, description="Seconds from now.")
+    deadline: float | None = Field(default=None, ge=SHORTEST, le=3600, description="Seconds from now.")
     seed: int = Field(default=0, ge=0, le=2**53)
 
 

@@ -89,7 +89,8 @@ class Playing:
             if not isinstance(message, Mapping) or not isinstance(payload := message.get("payload"), Mapping):
                 raise _wrong("message", "no envelope", "type, payload, seq, timestamp")
             seq = message["seq"] if type(message.get("seq")) is int else 0
-            match message.get("type"):
+            kind = message.get("type")
+            match kind if isinstance(kind, str) else type(kind).__name__:
                 case "hello":
                     return _envelope("hello", seq, self._hello())
                 case "episode_start":

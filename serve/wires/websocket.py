@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from serve.gate import refuse
 from serve.refusal import Refusal
-from serve.service import Look, Reply, Service, Session
+from serve.service import SHORTEST, Look, Reply, Service, Session
 from serve.sockets import messages, send
 from serve.wire import PROTOCOL, pack, unpack
 from vla.errors import VLAError
@@ -89,7 +89,7 @@ def look_of(message: Mapping[str, Any]) -> Look:
         problems.append("images is no mapping of names")
         images = {}
     for name, kinds, least in (("seq", (int,), None), ("executed", (int,), 0), ("seed", (int,), 0), ("age", (int, float), None),
-                               ("deadline", (int, float), 0)):  # fmt: skip
+                               ("deadline", (int, float), SHORTEST)):  # fmt: skip
         value = message.get(name)
         if value is not None and (type(value) not in kinds or (least is not None and not value >= least) or abs(value) > 2**53):
             problems.append(f"{name} is {str(value)[:20]}")
