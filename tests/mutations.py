@@ -21,7 +21,8 @@ SIZE, STATE = 64, 4
 """Of the tabletop's picture and state."""
 TYPES = b'\x80\x8f\x90\x9f\xc0\xc1\xc4\xc7\xca\xcf\xd3\xd4\xdb\xdc\xdf{}[]",:e-'
 DTYPES = [
-    "O", "object", "V8", "c8", "<c16", "<U4", "|S3", "M8[ns]", "m8", "f4,f4", "(2,)f4", "3f4", "a", "", "\0", "iiiiiiii", "g", "e",
+    "O", "object", "V8", "c8", "<c16", "<U4", "|S3", "M8[ns]", "m8", "f4,f4", "(2,)f4", "3f4", "a", "", "\0", "iiiiiiii", "g",
+    "e",
     ">f8", "<i2", "?", "|b1", "u8", "float32", "f4;import os", "<f4\n", "uint8" * 3, 7, None, ["f4"], {"a": 1},
 ]  # fmt: skip
 SHAPES = [
@@ -214,7 +215,8 @@ RAW = [
     '"\\ud83e\\udd16"', "[" * 10_000, "[" * 10_000 + "]" * 10_000, '{"a":' * 5000, "{}", "[]", "null", "true", '""',
     '{"a": 1, "a": 2}', "[[1, 2], [3, 4]]", '{"__numpy__": "AAAA", "dtype": "O", "shape": []}',
     '{"__numpy__": "AAAA", "dtype": "<i2", "shape": [-2]}', '{"__numpy__": 7}',
-    '{"__numpy__": "AAAA", "dtype": "<i2", "shape": [4611686018427387904, 4]}', '{"__numpy__": "~"}', '{"__numpy__": "AAAAAAAAAAA=", "dtype": "<f8", "shape": []}',
+    '{"__numpy__": "AAAA", "dtype": "<i2", "shape": [4611686018427387904, 4]}', '{"__numpy__": "~"}',
+    '{"__numpy__": "AAAAAAAAAAA=", "dtype": "<f8", "shape": []}',
     '"http://localhost/a.png"', '"aGVsbG8="', "[" + "0.5," * 5000 + "1]",
 ]  # fmt: skip
 

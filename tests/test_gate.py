@@ -160,8 +160,9 @@ def test_neither_a_digest_nor_a_file_shows_a_token(tokens: Tokens):
     assert USER not in repr(tokens) and ADMIN not in repr(tokens)
 
 
-@pytest.mark.parametrize("text", ["", "# only a comment\n", "tiny-secret\n", "with a space inside it\n", "päss-wörter-0123456789\n",
-                                  f"{USER}\nadmin:x\n"])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "", "# only a comment\n", "tiny-secret\n", "with a space inside it\n", "päss-wörter-0123456789\n", f"{USER}\nadmin:x\n",
+])  # fmt: skip
 def test_files_that_hold_no_good_tokens_are_refused_without_showing_them(tmp_path: Path, text: str):
     path = tmp_path / "tokens"
     path.write_text(text)
