@@ -3,12 +3,13 @@ is, number for number, what the policy says in this process."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 from children import LIMIT
+from prismatic_folder import write_tiny
 from serving import serving, started
 from stock_environments import python_of
 
+from serve.backend import ThreadBackend
+from serve.engine import Engine
+from serve.gate import Tokens
 from serve.reading import read_json
-from serve.wire import Encoded, unpack
+from serve.server import build_app
+from serve.service import Look, Service
+from serve.settings import ServeSettings
+from serve.wire import Encoded, pack, unpack
+from serve.wires import vla_eval
 from vla.policy import VLAPolicy, load_policy
 from vla.sims import make_sim
 
@@ -182,6 +191,8 @@ def test_openpi_client_is_told_what_is_wrong(server: str):
     (episode,) = drive("openpi", policy={"host": f"ws://{server}/openpi"}, wrong=True)
     error = episode.one("error")
     assert error.startswith("Error in inference server:") and "4 finite numbers: eef.x" in error and "found:    none" in error
+    (episode,) = drive("openpi", policy={"host": f"ws://{server}/openpi?robot=tabeltop"}, wrong=True)
+    assert "did you mean 'tabletop'?" in episode.one("error")
 
 
 # ---------------------------------------------------------------------------------------------------- vla-eval
@@ -217,6 +228,73 @@ def test_vla_eval_is_told_what_is_wrong_and_goes_on(server: str, nano: VLAPolicy
     }  # fmt: skip
 
 
+def test_vla_eval_names_a_robot_and_says_what_it_played():
+    """The address may name a robot; how many steps were sent since the last look is known here, and the guard is told."""
+    looks: list[Look] = []
+
+    async def work(service: Service) -> None:
+        async def send(playing: vla_eval.Playing, kind: str, **payload: Any) -> Any:
+            reply = await playing.heard(pack({"type": kind, "payload": payload, "seq": 3, "timestamp": 0.0}))
+            return None if reply is None else unpack(reply)
+
+        lost = vla_eval.Playing(service, "tabeltop")
+        assert "action_spec" not in (await send(lost, "hello"))["payload"]  # that client would drop the words of an error
+        error = await send(lost, "observation", images={})
+        assert error["type"] == "error" and error["seq"] == 3 and "did you mean 'tabletop'?" in error["payload"]["error"]
+        playing = vla_eval.Playing(service, "tabletop")
+        act = playing.session.act
+        playing.session.act = lambda look: looks.append(look) or act(look)
+        frame = np.zeros((64, 64, 3), np.uint8)
+        for length in (17, 1):
+            await send(playing, "episode_start", task={"name": "wait"})
+            for _ in range(length):
+                reply = await send(playing, "observation", images={"front": frame}, state=np.zeros(4))
+                assert reply["type"] == "action" and reply["payload"]["actions"].shape == (4,)
+            await send(playing, "episode_end", metrics={})
+
+    with_nothing(work)
+    assert [look.executed for look in looks] == [None, 8, 8, None] and {look.instruction for look in looks} == {"wait"}
+
+
+# ---------------------------------------------------------------------------------------------------- before it is ready
+
+
+def with_nothing(work: Callable[[Service], Coroutine[Any, Any, None]]) -> None:
+    """The inside of a server whose policy holds still."""
+
+    async def whole() -> None:
+        service = Service(Engine(lambda: ThreadBackend.start({"policy": "null:tabletop"})), ServeSettings(deadline=60.0))
+        await service.engine.start()
+        try:
+            await work(service)
+        finally:
+            await service.engine.stop()
+
+    asyncio.run(asyncio.wait_for(whole(), 120))
+
+
+@pytest.mark.parametrize("path", ["/openpi", "/", "/vla-eval"])
+def test_a_policy_that_is_not_there_yet_refuses_the_handshake(path: str):
+    """Both clients take what comes first for what they expect; vla-eval's tries a handshake again, and nothing later."""
+    sent: list[Any] = []
+
+    async def work() -> None:
+        app = build_app(Service(Engine(lambda: ThreadBackend.start({"policy": "null:tabletop"})), ServeSettings()), Tokens())
+        scope = {"type": "websocket", "path": path, "headers": [(b"host", b"localhost")], "query_string": b"", "subprotocols": [],
+                 "extensions": {"websocket.http.response": {}}}  # fmt: skip
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        await app(scope, receive, send)
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert sent[0]["status"] == 503 and b"the policy is starting" in sent[1]["body"]
+
+
 # ---------------------------------------------------------------------------------------------------- OpenVLA
 
 
@@ -234,6 +312,21 @@ def test_openvla_clients_drive(server: str, nano: VLAPolicy, payload: str):
     episodes = drive("openvla", url=url, payload=payload, horizon=horizon, robot="tabletop", state=True)
     assert check(episodes, nano, horizon, read_openvla, kind=np.float64) > 20
     assert {steps for episode in episodes for _, steps in episode.told["steps"]} == {8 if payload == "oft" else 1}
+
+
+def test_an_openvla_folder_serves_its_own_client(tmp_path: Path):
+    """What that client sends and no more: no state, and `unnorm_key` to choose among the folder's datasets. Random weights."""
+    write_tiny(tmp_path / "openvla")
+    policy, dims = load_policy(tmp_path / "openvla", "cpu"), [0, 1, 2, 6]
+    asked = {"payload": "plain", "horizon": 1, "robot": "kuka", "state": False, "dims": dims}
+    with serving(str(tmp_path / "openvla"), *PATIENT) as address:
+        episodes = drive("openvla", SCENES[:2], url=f"{address}/act", **asked)
+    assert len(episodes) == 2
+    for episode in episodes:
+        assert episode.over
+        for look, action in zip(episode.looks, episode.actions, strict=False):
+            seen = {"images": {"image": look["images"]["front"]}, "state": np.zeros(0, np.float32)}
+            assert np.array_equal(action, policy.act(seen, episode.instruction, "kuka").actions[0, dims])
 
 
 def test_openvla_clients_are_told_what_is_wrong(server: str):
