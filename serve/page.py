@@ -1,7 +1,7 @@
 """The page at `/`: three files of `serve/web/`, as they are, with headers that let them do nothing but talk to this server.
 
-Who may see it is the gate's business (`serve/gate.py`): a browser asks its user for a token, as the password of any name, and sends
-it along with what the page fetches.
+Who may see it is the gate's business (`serve/gate.py`): a browser asks its user for a token, as the password of any name, and
+sends it along with what the page fetches.
 """
 
 from __future__ import annotations
