@@ -148,26 +148,30 @@ def tokens_of(service: Service) -> Tokens:
     return tokens
 
 
+def config_of(service: Service, app: Starlette) -> uvicorn.Config:
+    """uvicorn's, with its bounds. Raises `UsageError` for a certificate that is none."""
+    settings = service.settings
+    http = type("HTTP", (PatientHTTP,), {"most": 2 * settings.connections})  # the gate refuses, with words, long before
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, http=http, ws=FastWebSocket, lifespan="off", log_config=None,  # pyright: ignore
+        access_log=False, ws_max_size=settings.limits.message, ws_per_message_deflate=False, timeout_keep_alive=75,
+        timeout_graceful_shutdown=5, server_header=False, ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
+    )  # fmt: skip
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError("TLS", found=str(error), expected="a certificate and its key in PEM",
+                         fix="--certificate FILE --key FILE") from error  # fmt: skip
+    return config
+
+
 async def run(service: Service, ready: Any = None) -> None:
     """Start the engine, serve until SIGTERM or SIGINT, finish what was accepted. `ready(address)` is called once it listens.
 
     Raises what the policy or the settings lack.
     """
-    settings, tokens = service.settings, tokens_of(service)
-    app = build_app(service, tokens)
-    http = type("HTTP", (PatientHTTP,), {"most": 2 * settings.connections})  # the gate refuses, with words, long before
-    config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, http=http, ws=FastWebSocket, lifespan="off", log_config=None,  # pyright: ignore
-        access_log=False, ws_max_size=settings.limits.message, ws_per_message_deflate=False, timeout_keep_alive=75,
-        timeout_graceful_shutdown=5, server_header=False,
-        ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
-    )  # fmt: skip
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(
-            "TLS", found=str(error), expected="a certificate and its key in PEM", fix="--certificate FILE --key FILE"
-        ) from error
+    tokens = tokens_of(service)
+    config = config_of(service, build_app(service, tokens))
     server = Server(config, service)
     async with gr00t.listening(service, tokens), _listening(server, ready) as serving:
         starting = asyncio.create_task(service.engine.start())
