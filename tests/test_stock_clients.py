@@ -66,7 +66,7 @@ def drive(client: str, scenes: list[tuple[str, int]] = SCENES, **settings: Any) 
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, text=True, env=clean, **pipes)  # pyright: ignore[reportCallIssue, reportArgumentType]
     complaints: list[str] = []
-    reader = threading.Thread(target=lambda: complaints.extend(process.stderr), daemon=True)
+    reader = threading.Thread(target=lambda: complaints.extend(process.stderr or ()), daemon=True)
     reader.start()
     timer = threading.Timer(LIMIT, process.kill)
     timer.start()
