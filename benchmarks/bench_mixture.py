@@ -41,11 +41,15 @@ class VirtualStore:
         self.action = np.broadcast_to(np.float32(0), (frames, spec.action_dim))
         self.task_of_frame = np.broadcast_to(np.int32(0), (frames,))
         self.task_of_episode = np.broadcast_to(np.int32(0), (episodes,))
-        self.shards = None
+        self.shards, self.language = None, "task"
 
     def frame(self, camera: str, index: int) -> np.ndarray:
         """Always the same picture."""
         return PICTURE
+
+    def told(self, at: int, stop: int) -> tuple[str, int]:
+        """Always the same sentence, to the end."""
+        return self.instructions[0], stop
 
 
 def virtual_stores(datasets: int, windows: int, per_episode: int) -> list[Any]:

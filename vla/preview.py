@@ -37,7 +37,7 @@ def preview(config: TrainConfig, mixture: Mixture, base: VLAPolicy | None = None
     lines, notes, used = mixture.report(config.run.steps, config.optim.batch), [], 0.0
     for number, (store, spec) in enumerate(zip(mixture.stores, mixture.specs, strict=True)):
         line, native = lines[number], native_steps(mixture.seconds, mixture.horizon, spec.control_hz)
-        lengths = np.diff(store.episode_starts)[mixture.episodes[number]]
+        lengths = store.stretches(mixture.episodes[number])
         past = 1 - _covered(lengths, native, mixture.horizon)
         rows = _rows(mixture, number)
         clipped = {part: _clipped(normalizers[spec.key][part], getattr(store, part)[rows]) for part in ("action", "state")}
@@ -97,7 +97,8 @@ def text(result: dict[str, Any], config: TrainConfig) -> str:
             cameras = f"{line['cameras']}" + (f"+{len(line['masked_cameras'])} masked" if line["masked_cameras"] else "")
             rest = [f"{line['hz']:g}", f"{line['chunk']}", f"{line['action_dim']}/{result['action_dim']}", cameras,
                     f"{line['padded_dims']:.0%}", f"{line['padded_steps']:.0%}", clipped]  # fmt: skip
-        rows.append([line["dataset"], line["robot"], str(line["episodes"]), f"{line['frames']:,}", f"{line['share']:.1%}",
+        told = f" ({line['language']})" if line.get("language", "task") != "task" else ""
+        rows.append([line["dataset"] + told, line["robot"], str(line["episodes"]), f"{line['frames']:,}", f"{line['share']:.1%}",
                      f"{line['draws']:,}", f"{line['epochs']:g}", *rest])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
 

@@ -130,7 +130,7 @@ class TeacherCache:
     def seal(self) -> None:
         """Write the sums of what is whole. By one process, after all have asked."""
         for d, arrays in self.parts.items():
-            folder = self.root / self.mixture.stores[d].fingerprint[:16]
+            folder = self.root / _name(self.mixture, d)
             if arrays["done"].all() and not (folder / SUMS).is_file():
                 sums = {path.name: _sum(path) for path in sorted(folder.glob("*.bin"))}
                 replace_file(folder / SUMS, json.dumps(sums, indent=1))
@@ -139,11 +139,17 @@ class TeacherCache:
         """Have the teacher read every instruction; returns the width of its understanding."""
         width = 0
         for store, spec in zip(self.mixture.stores, self.mixture.specs, strict=True):
-            for text in store.instructions:
+            for text in store.sentences:
                 if (spec.key, text) not in self.sentences:
                     self.sentences[spec.key, text] = teacher.instruction(text, spec.key)
                 width = len(self.sentences[spec.key, text])
         return width
+
+
+def _name(mixture: Mixture, d: int) -> str:
+    """Folder of a dataset; told otherwise, it is asked anew."""
+    store = mixture.stores[d]
+    return store.fingerprint[:16] + ("" if store.language == "task" else f"-{store.language}")
 
 
 def _lay_out(root: Path, teacher: Teacher, mixture: Mixture, d: int, facts: dict[str, Any]) -> dict[str, np.memmap]:
@@ -161,7 +167,7 @@ def _lay_out(root: Path, teacher: Teacher, mixture: Mixture, d: int, facts: dict
         shapes |= {"likely": (kind, (frames, first.chunk, a, k)), "p": (np.float16, (frames, first.chunk, a, k))}
     if facts["pictures"]:
         shapes["pictures"] = (np.float16, (frames, facts["pictures"]))
-    folder = root / store.fingerprint[:16]
+    folder = root / _name(mixture, d)
     folder.mkdir(parents=True, exist_ok=True)
     # `done` last: while there are no marks, an empty file beside it is a new one, and not one that was cut.
     begun = (folder / "done.bin").is_file() and np.fromfile(folder / "done.bin", np.uint8).any()

@@ -48,7 +48,8 @@ class Targets:
         """`place` is (dataset, episode, frame) of the window."""
         d, episode, t = place
         store, spec, arrays = self.stores[d], self.specs[d], self.parts[d]
-        at, stop = int(store.episode_starts[episode]) + t, int(store.episode_starts[episode + 1])
+        at = int(store.episode_starts[episode]) + t
+        _, stop = store.told(at, int(store.episode_starts[episode + 1]))
         H, A, a = *example.unit.shape, spec.action_dim
         mean = np.zeros((H, A), np.float32)
         mean[:, :a] = self._expected(arrays["actions"], at, stop, d)

@@ -1,6 +1,7 @@
 """Decodes a dataset once into files that can be memory-mapped, under a name that is the content's own hash.
 
-Layout of an entry: `state.npy`, `action.npy`, `task.npy`, `starts.npy`; per camera `frames-<n>.arrow` (Hugging Face
+Layout of an entry: `state.npy`, `action.npy`, `task.npy`, `starts.npy`; where subtasks are named, `segments.npy`, `subtask.npy`
+and `subtasks.json`; per camera `frames-<n>.arrow` (Hugging Face
 `datasets`, one binary column) or, for `video`, the tables `packets-<n>.npy` and `places-<n>.npy`, or, for `none`, nothing; and
 `cache.json`, written last. An entry is built in a temporary folder and renamed, so it is whole or absent; a lock makes a
 second process wait instead of decoding the same videos again.
@@ -31,8 +32,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from vla.durable import TEMPORARY, flush, is_disk_full, replace_file, temporary_name
+from vla.episodes.language import has_language
 from vla.episodes.layout import RESTORE, STATE, Layout, Problems, check_statistics
 from vla.episodes.rows import Rows, Span, find_frames, read_rows
+from vla.episodes.surface import save_segments
 from vla.episodes.video import Index, to_rgb
 from vla.errors import DataError, MachineError
 from vla.normalize import Stats
@@ -93,6 +96,7 @@ def ensure(layout: Layout, problems: Problems, fingerprint: str, cache_dir: Path
                          expected="a video, to read its frames directly", fix="set mixture.frames=jpeg")  # fmt: skip
     shape = layout.spec.model_dump_json(include={"cameras"}), layout.spec.state_dim, layout.spec.action_dim
     options = (FORMAT, frames, _JPEG if frames == "jpeg" else None, sorted(layout.cameras.items()), shape)
+    options += ("language",) if has_language(layout) else ()
     key = hashlib.sha256(f"{fingerprint} {options}".encode()).hexdigest()
     entry = cache_dir / key[:32]
     if (entry / "cache.json").is_file():
@@ -159,6 +163,7 @@ def _build(layout: Layout, rows: Rows, spans: dict[str, list[Span]], entry: Path
                               jpeg if frames == "jpeg" else None, f"{layout.root}, camera {camera!r}", bar)  # fmt: skip
         for name in ("state", "action", "task", "starts"):
             np.save(temporary / f"{name}.npy", getattr(rows, name), allow_pickle=False)
+        save_segments(rows.segments, temporary)
         (temporary / "cache.json").write_text(json.dumps(manifest))
         for path in temporary.iterdir():
             flush(path)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from av.error import FFmpegError
 
 from vla.episodes import layout_v2
+from vla.episodes.language import Segments, read_segments
 from vla.episodes.layout import ACTION, STATE, Layout, check_statistics
 from vla.episodes.problems import RESTORE, Problems, only_numbers, short
 
@@ -35,6 +36,8 @@ class Rows:
     action: np.ndarray  # (F, A) float32
     task: np.ndarray  # (F,) int32
     timestamp: np.ndarray  # (F,) float64, seconds since the start of the episode
+    segments: Segments | None = None
+    """Which subtask is under way where; None for who looks at a single episode's pictures."""
 
 
 def read_rows(layout: Layout, problems: Problems) -> Rows | None:
@@ -89,7 +92,8 @@ def read_rows(layout: Layout, problems: Problems) -> Rows | None:
                      expected=f"below {len(layout.instructions)}, the number of tasks", fix=RESTORE)  # fmt: skip
     timestamp = _column(table, "timestamp", np.float64)[order]
     _check_rate(layout, timestamp, starts, problems)
-    return Rows(episodes, starts, wide["state"], wide["action"], task, timestamp)
+    segments = read_segments(layout, episodes, starts, timestamp, problems)
+    return Rows(episodes, starts, wide["state"], wide["action"], task, timestamp, segments)
 
 
 def _read_tables(layout: Layout, episodes: list[dict[str, Any]], columns: list[str], problems: Problems) -> list[pa.Table]:

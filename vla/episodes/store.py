@@ -69,6 +69,7 @@ class EpisodeStore(Store):
         self.state, self.action, self.episode_starts = column("state"), column("action"), np.array(column("starts"))
         self.task_of_frame = column("task")
         self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
+        self._map_segments(self._entry)
         manifest = read_manifest(self._entry)
         self._jpeg, self._blind = manifest["frames"] == "jpeg", manifest["frames"] == "none"
         self._videos = {

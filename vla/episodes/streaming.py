@@ -32,10 +32,11 @@ from vla.embodiment import EmbodimentSpec
 from vla.episodes.cache import computed_stats, default_cache
 from vla.episodes.fetched import Ahead, FetchedFiles
 from vla.episodes.hub import HubName, announce, endpoint, explained, parse, snapshot
+from vla.episodes.language import has_language
 from vla.episodes.layout import Layout, check_statistics, read_info, read_layout
 from vla.episodes.problems import RESTORE, Problems
 from vla.episodes.rows import Rows, find_frames, read_rows
-from vla.episodes.surface import Store
+from vla.episodes.surface import Store, save_segments
 from vla.episodes.video import Index, VideoFrames, forget
 from vla.errors import DataError, UsageError
 
@@ -92,7 +93,9 @@ class StreamingStore(Store):
         snapshot(name, cache_dir, ("meta/*", "data/*"), progress)
         self = cls()
         self.name, self._layout = name, replace(layout, recording={}, stats={})
-        key = hashlib.sha256(f"{FORMAT} {sorted(layout.cameras.items())} {list(layout.spec.cameras)}".encode()).hexdigest()[:8]
+        told = " language" if has_language(layout) else ""
+        key = f"{FORMAT} {sorted(layout.cameras.items())} {list(layout.spec.cameras)}{told}"
+        key = hashlib.sha256(key.encode()).hexdigest()[:8]
         self.root = cache / "stream" / f"{name.repo.replace('/', '--')}@{folder.name[:12]}-{key}"
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / "lock", "w") as lock:
@@ -116,6 +119,7 @@ class StreamingStore(Store):
         self.state, self.action, self.episode_starts = column("state"), column("action"), np.array(column("starts"))
         self.task_of_frame, self._shard_starts = column("task"), np.array(column("shards"))
         self.task_of_episode = np.array(self.task_of_frame[self.episode_starts[:-1]])
+        self._map_segments(self.root / "rows")
         self._timestamp, self._file, self._offset = column("timestamp"), column("file"), column("offset")
         self._paths: list[str] = json.loads((self.root / "rows" / "paths.json").read_text())
         # As Python numbers: a search among few of those is quicker than a call of numpy.
@@ -302,6 +306,7 @@ def _prepare(root: Path, name: HubName, layout: Layout, problems: Problems) -> N
                "timestamp": rows.timestamp, "offset": offset, "shards": _shards(rows.starts, file, sizes)}  # fmt: skip
     for column, values in columns.items():
         np.save(temporary / f"{column}.npy", values, allow_pickle=False)
+    save_segments(rows.segments, temporary)
     for first in range(0, E, _PART):
         part = [{k: v for k, v in row.items() if k != "tasks"} for row in rows.episodes[first : first + _PART]]
         (temporary / "episodes" / f"{first // _PART}.json").write_text(json.dumps(part))

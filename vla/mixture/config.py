@@ -23,6 +23,10 @@ class DatasetConfig(Config):
     """Share of the samples, relative to the other datasets' weights; multiplied by size where `mixture.temperature` is set."""
     cameras: dict[str, str | None] = Field(default_factory=dict)
     """The embodiment's camera -> this dataset's name for it; `null`: it was not recorded, and is masked."""
+    language: Literal["task", "subtask", "both"] = "task"
+    """What the policy is told: the sentence of the whole episode; that of the subtask under way, every subtask then a
+    demonstration of its own (a chunk ends where it does); or each in half of the samples. Subtasks are the dataset's own, or
+    found by `vla data segment`."""
     stream: bool = False
     """Of a Hub dataset, fetch videos file by file while training instead of everything before it."""
     stream_gb: float = Field(default=20.0, gt=0)

@@ -10,7 +10,7 @@ from vla.embodiment import EmbodimentSpec, load_embodiment
 from vla.episodes import EpisodeStore
 from vla.episodes.hub import resolve
 from vla.episodes.streaming import StreamingStore
-from vla.episodes.surface import Store
+from vla.episodes.surface import Language, Store
 from vla.errors import DataError, UsageError, VLAError
 from vla.mixture.config import DatasetConfig, MixtureConfig, all_datasets
 from vla.mixture.stream import Mixture
@@ -24,6 +24,7 @@ def open_mixture(
     All datasets that cannot be opened are reported in one `DataError`.
     """
     stores: list[Store] = []
+    weights: list[float] = []
     specs: list[EmbodimentSpec] = []
     cameras: list[Mapping[str, str | None]] = []
     problems: list[VLAError] = []
@@ -32,9 +33,11 @@ def open_mixture(
     for entry in datasets:
         try:
             store, spec, names = _open(entry, config, progress)
-            stores.append(store)
-            specs.append(spec)
-            cameras.append(names)
+            spoken: tuple[Language, ...] = ("task", "subtask") if entry.language == "both" else (entry.language,)
+            stores += [store.speaking(language) for language in spoken]
+            weights += [entry.weight / len(spoken)] * len(spoken)
+            specs += [spec] * len(spoken)
+            cameras += [names] * len(spoken)
         except (DataError, UsageError) as error:
             problems.append(error)
     try:
@@ -46,7 +49,6 @@ def open_mixture(
     if problems:
         raise DataError("mixture", found="\n".join(map(str, problems)), expected="datasets that open",
                         fix="mend each dataset named above")  # fmt: skip
-    weights = [entry.weight for entry in datasets]
     asked = (answers, config.answers.share) if answers and config.answers else None
 
     def part(name: str) -> Mixture:

@@ -191,10 +191,12 @@ class Mixture:
         return self.window_at(dataset, episode, t, n=n)
 
     def window_at(self, dataset: int, episode: int, t: int, n: int = -1) -> Window:
-        """The window at frame t of an episode; actions past the episode's end are zero and not valid."""
+        """The window at frame t of an episode; actions past the episode's end, or the subtask's where those are told, are zero
+        and not valid."""
         store, spec = self.stores[dataset], self.specs[dataset]
         start, stop = int(store.episode_starts[episode]), int(store.episode_starts[episode + 1])
         at = start + t
+        instruction, stop = store.told(at, stop)
         native = native_steps(self.seconds, self.horizon, spec.control_hz)
         count = min(native, stop - at)
         actions = np.zeros((native, store.action.shape[1]), np.float32)
@@ -202,7 +204,7 @@ class Mixture:
         actions, whole = to_policy_steps(actions, count, self.horizon, spec)
         return Window(
             images={name: store.frame(own, at) for name, own in self.cameras[dataset].items() if own is not None},
-            state=np.asarray(store.state[at]), instruction=store.instructions[store.task_of_frame[at]],
+            state=np.asarray(store.state[at]), instruction=instruction,
             actions=actions, valid=np.repeat(whole[:, None], actions.shape[1], axis=1), embodiment=spec.key,
             final_state=np.asarray(store.state[stop - 1]), n=n, source=f"{store.root.name}:{episode}:{t}",
         ).validate()  # fmt: skip
@@ -210,7 +212,7 @@ class Mixture:
     def report(self, steps: int, batch: int) -> list[dict]:
         """What a run of `steps` x `batch` will draw: share, draws and epochs per dataset."""
         lines = [
-            {"dataset": str(store.root), "robot": spec.key, "episodes": len(episodes), "frames": size}
+            {"dataset": str(store.root), "robot": spec.key, "episodes": len(episodes), "frames": size, "language": store.language}
             for store, spec, episodes, size in zip(self.stores, self.specs, self.episodes, self.sizes, strict=True)
         ]
         if self.answers is not None and len(self.shares) > len(lines):

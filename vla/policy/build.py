@@ -119,7 +119,7 @@ def _sentences(mixture: Mixture) -> dict[str, list[str]]:
     """Robot -> every instruction given to it."""
     found: dict[str, set[str]] = {}
     for store, spec in zip(mixture.stores, mixture.specs, strict=True):
-        found.setdefault(spec.key, set()).update(store.instructions)
+        found.setdefault(spec.key, set()).update(store.sentences)
     return {key: sorted(texts) for key, texts in found.items()}
 
 
@@ -130,7 +130,8 @@ def _provenance(mixture: Mixture) -> dict:
             ranges = seeds.setdefault(store.suite or spec.key, {}).setdefault(task, [])
             ranges += _ranges(numbers)
     datasets = [{"path": str(s.root), "robot": spec.key, "fingerprint": s.fingerprint, "episodes": s.num_episodes,
-                 "frames": s.num_frames} for s, spec in zip(mixture.stores, mixture.specs, strict=True)]  # fmt: skip
+                 "frames": s.num_frames, **({"language": s.language} if s.language != "task" else {})}
+                for s, spec in zip(mixture.stores, mixture.specs, strict=True)]  # fmt: skip
     if mixture.answers is not None:
         datasets.append({"path": str(mixture.answers.path), "robot": "-", "fingerprint": mixture.answers.fingerprint,
                          "episodes": 0, "frames": len(mixture.answers)})  # fmt: skip
