@@ -214,7 +214,7 @@ class Connection:
     def _make_room(self) -> None:
         if self._start == self._filled:
             self._start = self._filled = 0
-        if self._filled == len(self._buffer) or self._start + self._need > len(self._buffer):
+        if self._filled == len(self._buffer):
             fresh, left = bytearray(max(self._need, _FIRST)), self._filled - self._start
             fresh[:left] = self._view[self._start : self._filled]
             self._buffer, self._view = fresh, memoryview(fresh)

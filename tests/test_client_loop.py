@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from misbehaving import PATIENT, E, Line, N, Peer, chunk, client, look
 from serve.client import Client
 from serve.guard import Guard
 from serve.loop import ControlLoop, Hurried
+from serve.refusal import Refusal
 
 
 class World:
@@ -78,9 +80,11 @@ def test_a_server_of_150_ms_costs_steps_and_no_tick_at_10_hz(ensemble: float | N
         asked = [round(1000 * float(message["state"][3])) for message in looks]
         assert asked == sorted(asked) and len(looks) < 20
         if ensemble is None and not report.holds and not report.missed:
-            # Since the chunk before was played on meanwhile, what was carried out of it reaches up to the tick of the look.
+            # The chunk before was played on meanwhile, so what was carried out of it reaches up to the tick of the look; an answer
+            # of four ticks is asked after before any of it was played.
             wanted = [now - before for before, now in zip(asked[:-1], asked[1:], strict=True)]
-            assert [message["executed"] for message in looks[1:]] == wanted
+            told = [message["executed"] for message in looks[1:]]
+            assert all(said in (None, steps) for said, steps in zip(told, wanted, strict=True)) and told[0] == wanted[0] == E
         if ensemble is not None:
             assert all(message["executed"] is None for message in looks)
 
@@ -110,6 +114,47 @@ def test_a_hold_of_the_server_stops_the_robot_until_it_is_over(asynchronous: boo
     assert {verdict.needs_help for verdict in held} == {"", "look at me"} and not verdicts[-1].needs_help
     assert all(said == (0 if verdict.hold else at) for at, (said, verdict) in enumerate(zip(world.told(), verdicts, strict=True)))
     assert 2 <= len(held) <= 6
+
+
+def test_between_two_answers_it_is_still_the_server_that_holds():
+    world, go, verdicts = World(20), threading.Event(), []
+
+    def answer(line: Line, message: dict[str, Any]) -> None:
+        if line.looks == 2:
+            line.say(chunk(message, hold=True, reason="wait"))
+            return
+        if line.looks == 3:
+            go.wait(PATIENT)
+        by_tick(line, message)
+
+    with Peer(answer) as peer, client(peer) as robot:
+        loop, act = loop_of(robot, world, asynchronous=True, on_verdict=verdicts.append), world.act
+
+        def counted(action: np.ndarray) -> bool:
+            over = act(action)
+            if len(world.sent) >= 12:
+                go.set()
+            if len(world.sent) < 6 or len(world.sent) >= 12:
+                assert loop._pending is None or not loop._pending[0].exception(PATIENT)
+            return over
+
+        world.act = counted
+        report = loop.run("go")
+    assert [at for at, verdict in enumerate(verdicts) if "server: wait" in verdict.reason] == list(
+        range(5, 12)
+    ) and report.holds == 7
+    assert world.told() == [0 if 5 <= at < 12 else at for at in range(20)] and not report.needs_help
+
+
+def test_a_refusal_may_ask_for_help():
+    said = Refusal("needs_help", found="somebody is in the way", expected="nobody", fix="look")
+
+    def answer(line: Line, message: dict[str, Any]) -> None:
+        line.say({"type": "refusal", "seq": message["seq"], **said.to_json()} if line.looks == 2 else chunk(message))
+
+    with Peer(answer) as peer, client(peer) as robot:
+        report = loop_of(robot, World(10)).run("go")
+    assert report.needs_help == "somebody is in the way" and report.holds == 1 and report.reasons["policy"] == 1
 
 
 def test_a_server_that_is_lost_makes_the_robot_hold_with_the_reason_and_one_that_is_back_move():
