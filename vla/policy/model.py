@@ -14,7 +14,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from vla.policy.heads import EndHead, L1Head
 from vla.policy.lesson import Lesson
 from vla.policy.protocol import Chunk, Loss, LossWeights
 from vla.policy.sizes import room_for
+from vla.policy.words import say, score
 from vla.prompt import PROMPTS
 from vla.resample import chunk_steps, source_step, to_robot_steps
 from vla.schema import Observation, Window
@@ -321,21 +321,13 @@ class VLAPolicy(nn.Module):
             decode_steps(self, batch, choose, int(dims.max()))
         return choose.result(self.chunk)
 
-    @torch.inference_mode()
     def answer(self, image: np.ndarray | None, question: str, most: int = 64) -> str:
         """What the policy says to a question about a picture ((h, w, 3) uint8, or none), greedily, at most `most` tokens."""
-        said: list[int] = []
-        example = self.encoder.question(Question(image, question, ""))
-        while len(said) < most:
-            ids = np.concatenate([example.ids, np.array(said, np.int64)])
-            causal = np.concatenate([example.causal, np.ones(len(said), bool)])
-            grown = replace(example, ids=ids, causal=causal, labels=np.full(len(ids), -100, np.int64))
-            hidden = self._hidden(self.collate([grown]).to(self.device))
-            word = int(self.model.word_logits(hidden[:, len(ids) - 1])[0].argmax())
-            if word == self.writer.ids.eos:
-                break
-            said.append(word)
-        return self.writer.text(said)
+        return say(self, image, question, most=most).text
+
+    def score_answers(self, image: np.ndarray | None, question: str, candidates: Sequence[str]) -> np.ndarray:
+        """(n,) float64: the log-likelihood of each of `candidates` as the whole answer to a question about a picture."""
+        return score(self, image, question, candidates)
 
     # ------------------------------------------------------------------------------------------------ identity
 
