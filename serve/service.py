@@ -142,6 +142,7 @@ class Session:
     def __init__(self, service: Service, wire: str) -> None:
         self.service, self.wire, self.id = service, wire, uuid.uuid4().hex[:16]
         self.guard: Guard | None = None
+        self._ok = service.metrics.requests.labels(wire, "ok")
         self._seq = -math.inf
         self._said, self._words = None, ""
         """An instruction and what is left of it when it is cleaned; the next look's is mostly the same."""
@@ -168,7 +169,9 @@ class Session:
             raise refusal from None
         if reply.hold:
             metrics.holds.labels(reply.reason.split(":")[0][:40]).inc()
-        metrics.requests.labels(self.wire, "hold" if reply.hold else "ok").inc()
+            metrics.requests.labels(self.wire, "hold").inc()
+        else:
+            self._ok.inc()
         return reply
 
     async def _act(self, look: Look, began: float) -> Reply:
@@ -212,6 +215,8 @@ class Session:
 
     def _images(self, robot: Robot, given: Mapping[str, Picture]) -> dict[str, Picture]:
         """By the robot's own names of its cameras."""
+        if given.keys() == set(robot.cameras):
+            return {c: _frame(given[c], c) for c in robot.cameras}
         mapping = self.service.settings.cameras
         images: dict[str, Picture] = {}
         for name, picture in given.items():
@@ -252,6 +257,13 @@ def _frame(picture: Any, camera: str) -> Picture:
 def _state(robot: Robot, given: Any) -> np.ndarray | None:
     if not robot.state_dim:
         return None
+    if (
+        isinstance(given, np.ndarray)
+        and given.dtype == np.float32
+        and given.shape == (robot.state_dim,)
+        and np.isfinite(given).all()
+    ):
+        return given
     try:
         raw = np.asarray(given)
         with np.errstate(all="ignore"):
