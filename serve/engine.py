@@ -33,6 +33,9 @@ from vla.errors import VLAError
 
 logger = logging.getLogger(__name__)
 
+_CARE = 0.25
+"""Of the time before its own batch that a request is thought to wait longer: batches to come may be slower than those of late."""
+
 
 @dataclass(eq=False)
 class Request:
@@ -153,6 +156,7 @@ class Engine:
         self.options, self.metrics = options or EngineOptions(), metrics or Metrics()
         self._start = start
         self._backend: Backend | None = None
+        self._info: Info | None = None
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0
         self._running: list[_Waiting] = []
@@ -188,16 +192,17 @@ class Engine:
         return await start(), time.monotonic() - began
 
     async def _take(self, backend: Backend, loading: float) -> None:
-        self._backend, self._loading, self.expected = backend, loading, max(backend.info.warm, 1e-4)
+        self._backend, self._info = backend, backend.info
+        self._loading, self.expected = loading, max(backend.info.warm, 1e-4)
         self.state = "draining" if self.draining else "ready"
         self.metrics.policy(backend.info.policy)
 
     @property
     def info(self) -> Info:
-        """Of the policy that answers now; `Refusal` while there is none."""
-        if self._backend is None:
+        """Of the policy that answers, or did until it was lost; `Refusal` before there was one."""
+        if self._info is None:
             raise unavailable(f"the policy is {self.state}")
-        return self._backend.info
+        return self._info
 
     @property
     def ready(self) -> bool:
@@ -307,7 +312,7 @@ class Engine:
                           fix="deadlines are seconds from now")  # fmt: skip
         wait = self._wait(now)
         full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
-        if full or now + wait > request.deadline:
+        if full or now + wait + _CARE * (wait - self.expected) > request.deadline:
             self.metrics.busy.inc()
             raise Refusal("busy", found=f"{len(self._queue)} requests waiting, {wait:.3g} s of work", expected=f"at most "
                           f"{self.options.queue}, and {request.deadline - now:.3g} s", fix="ask less often, or start another",
@@ -333,6 +338,8 @@ class Engine:
 
     async def _serve(self) -> None:
         while True:
+            if self._backend is None:  # at once: a server that is not ready is not asked for anything
+                await self._restart()
             if not self._queue:
                 self._work.clear()
                 self._parked = True

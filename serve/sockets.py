@@ -1,9 +1,10 @@
 """Connections for uvicorn: bounded in what they hold and in how long they may do nothing, and fast for what robots send.
 
 `FastWebSocket` is uvicorn's own protocol over the `websockets` package, but for one thing: bytes are received straight into one
-buffer, and a whole unfragmented binary message is taken from there. Everything else (handshake, text, fragments, pings, closing,
-violations) goes to the package, frame by frame, as before. Two 224-pixel pictures cost half the time that way (docs/results.md).
-A connection that is lost ends what is being done for it; a message is not looked at before the one before it was taken.
+buffer, and a whole unfragmented binary message is taken from there, or read there if it is large and not masked. Everything else
+(handshake, text, fragments, pings, closing, violations) goes to the package, frame by frame, as before. Two 224-pixel pictures
+cost half the time that way (docs/results.md). A connection that is lost ends what is being done for it; a message is not looked
+at before the one before it was taken.
 
 `PatientHTTP` is uvicorn's own as well, with an end to what uvicorn waits for without one: a head that never comes or never ends,
 a body that goes on after its answer. Both let go who does not read, and lose the connections that idle longest when there are
@@ -13,6 +14,7 @@ too many.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -36,8 +38,11 @@ HEAD_BYTES = 64 << 10
 """Of a request's line and headers."""
 REST_SECONDS = 5.0
 """A body that was answered already may go on for so long."""
-_FIRST, _KEPT = 64 << 10, 4 << 20
-"""Bytes of a connection's buffer at first, and most that stay between messages."""
+_FIRST, _KEPT, _SPARE = 64 << 10, 4 << 20, 4 << 10
+"""Bytes of a connection's buffer at first, most that stay between messages, and how many more than a large message it gets: a
+buffer that was filled to its end is asked for again at once."""
+_LENT = 16 << 10
+"""Bytes of a message that is worth lending instead of copying."""
 _OPCODES = frozenset(Opcode)
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
 _NO_MASK = b"\0\0\0\0"
@@ -105,7 +110,7 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.idle_since: float | None = None
         """Since when there is no request on this connection."""
-        self._in_head, self._heads = True, 0
+        self._in_head, self._begun, self._heads = True, False, 0
         self._head = self._fields = 0
         """Bytes of the head that is coming, and of those of its headers that are whole."""
         self._patience: asyncio.TimerHandle | None = None
@@ -116,15 +121,15 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         self._wait(HEAD_SECONDS)
         if len(self.connections) > self.most:
             idle = [c for c in self.connections if isinstance(c, PatientHTTP) and c.idle_since is not None]
-            min(idle, key=lambda c: c.idle_since or 0.0).transport.abort()
+            oldest = min(idle, key=lambda c: c.idle_since or 0.0)
+            oldest.idle_since = None
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait(None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head and not self._head:
-            self._wait(HEAD_SECONDS)
         heads = self._heads if self._in_head else -1
         super().data_received(data)
         if self.transport.is_closing():
@@ -142,7 +147,8 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._fields = 0
+        self._begun, self._fields = True, 0
+        self._wait(HEAD_SECONDS)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._fields += len(name) + len(value)
@@ -151,7 +157,7 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self.idle_since = False, None
+        self._in_head, self._begun, self.idle_since = False, False, None
         self._heads += 1
         self._wait(None)
         super().on_headers_complete()
@@ -164,12 +170,13 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        next_one = bool(self.pipeline)
         super().on_response_complete()
         if self.transport.is_closing():
             self._let_go_later()
-        elif not self._in_head:
+        elif not next_one and not self._in_head:
             self._wait(REST_SECONDS)
-        elif not self.pipeline:
+        elif not next_one and not self._begun:
             self._rest()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -187,6 +194,15 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         self._patience = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
 
+class _Buffered(asyncio.BufferedProtocol):
+    """A `FastWebSocket` as its transport sees it once it is open: to uvloop an `asyncio.Protocol` is nothing else besides, and
+    what it receives is copied twice on the way."""
+
+    def __init__(self, socket: FastWebSocket) -> None:
+        for name in ("get_buffer", "buffer_updated", "eof_received", "connection_lost", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(socket, name))
+
+
 class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     """See the module. uvicorn makes one a connection."""
 
@@ -195,6 +211,10 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
         self._buffer = bytearray(_FIRST)
         self._view = memoryview(self._buffer)
         self._filled, self._needed = 0, 0
+        self._asked = self._lent = False
+        """Whether the app waits for a message; whether it reads its last one where it was received."""
+        self._owed = 0
+        """Bytes of a buffer that was left to the app, since more came."""
         self._most = self.config.ws_max_size
         self._answering: asyncio.Task[Any] | None = None
         self._inner = self.app
@@ -214,6 +234,7 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._filled = 0
+        self._take_back()
         self._resize(_FIRST)
         if self._answering is not None:
             self._answering.cancel()
@@ -238,8 +259,14 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
             self.transport.resume_reading()
 
     async def receive(self) -> Any:
-        """The next message; what came behind it is looked at from now on."""
-        message = await super().receive()
+        """The next message; what came behind it is looked at from now on. A large one is good until the next is asked for."""
+        if not self.read_paused:
+            self._take_back()
+        self._asked = True
+        try:
+            message = await super().receive()
+        finally:
+            self._asked = False
         self._take_all()
         return message
 
@@ -249,6 +276,8 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
         if self.initial_response is not None and self.close_sent:
             self.handshake_complete = True  # by a refusal; uvicorn would call it unfinished, in the log, for every stranger
         if before != (self.handshake_complete, self.close_sent):
+            if not before[0] and not self.close_sent and not self.transport.is_closing():
+                self.transport.set_protocol(_Buffered(self))
             self._take_all()  # what came before the handshake was over; the other side's close
 
     # ------------------------------------------------------------------------------------------------ receiving
@@ -256,7 +285,12 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
     def data_received(self, data: bytes) -> None:
         """What uvicorn hands over when it upgrades: the handshake."""
         if not self.handshake_complete and not self._filled:
-            super().data_received(data)
+            with contextlib.suppress(UnicodeError):
+                super().data_received(data)
+            if not self.handshake_initiated and not self.transport.is_closing():
+                # Its package has bounds of its own for heads, and says nothing beyond them; uvicorn waits for ever.
+                self.transport.write(STATUS_LINE[400] + b"content-length: 0\r\nconnection: close\r\n\r\n")
+                self.transport.close()
             return
         while data:
             room = self.get_buffer(len(data))
@@ -267,9 +301,11 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the transport writes next."""
-        if self._filled == len(self._buffer):
-            # No further than the frame that is coming: what lies behind it can wait.
-            size = min(4 * len(self._buffer), max(self._needed, len(self._buffer) + _FIRST))
+        if self._lent and not self._leave():
+            self._fail(CloseCode.TRY_AGAIN_LATER, "too many large messages at once")
+        elif self._filled == len(self._buffer):
+            # Hardly further than the frame that is coming: what lies behind it can wait.
+            size = min(4 * len(self._buffer), max(self._needed + _SPARE, len(self._buffer) + _FIRST))
             if not self.handshake_complete:
                 self.transport.abort()
                 self._filled = 0
@@ -281,7 +317,29 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
     def buffer_updated(self, nbytes: int) -> None:
         """Take what can be taken."""
         self._filled += nbytes
+        if self.read_paused:  # not before: to stop and begin again for every message costs more than to receive a small one
+            self.transport.pause_reading()
         self._take_all()
+
+    def _leave(self) -> bool:
+        """The buffer to the app, which reads its message there; another one for what comes. False when there is no room."""
+        if not ROOM.take(_FIRST):
+            return False
+        self._owed, self._lent = len(self._buffer), False
+        self._buffer = bytearray(_FIRST)
+        self._view = memoryview(self._buffer)
+        return True
+
+    def _take_back(self) -> None:
+        """What was lent."""
+        ROOM.give(self._owed)
+        self._owed, self._lent = 0, False
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """One large message does not keep its room for ever."""
+        if not self._filled and not self._lent and len(self._buffer) > _KEPT:
+            self._resize(_FIRST)
 
     def _resize(self, size: int) -> bool:
         """False when there is no room."""
@@ -311,8 +369,7 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
             left = self._filled - start
             self._buffer[:left] = self._buffer[start : self._filled]
             self._filled = left
-            if not left and len(self._buffer) > _KEPT:  # one large message does not keep its room for ever
-                self._resize(_FIRST)
+            self._shrink()
 
     def _take(self, at: int) -> int:
         """Where the frame that begins at `at` ends; `at` itself while it is not whole."""
@@ -341,11 +398,18 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
         end = at + head + size
         if first == _WHOLE_BINARY and not self.close_sent and self.conn.state is State.OPEN:
             mask, data = bytes(self._view[at + head - 4 : at + head]), self._view[at + head : end]
-            self.frames, self.curr_msg_data_type = [bytes(data) if mask == _NO_MASK else apply_mask(data, mask)], "bytes"
-            self.send_receive_event_to_app()
+            self._hand(apply_mask(data, mask) if mask != _NO_MASK else data, end == self._filled)
         else:
             self._give(at, end)
         return end
+
+    def _hand(self, data: bytes | memoryview, last: bool) -> None:
+        """A binary message to the app; where it lies, if the app waits for it and nothing came behind it."""
+        if isinstance(data, memoryview):
+            self._lent = last and self._asked and len(data) >= _LENT
+            data = data.toreadonly() if self._lent else bytes(data)
+        self._asked, self.read_paused = False, True
+        self.queue.put_nowait({"type": "websocket.receive", "bytes": data})  # pyright: ignore[reportArgumentType]
 
     def _fault(self, first: int, opcode: int, size: int) -> str:
         """What is wrong with a frame that begins so, in the package's words, which says them when all of it is there."""
@@ -390,8 +454,8 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
         super().send_receive_event_to_app()
 
 
-async def messages(socket: WebSocket) -> AsyncIterator[bytes]:
-    """Binary messages until the client leaves; a text message is handed on as its UTF-8."""
+async def messages(socket: WebSocket) -> AsyncIterator[bytes | memoryview]:
+    """Binary messages until the client leaves, each good until the next is asked for; a text is handed on as its UTF-8."""
     while True:
         message = await socket.receive()
         if message["type"] != "websocket.receive":
