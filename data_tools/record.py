@@ -273,6 +273,8 @@ def demonstrate(sim: Any, seed: int, noise: bool) -> Episode | None:
         states.append(observation["state"])
         if "subtask" in info:
             _note(segments, len(actions), info, find_suite(sim.suite).subtask)
+            if len({segment.done for segment in segments}) < len(segments):
+                return None  # what was begun and given up is no demonstration of its sentence
         label = np.clip(sim.expert(), low, high).astype(np.float32)
         actions.append(label)
         executed = disturb(label) if disturb and not success else label

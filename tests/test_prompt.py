@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vla.errors import DataError
-from vla.prompt import MAX_INSTRUCTION, PROMPTS, act_prompt, clean_instruction
+from vla.prompt import MAX_INSTRUCTION, PROMPTS, act_prompt, clean_instruction, plan_prompt, progress_prompt
 
 
 @given(st.text(max_size=700))
@@ -34,3 +34,13 @@ def test_what_is_no_instruction_is_refused(bad):
 
 def test_template_characters_are_only_text():
     assert act_prompt("pick {instruction} {0}", "plain-1") == "pick {instruction} {0}"
+
+
+def test_what_a_planner_is_asked_to_the_letter():
+    assert plan_prompt("Touch every  cube") == "goal: touch every cube. done: nothing. last: nothing. what next?"
+    done = ["touch the red cube", "Touch the blue cube"]
+    expected = "goal: tidy up. done: touch the red cube, touch the blue cube. last: touch the blue cube. what next?"
+    assert plan_prompt("tidy up", done, done[1]) == expected
+    assert progress_prompt("Push it ") == "is it finished: push it?"
+    with pytest.raises(DataError, match="instruction"):
+        plan_prompt("tidy up", [""])

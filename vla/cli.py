@@ -66,6 +66,8 @@ DATA_VERBS: dict[str, tuple[str, str]] = {
     "convert": ("data_tools.convert", "bring LeRobot v2.x, RLDS or HDF5 data to LeRobot v3.0, or v3.0 to v2.1"),
     "check": ("data_tools.check", "find what is wrong with a dataset, before it is trained on"),
     "report": ("data_tools.report", "one HTML file to judge a dataset from"),
+    "segment": ("data_tools.segment", "cut episodes into subtasks: language columns in a new dataset"),
+    "plan-pairs": ("data_tools.plan_pairs", "questions for a planner with their answers, out of episodes with subtasks"),
     "questions": ("data_tools.questions", "render scenes with questions and answers about them"),
     "stats": ("data_tools.stats", "show, recompute or compare statistics"),
     "tokenizer": ("data_tools.tokenizer", "fit action symbols (FAST, residual VQ) on recorded chunks"),
@@ -81,7 +83,7 @@ def _add_data_parser(subparsers: Any) -> None:
     wanted = next((word for word in subparsers.words if word in DATA_VERBS), None)
     for verb, (module, line) in DATA_VERBS.items():
         if verb == wanted:
-            getattr(importlib.import_module(module), f"add_{verb}_parser")(jobs)
+            getattr(importlib.import_module(module), f"add_{verb.replace('-', '_')}_parser")(jobs)
         else:
             jobs.add_parser(verb, help=line)
 

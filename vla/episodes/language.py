@@ -75,16 +75,16 @@ def frame_of(time: float, timestamp: np.ndarray) -> int:
 
 
 def read_said(
-    layout: Layout, episodes: list[dict[str, Any]], problems: Problems, style: str = "subtask"
+    layout: Layout, episodes: list[dict[str, Any]], problems: Problems, style: str | None = "subtask"
 ) -> list[list[dict[str, Any]]]:
-    """Per episode the rows of one style, in order of time, each with its text and a time."""
+    """Per episode the rows of one style, in order of time, each with its text and a time; None: all rows, as they are."""
     found: dict[int, list[dict[str, Any]]] = {}
     for path in sorted({layout.path("data_path", row, "data") for row in episodes}):
         try:
             file = pq.ParquetFile(path)
             kind: Any = file.schema_arrow.field(COLUMN).type if COLUMN in file.schema_arrow.names else None
             if not (isinstance(kind, pa.ListType | pa.LargeListType) and pa.types.is_struct(kind.value_type)):
-                problems.add(f"{path}, {COLUMN}", found=kind or "no such column", expected="lists of {role, content, style, timestamp, ...}",
+                problems.add(f"{path}, {COLUMN}", found=kind or "no such column", expected="lists of {role, content, ...}",
                              fix=RESTORE)  # fmt: skip
                 continue
             for batch in file.iter_batches(4096, columns=["episode_index", COLUMN]):
@@ -97,8 +97,10 @@ def read_said(
     return [found.get(number, []) for number in range(len(episodes))]
 
 
-def _of_style(rows: Any, style: str, path: Path, number: int, problems: Problems) -> list[dict[str, Any]]:
+def _of_style(rows: Any, style: str | None, path: Path, number: int, problems: Problems) -> list[dict[str, Any]]:
     wanted = []
+    if style is None:
+        return list(rows or [])
     for row in rows or []:
         if not isinstance(row, dict) or row.get("style") != style:
             continue

@@ -57,11 +57,11 @@ def narrate(segments: Iterable[Segment]) -> tuple[Said, ...]:
     return tuple(said)
 
 
-def to_rows(language: Iterable[Said], fps: float) -> list[dict[str, Any]]:
-    """Rows as the column holds them, in order of time."""
+def to_rows(language: Iterable[Said], times: np.ndarray) -> list[dict[str, Any]]:
+    """Rows as the column holds them, in order of time. `times` (T,) are the timestamps of the episode's frames, in seconds."""
     ordered = sorted(language, key=lambda said: said.frame)
-    return [{"role": "assistant", "content": said.content, "style": said.style, "timestamp": float(np.float32(said.frame / fps)),
-             "camera": None, "tool_calls": None} for said in ordered]  # fmt: skip
+    return [{"role": "assistant", "content": said.content, "style": said.style, "camera": None, "tool_calls": None,
+             "timestamp": float(np.float32(times[said.frame]))} for said in ordered]  # fmt: skip
 
 
 def to_column(rows: Sequence[Sequence[dict[str, Any]]], lengths: Sequence[int]) -> pa.Array:

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from vla.durable import disk_full, is_disk_full, replace_file
 from vla.embodiment import EmbodimentSpec
 from vla.errors import DataError, MachineError, UsageError
-from vla.recording.columns import EpisodeRows, Running, to_table
+from vla.recording.columns import EpisodeRows, Running, timestamps, to_table
 from vla.recording.committed import DATA_PATH, EPISODES_PATH, VIDEO_PATH, Committed, locate, read_committed, sweep
 from vla.recording.encoded import EncodedEpisode, encode_episode, image_key
 from vla.recording.language import COLUMN, FEATURE, to_rows
@@ -189,7 +189,7 @@ class LeRobotWriter:
         rows, stats, episodes, pixels = [], [], [], dict(done.pixels)
         for number, episode in enumerate(self._pending, start=self.committed):
             task, T = tasks.setdefault(episode.instruction, len(tasks)), len(episode)
-            said = to_rows(episode.language, self.fps) if self.language else None
+            said = to_rows(episode.language, timestamps(T, self.fps)) if self.language else None
             episodes.append(EpisodeRows(number, frames, task, episode.success, episode.state, episode.action, said))
             for camera in pixels:
                 pixels[camera] = pixels[camera] + PixelStats(episode.pixels[camera], T)

@@ -44,13 +44,14 @@ class GoalJudge:
         self.leaving: int | None = None
         """Number (in `COLOURS`) of the cube whose subtask was just done and that the hand has not left yet."""
         self._start = start.copy()
+        self._order = self._open_stage()
         self._judges: dict[int, Judge] = {}
         self._begin()
 
     @property
     def left(self) -> list[int]:
-        """Numbers of the subtasks still to do, the open stage's first."""
-        return [n for n in range(len(self.subtasks)) if n not in self.done]
+        """Numbers of the subtasks still to do, those of the open stage first and in the order preferred."""
+        return [*self._order, *(n for n in range(len(self.subtasks)) if n not in self.done and n not in self._order)]
 
     @property
     def now(self) -> int | None:
@@ -78,14 +79,18 @@ class GoalJudge:
     def _finish(self, number: int, cubes: np.ndarray) -> None:
         self.done.append(number)
         self.leaving, self._start, self._judges = self._judges[number].named, cubes.copy(), {}
-        self.status = int(not self.left)
+        self._order = self._open_stage()
+        self.status = int(not self._order)
+
+    def _open_stage(self) -> list[int]:
+        """What is left of the first stage that has anything left: as listed, but what has something in its way (a cube behind
+        another) later."""
+        stage = next((left for stage in self._stages if (left := [n for n in stage if n not in self.done])), [])
+        room = {n: _room(self.subtasks[n], self._start) for n in stage}
+        return sorted(stage, key=lambda n: -min(room[n], ROOM))
 
     def _begin(self) -> None:
-        stage = next(left for stage in self._stages if (left := [n for n in stage if n not in self.done]))
-        room = {n: _room(self.subtasks[n], self._start) for n in stage}
-        # As listed, but what is in the way of others or has something in its own is left for later (a cube behind another).
-        order = sorted(stage, key=lambda n: -min(room[n], ROOM))
-        self._judges = {n: Judge(self.subtasks[n], self._start.copy()) for n in order}
+        self._judges = {n: Judge(self.subtasks[n], self._start.copy()) for n in self._order}
 
 
 def goal_expert(judge: GoalJudge, hand: np.ndarray, opening: float, cubes: np.ndarray) -> np.ndarray:
