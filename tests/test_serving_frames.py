@@ -149,6 +149,8 @@ class Heard:
     written: bytes = b""
     """Pongs and at most one close."""
     closed: bool = False
+    lent: int = 0
+    """Messages that were read where they were received."""
 
 
 def as_the_package(data: bytes) -> Heard:
@@ -202,6 +204,9 @@ class Transport(asyncio.Transport):
     def resume_reading(self) -> None:
         self.reading = True
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        pass
+
     def is_closing(self) -> bool:
         return self.over
 
@@ -219,9 +224,10 @@ async def as_served(data: bytes, cuts: list[int], slowly: bool) -> tuple[Heard, 
         assert (await receive())["type"] == "websocket.connect"
         await send({"type": "websocket.accept"})
         while (message := await receive())["type"] == "websocket.receive":
-            heard.messages.append(message["text"] if message.get("bytes") is None else message["bytes"])
-            if slowly:
+            if slowly:  # what is lent stays as it is
                 await asyncio.sleep(0)
+            heard.lent += isinstance(message.get("bytes"), memoryview)
+            heard.messages.append(message["text"] if message.get("bytes") is None else bytes(message["bytes"]))
 
     config = uvicorn.Config(app, ws_max_size=MOST, ws_per_message_deflate=False, lifespan="off", log_config=None)
     config.load()
@@ -256,10 +262,13 @@ async def as_served(data: bytes, cuts: list[int], slowly: bool) -> tuple[Heard, 
     return heard, protocol
 
 
-def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(caplog: pytest.LogCaptureFixture):
+def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
     """The package waits for the whole of a frame that breaks the rules; here it is enough to see how it begins."""
+    monkeypatch.setattr(sockets, "_LENT", 1)
     room = sockets.ROOM.left
-    counts = {"messages": 0, "closed": 0, "early": 0}
+    counts = {"messages": 0, "closed": 0, "early": 0, "lent": 0}
 
     async def work() -> None:
         for seed in range(1500):
@@ -284,11 +293,65 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(caplo
                 assert (heard.written, heard.closed) == (expected.written, expected.closed), seed
             counts["messages"] += len(heard.messages)
             counts["closed"] += heard.closed
+            counts["lent"] += heard.lent
 
     asyncio.run(work())
-    assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60, counts
+    assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60 and counts["lent"] > 20, counts
     assert sockets.ROOM.left == room  # all of it was given back
     assert not caplog.records, caplog.text
+
+
+def test_a_message_that_is_read_where_it_came_stays_as_it_is():
+    """Whatever comes meanwhile; and what was lent counts as long as it is."""
+    room = sockets.ROOM.left
+    first, second = b"a" * 200_000, b"b" * 200_000
+
+    async def work() -> None:
+        said, on = list[Any](), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            while (message := await receive())["type"] == "websocket.receive":
+                await on.wait()
+                said.append((isinstance(message["bytes"], memoryview), bytes(message["bytes"])))
+
+        config = uvicorn.Config(app, ws_max_size=MOST, ws_per_message_deflate=False, lifespan="off", log_config=None)
+        config.load()
+        protocol, transport = FastWebSocket(config, ServerState(), {}), Transport()
+
+        async def heard(data: bytes) -> None:
+            while data:
+                room = protocol.get_buffer(-1)
+                size = min(len(room), len(data))
+                room[:size], data = data[:size], data[size:]
+                protocol.buffer_updated(size)
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        protocol.connection_made(transport)
+        protocol.data_received(HANDSHAKE)
+        await heard(b"")
+        await heard(frame(2, first, mask=bytes(4)))
+        assert transport.reading and not said
+        held = room - sockets.ROOM.left
+        await heard(frame(2, second, mask=bytes(4)))  # the app has the first, and this waits: it is a copy
+        assert transport.reading and not said and room - sockets.ROOM.left > held
+        await heard(frame(9, b"ping", mask=bytes(4)))
+        assert not transport.reading and b"ping" not in transport.written  # nothing is looked at before the second was taken
+        on.set()
+        await heard(b"")
+        assert said == [(True, first), (False, second)] and transport.reading and transport.written.endswith(b"ping")
+        await heard(frame(2, first, mask=bytes(4)) + frame(2, b"c", mask=bytes(4)))  # something behind it: a copy as well
+        assert said[2:] == [(False, first), (False, b"c")]
+        on.clear()
+        await heard(frame(2, second, mask=bytes(4)))
+        protocol.connection_lost(None)
+        await heard(b"")
+        protocol.stop_keepalive()
+
+    asyncio.run(work())
+    assert sockets.ROOM.left == room
 
 
 # ---------------------------------------------------------------------------------------------------- messages, in this process
