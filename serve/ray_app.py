@@ -47,7 +47,7 @@ class Replica:
 
     def __init__(self, specs: Mapping[str, Mapping[str, Any]], settings: ServeSettings, tokens: Tokens) -> None:
         """`specs`: model's name -> what `serve.model_process.load` takes; "" is meant where a request names none."""
-        from ray import serve
+        from ray import serve  # pyright: ignore[reportMissingImports]  # an extra
 
         self._specs, self._settings, self._tokens = specs, settings, tokens
         self._asked = serve.get_multiplexed_model_id
@@ -56,7 +56,7 @@ class Replica:
         async def loaded(name: str) -> Served:
             return await Served.start(specs[name], settings, tokens)
 
-        self._loaded = loaded
+        self._loaded: Any = loaded
         self._main: Served | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -114,7 +114,7 @@ def application(
     specs: Mapping[str, Mapping[str, Any]], settings: ServeSettings, replicas: tuple[int, int], gpus: float = 0.0
 ) -> Any:
     """What `ray.serve.run` takes; for a deployment of your own around it."""
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]  # an extra
 
     tokens = Tokens.read(settings.token_file) if settings.token_file else Tokens()
     least, most = replicas
@@ -132,8 +132,8 @@ def application(
 def run(specs: Mapping[str, Mapping[str, Any]], settings: ServeSettings, replicas: tuple[int, int], ready: Any = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises `MachineError` without Ray, `UsageError` for settings Ray cannot carry out."""
     try:
-        import ray
-        from ray import serve
+        import ray  # pyright: ignore[reportMissingImports]  # an extra
+        from ray import serve  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise MachineError("ray", found=str(error), expected="Ray Serve", fix='pip install "tendon-vla[ray,serve]"') from error
     check_bind(settings.host, settings.token_file)
@@ -141,7 +141,7 @@ def run(specs: Mapping[str, Mapping[str, Any]], settings: ServeSettings, replica
         raise UsageError("--replicas", found="TLS, port 0 or GR00T's wire", expected="a plain port of Ray's proxy",
                          fix="put a proxy with TLS before it")  # fmt: skip
     if not ray.is_initialized():
-        alone = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, replicas[1] + 1)}
+        alone: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, replicas[1] + 1)}
         ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True, **alone)
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     stop = threading.Event()
