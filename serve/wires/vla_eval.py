@@ -81,7 +81,7 @@ class Playing:
         """Steps of the chunk that were sent, each before the next look; None before the first chunk of an episode."""
         self._words: Any = None
 
-    async def heard(self, data: bytes) -> bytes | None:
+    async def heard(self, data: bytes | memoryview) -> bytes | None:
         """What to answer, if anything."""
         seq = 0
         try:

@@ -55,7 +55,7 @@ def routes(service: Service) -> list[BaseRoute]:
     return [WebSocketRoute("/v1/ws", greeted)]
 
 
-async def _answer(service: Service, session: Session, data: bytes) -> bytes:
+async def _answer(service: Service, session: Session, data: bytes | memoryview) -> bytes:
     seq = None
     try:
         message = unpack(data, service.settings.limits)
