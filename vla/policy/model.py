@@ -291,31 +291,45 @@ class VLAPolicy(nn.Module):
         `decode` overrides the policy's own; `seeds` (one per observation, default 0, 1, ...) decide what "sample" draws.
         Raises `DataError` for an observation that does not fit the embodiment, `CheckpointError` for an unknown robot.
         """
+        return self.chunks(self.decide(self.batch_of(observations, instructions, embodiment, drop_state), decode, seeds), embodiment)
+
+    def batch_of(
+        self, observations: Sequence[Observation], instructions: Sequence[str], embodiment: str, drop_state: bool = False
+    ) -> Batch:
+        """Observations of one kind of robot as a batch to act on. Raises as `act_batch`."""
         if embodiment not in self.embodiments:
             raise CheckpointError("act()", found=f"embodiment {embodiment!r}", expected=f"one of {sorted(self.embodiments)}",
                                   fix="use a policy trained on this robot")  # fmt: skip
         pairs = zip(observations, instructions, strict=True)
-        batch = self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
-        spec, (n, _) = self.embodiments[embodiment], self.steps(embodiment)
-        unit, confidence, symbols = self.decide(batch, decode, seeds)
+        return self.collate([self.encoder.observation(o, i, embodiment, drop_state) for o, i in pairs]).to(self.device)
+
+    def chunks(self, chosen: Chosen, embodiment: str) -> list[Chunk]:
+        """What was decided, in the robot's units and at its rate."""
+        spec, (n, _), (unit, confidence, symbols) = self.embodiments[embodiment], self.steps(embodiment), chosen
         actions = self.normalizers[embodiment]["action"].from_unit(unit[..., : spec.action_dim])
         confidence, held = confidence[..., : spec.action_dim], source_step(n, self.chunk)
         if not is_sequence(self.codec):
             symbols = [row[held, : spec.action_dim] for row in symbols]
         return [Chunk(to_robot_steps(actions[i], n, spec), confidence[i][held].astype(np.float32), symbols[i])
-                for i in range(len(batch))]  # fmt: skip
+                for i in range(len(unit))]  # fmt: skip
 
     @torch.inference_mode()
-    def decide(self, batch: Batch, decode: Decode | None = None, seeds: Sequence[int] | None = None) -> Chosen:
+    def decide(
+        self, batch: Batch, decode: Decode | None = None, seeds: Sequence[int] | None = None, acts: Tensor | None = None
+    ) -> Chosen:
         """What is done, before it is in robot units, for a batch of one kind of robot: unit (B, H, A) in [-1, 1], confidence
-        (B, H, A), NaN of an L1 head, and the symbols of each row. `decode` and `seeds` as in `act_batch`."""
+        (B, H, A), NaN of an L1 head, and the symbols of each row. `decode` and `seeds` as in `act_batch`; `acts`: what
+        `acts(batch)` returned, where decoding is parallel and somebody has asked already."""
         dims = batch.dims.cpu().numpy()
         if self.l1_head is not None:
-            unit = self.l1_head(self.acts(batch)).float().clamp(-1, 1).cpu().numpy()
+            acts = self.acts(batch) if acts is None else acts
+            unit = self.l1_head(acts).float().clamp(-1, 1).cpu().numpy()
             return unit, np.full(unit.shape, np.nan, np.float32), list(self.codec.encode(unit).reshape(unit.shape))
         seeds = range(len(batch)) if seeds is None else seeds
         choose = chooser(decode or self.config.decode, self.codec, self.centres, dims, seeds)
-        if self.config.decoding == "parallel":
+        if acts is not None:
+            choose(self.model.symbol_logits(acts))
+        elif self.config.decoding == "parallel":
             decode_parallel(self, batch, choose)
         else:
             decode_steps(self, batch, choose, int(dims.max()))

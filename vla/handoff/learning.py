@@ -1,0 +1,94 @@
+"""Fits what looks at hidden states, and finds out by cross-validation which detector to trust and how to sum it up over an episode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vla.errors import DataError
+from vla.handoff.detectors import Gauss, Head
+from vla.handoff.measures import detection, values_of
+from vla.handoff.rollouts import Rollouts
+from vla.handoff.scores import DETECTORS, Kind
+
+MEMBERS, HIDDEN, STEPS, FOLDS = 5, 64, 400, 5
+KINDS: tuple[Kind, ...] = ("max", "mean")
+
+
+def fit(rollouts: Rollouts, seed: int = 0) -> tuple[Gauss | None, Head | None]:
+    """(distance to the hidden states of successes, network told which episodes succeeded); none without hidden states, and no
+    network where all episodes end alike."""
+    if rollouts.features is None:
+        return None, None
+    good = rollouts.success[rollouts.of_episode]
+    gauss = Gauss.fit(rollouts.features[good]) if good.sum() >= 2 else None
+    return gauss, fit_head(rollouts, seed) if 0 < rollouts.success.sum() < len(rollouts) else None
+
+
+def fit_head(rollouts: Rollouts, seed: int = 0, members: int = MEMBERS, hidden: int = HIDDEN, steps: int = STEPS) -> Head:
+    """As SAFE's (Gu et al. 2025): every look is labelled with how its episode ends. Episodes count alike, whatever their length,
+    and so do failures and successes. Dropout and weight decay, since a few hundred episodes are few."""
+    assert rollouts.features is not None
+    x = torch.from_numpy(rollouts.features)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
+    x = ((x - mean) / std).clamp(-10, 10)
+    failed, of = ~rollouts.success, rollouts.of_episode
+    weight = np.where(failed, 0.5 / max(1, failed.sum()), 0.5 / max(1, (~failed).sum()))[of] / rollouts.looks[of]
+    y, w = torch.from_numpy(failed[of].astype(np.float32)), torch.from_numpy(weight.astype(np.float32))
+    generator = torch.Generator().manual_seed(seed)
+    d = x.shape[1]
+    inner = (torch.randn(members, d, hidden, generator=generator) * d**-0.5).requires_grad_()
+    outer = (torch.randn(members, hidden, generator=generator) * hidden**-0.5).requires_grad_()
+    inner_bias, outer_bias = torch.zeros(members, hidden, requires_grad=True), torch.zeros(members, requires_grad=True)
+    optimizer = torch.optim.AdamW([inner, inner_bias, outer, outer_bias], lr=2e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        seen = F.relu(torch.einsum("nd,mdh->mnh", x, inner) + inner_bias[:, None])
+        kept = (torch.rand(members, 1, hidden, generator=generator) > 0.3) / 0.7
+        logits = torch.einsum("mnh,mh->mn", seen * kept, outer) + outer_bias[:, None]
+        loss = (F.binary_cross_entropy_with_logits(logits, y.expand(members, -1), reduction="none") * w).sum(1).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    arrays = (mean, std, inner, inner_bias, outer, outer_bias)
+    return Head(*(np.ascontiguousarray(a.detach().numpy(), np.float32) for a in arrays))
+
+
+def cross_validated(rollouts: Rollouts, folds: int = FOLDS, seed: int = 0) -> Rollouts:
+    """The rollouts, every look scored by detectors that have not seen its episode."""
+    if rollouts.features is None:
+        return rollouts
+    E = len(rollouts)
+    fold = np.random.default_rng(seed).permutation(E) % folds
+    said: dict[str, np.ndarray] = {}
+    for k in range(folds):
+        rest, held = rollouts.where(fold != k), fold == k
+        gauss, head = fit(rest, seed + k)
+        judged = rollouts.where(held).judged(gauss, head)
+        for name in ("distance", "learned"):
+            if name in judged.scores:
+                said.setdefault(name, np.full(len(rollouts.step), np.nan))[held[rollouts.of_episode]] = judged.scores[name]
+    whole = {name: score for name, score in said.items() if np.isfinite(score).all()}
+    return Rollouts(**{**rollouts.__dict__, "scores": {**rollouts.scores, **whole}})
+
+
+def choose(rollouts: Rollouts, among: Sequence[str] = tuple(DETECTORS)) -> tuple[dict[str, Kind], dict[str, dict[str, Any]]]:
+    """Detector -> how it is summed up, best first by the `matched` figure; and all the figures.
+
+    By `matched`, since a detector that only notices how late it is asks when there is little left to help with."""
+    figures: dict[str, dict[str, Any]] = {}
+    for name in among:
+        if name in rollouts.scores:
+            for kind in KINDS:
+                whole, matched = detection(rollouts, values_of(rollouts, name, kind))
+                figures.setdefault(name, {})[kind] = {"auroc": whole.value, "matched": matched.value}
+    if not figures:
+        raise DataError("the rollouts", found="no scores", expected=f"some of {', '.join(among)}", fix="vla handoff collect again")
+    best: dict[str, Kind] = {name: max(KINDS, key=lambda kind: found[kind]["matched"]) for name, found in figures.items()}
+    order = sorted(best, key=lambda name: -figures[name][best[name]]["matched"])
+    return {name: best[name] for name in order}, figures
