@@ -19,8 +19,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -45,6 +46,8 @@ class ProcessBackend:
         self._room, self._memory = 0, np.zeros(0, np.uint8)
         self._stopped = False
         self.info: Info
+        self.on_lost: Callable[[], None] = lambda: None
+        line.on_lost = lambda: None if self._stopped else self.on_lost()
 
     @classmethod
     async def start(cls, spec: Mapping[str, Any], loading: float = LOADING) -> ProcessBackend:
@@ -105,7 +108,7 @@ class ProcessBackend:
         for start, size, data in places:
             raw = np.ascontiguousarray(data).reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
             self._memory[start : start + size] = raw.view(np.uint8)
-        self._send({"batch": items, "room": self._room})
+        self._send({"batch": items, "room": self._room, **_words_of(batch)})
         return self._results()
 
     async def _results(self) -> tuple[list[Any], float]:
@@ -158,6 +161,7 @@ class _Line(asyncio.Protocol):
         self._transport: Any = None
         self._heard, self._lost = bytearray(), False
         self._next: asyncio.Future[bytes | None] | None = None
+        self.on_lost: Callable[[], None] = lambda: None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -169,6 +173,7 @@ class _Line(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._tell()
+        self.on_lost()
 
     def _tell(self) -> None:
         if self._next is None or self._next.done():
@@ -182,6 +187,8 @@ class _Line(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         """Pictures lie elsewhere: it never takes long."""
+        if self._lost or self._transport.is_closing():
+            raise BackendLost("the policy's process ended")
         self._transport.write(len(data).to_bytes(4, "big") + data)
 
     async def receive(self) -> bytes | None:
@@ -201,6 +208,7 @@ class ThreadBackend:
         self._actor, self._thread = actor, thread
         self._lost = asyncio.get_running_loop().create_future()
         self.info: Info = info_of(actor.describe())
+        self.on_lost: Callable[[], None] = lambda: None  # a thread does not end by itself
 
     @classmethod
     async def start(cls, spec: Mapping[str, Any]) -> ThreadBackend:
@@ -214,7 +222,9 @@ class ThreadBackend:
     def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
         """See `serve.engine.Backend`."""
         items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
-        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._actor.answer, items)
+        words = _words_of(batch).get("words")
+        work = partial(self._actor.answer, items) if words is None else partial(self._actor.speak, items, words)
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, work)
         return self._results(answer, time.perf_counter())
 
     async def _results(self, answer: asyncio.Future[Any], began: float) -> tuple[list[Any], float]:
@@ -234,6 +244,12 @@ class ThreadBackend:
             self._lost.set_result(None)
 
 
+def _words_of(batch: Sequence[Request]) -> dict[str, Any]:
+    """The question of a batch that is one: (question, candidates, said, most)."""
+    words = batch[0].words
+    return {} if words is None else {"words": (words.question, words.candidates, words.said, words.most)}
+
+
 def info_of(said: Mapping[str, Any]) -> Info:
     """What a policy's process says of itself, as the engine knows it."""
     robots = {key: Robot.from_json(entry, f"embodiment {key!r}") for key, entry in said["robots"].items()}
@@ -245,9 +261,11 @@ def info_of(said: Mapping[str, Any]) -> Info:
 
 
 def result_of(said: Mapping[str, Any]) -> Any:
-    """(actions, confidence, symbols), or the error that was said."""
+    """(actions, confidence, symbols), or what was said in words, or the error that was said."""
     if "error" in said:
         return error_of(said["error"])
+    if "spoken" in said:
+        return said["spoken"]
     actions, confidence, symbols = (np.frombuffer(data, kind).reshape(shape) for data, kind, shape in said["chunk"])
     return actions, confidence, symbols
 

@@ -35,11 +35,26 @@ logger = logging.getLogger(__name__)
 
 _CARE = 0.25
 """Of the time before its own batch that a request is thought to wait longer: batches to come may be slower than those of late."""
+_TURNS = 4
+"""Batches of looks that go before a question in words that waits."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A question in words about a request's picture. One short part at a time, since looks wait for it (`serve/speaking.py`)."""
+
+    question: str
+    candidates: tuple[str, ...] = ()
+    """Answers to score; without any the question is answered."""
+    said: tuple[int, ...] = ()
+    """What was said of the answer so far."""
+    most: int = 8
+    """Words to be said now."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One look of one robot."""
+    """One look of one robot, or one question."""
 
     images: Mapping[str, Picture]
     """Camera -> (h, w, 3) uint8, or a file that is decoded beside the model."""
@@ -56,6 +71,8 @@ class Request:
     """Whose it is: batches wait a moment for those who asked just now."""
     deadline: float = math.inf
     """On `time.monotonic`."""
+    words: Words | None = None
+    """Where an answer in words is wanted: about the first of the pictures, if there is one."""
 
     @property
     def size(self) -> int:
@@ -78,6 +95,21 @@ class Answer:
     """Seconds it waited before that."""
     batch: int
     """Requests answered together."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What was said to `Words`: the answer so far, or the scores of the candidates."""
+
+    ids: tuple[int, ...]
+    likely: float
+    """Log-likelihood of what was added."""
+    ended: bool
+    text: str
+    scores: tuple[float, ...]
+    """Log-likelihood of each candidate as the whole answer."""
+    policy: str
+    """Fingerprint of the policy that said it."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +140,12 @@ class Backend(Protocol):
     """Where a model lives. One batch at a time."""
 
     info: Info
+    on_lost: Callable[[], None]
+    """Called when it ends by itself, whatever it was doing."""
 
     def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
         """The batch is with the model when this returns. What it comes to: (for each request (actions, confidence, symbols) or a
-        `VLAError`, seconds). Awaiting it raises `BackendLost`."""
+        `VLAError`, seconds). Awaiting it raises `BackendLost`. `Words` come alone; what comes of them is a mapping, `Spoken`."""
         ...
 
     async def stop(self) -> None:
@@ -133,6 +167,8 @@ class EngineOptions:
     queue_bytes: int = 256 << 20
     batch: int = 8
     """Most requests answered together."""
+    words: int = 16
+    """Questions in words that may wait."""
     deadline: float = 2.0
     """Of a request that brings none; and the longest it may bring is ten times this."""
     hang: float = 30.0
@@ -144,7 +180,7 @@ class EngineOptions:
 @dataclass(eq=False)
 class _Waiting:
     request: Request
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[Any]
     since: float = field(default_factory=time.monotonic)
     queued: bool = True
 
@@ -158,7 +194,8 @@ class Engine:
         self._backend: Backend | None = None
         self._info: Info | None = None
         self._queue: deque[_Waiting] = deque()
-        self._bytes = 0
+        self._bytes = self._words = self._turns = 0
+        """Bytes and questions in words that wait; batches that looks had while a question waited."""
         self._running: list[_Waiting] = []
         self._began = self._loading = self._back = 0.0
         self._busy: Backend | None = None
@@ -178,6 +215,8 @@ class Engine:
         self.draining = False
         self.expected = 0.1
         """Seconds a batch is expected to take: the slowest of late, forgotten by and by."""
+        self.speaking = 0.1
+        """The same of questions in words."""
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -192,7 +231,7 @@ class Engine:
         return await start(), time.monotonic() - began
 
     async def _take(self, backend: Backend, loading: float) -> None:
-        self._backend, self._info = backend, backend.info
+        self._backend, self._info, backend.on_lost = backend, backend.info, lambda: self._lost(backend)
         self._loading, self.expected = loading, max(backend.info.warm, 1e-4)
         self.state = "draining" if self.draining else "ready"
         self.metrics.policy(backend.info.policy)
@@ -270,8 +309,9 @@ class Engine:
         """One chunk for one look. Raises `Refusal`, or the `VLAError` the policy has for this observation."""
         return await self.ask(request)
 
-    def ask(self, request: Request) -> asyncio.Future[Answer]:
-        """`act`, to be awaited later; cancelled, it frees its place. Raises the `Refusal` of what is not even accepted.
+    def ask(self, request: Request) -> asyncio.Future[Any]:
+        """`act`, to be awaited later; cancelled, it frees its place. Raises the `Refusal` of what is not even accepted. What
+        comes of a request with `words` is `Spoken`.
 
         Where nothing else waits the model has it when this returns: what a caller still does then costs no time.
         """
@@ -283,12 +323,15 @@ class Engine:
         one = _Waiting(request, loop.create_future(), now)
         self._queue.append(one)
         self._bytes += request.size
-        self._recent[request.client] = now
+        if request.words is None:
+            self._recent[request.client] = now
+        else:
+            self._words += 1
         self._idle.clear()
         self._work.set()
         timer = loop.call_later(request.deadline - now, self._expire, one)
         one.answer.add_done_callback(lambda _: (timer.cancel(), self._forget(one)))
-        if self._parked and self._backend is not None and len(self._recent) == 1:
+        if self._parked and self._backend is not None and len(self._recent) == 1 and not self._words:
             self._begin(self._next())
         else:
             self.metrics.queue.set(len(self._queue))
@@ -310,8 +353,9 @@ class Engine:
         if request.deadline <= now:
             raise Refusal("late", found="a deadline that has passed", expected="time to answer",
                           fix="deadlines are seconds from now")  # fmt: skip
-        wait = self._wait(now)
+        wait = self._wait(now) + (0.0 if request.words is None else self.speaking)
         full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
+        full = full or (request.words is not None and self._words >= self.options.words)
         if full or now + wait + _CARE * (wait - self.expected) > request.deadline:
             self.metrics.busy.inc()
             raise Refusal("busy", found=f"{len(self._queue)} requests waiting, {wait:.3g} s of work", expected=f"at most "
@@ -321,7 +365,8 @@ class Engine:
     def _wait(self, now: float) -> float:
         """Seconds until a request that comes now would be answered, if batches take as long as the slow ones of late."""
         rounds = len(self._queue) // self.options.batch + 1
-        left = max(0.0, self.expected - (now - self._began)) if self._running else 0.0
+        usual = self.expected if not self._running or self._running[0].request.words is None else self.speaking
+        left = max(0.0, usual - (now - self._began)) if self._running else 0.0
         return left + rounds * self.expected
 
     def _forget(self, one: _Waiting) -> None:
@@ -330,6 +375,7 @@ class Engine:
             one.queued = False
             self._queue.remove(one)
             self._bytes -= one.request.size
+            self._words -= one.request.words is not None
             self.metrics.queue.set(len(self._queue))
         if not self._queue and not self._running:
             self._idle.set()
@@ -370,6 +416,8 @@ class Engine:
                 return
 
     def _next(self) -> list[_Waiting]:
+        if self._words:
+            return self._next_of_both()
         batch: list[_Waiting] = []
         while self._queue and len(batch) < self.options.batch:
             one = self._queue.popleft()
@@ -379,6 +427,23 @@ class Engine:
                 batch.append(one)
         self.metrics.queue.set(len(self._queue))
         return batch
+
+    def _next_of_both(self) -> list[_Waiting]:
+        """A question in words is answered alone, and lets looks go first, though not for ever."""
+        looks = [one for one in self._queue if one.request.words is None]
+        if looks and self._turns < _TURNS:
+            self._turns += 1
+            batch = looks[: self.options.batch]
+        else:
+            self._turns = 0
+            batch = [next(one for one in self._queue if one.request.words is not None)]
+        for one in batch:
+            one.queued = False
+            self._queue.remove(one)
+            self._bytes -= one.request.size
+            self._words -= one.request.words is not None
+        self.metrics.queue.set(len(self._queue))
+        return [one for one in batch if not one.answer.done()]
 
     def _begin(self, batch: list[_Waiting]) -> None:
         """The batch is with the model."""
@@ -420,7 +485,10 @@ class Engine:
             self._running, self._busy, self._begun = [], None, None
             self._over.set()
         took = time.monotonic() - self._began
-        self.expected = max(took, 0.9 * self.expected + 0.1 * took)
+        if batch[0].request.words is None:
+            self.expected = max(took, 0.9 * self.expected + 0.1 * took)
+        else:
+            self.speaking = max(took, 0.9 * self.speaking + 0.1 * took)
         self.metrics.batch(len(batch), took)
         for one, result in zip(batch, results, strict=True):
             if isinstance(result, VLAError):
@@ -428,8 +496,21 @@ class Engine:
             elif not one.answer.done():
                 wait = self._began - one.since
                 self.metrics.wait.observe(wait)
+                if one.request.words is not None:
+                    one.answer.set_result(Spoken(**result, policy=backend.info.policy))
+                    continue
                 actions, confidence, symbols = result
                 one.answer.set_result(Answer(actions, confidence, symbols, backend.info.policy, seconds, wait, len(batch)))
+
+    def _lost(self, backend: Backend) -> None:
+        """It ended with nothing to do; what was with it is `_finish`'s to tell."""
+        if backend is not self._backend or self._busy is backend:
+            return
+        logger.error("the policy's process ended: started again")
+        self.metrics.restarts.inc()
+        self._backend, self.state, self._back = None, "restarting", time.monotonic() + self._loading
+        self._ending = asyncio.ensure_future(backend.stop())
+        self._work.set()
 
     async def _restart(self) -> None:
         """Until there is a backend again: at once, then after 1, 2, 4, ... at most 30 s."""

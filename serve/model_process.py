@@ -87,6 +87,29 @@ class Actor:
             raise RuntimeError("three batches in a row failed: the device, not the input")
         return said
 
+    def speak(self, items: Sequence[Item], words: Sequence[Any]) -> list[Any]:
+        """What is said to a question (question, candidates, said, most) about the first picture of the one item, as
+        `serve.engine.Spoken` knows it, or a `VLAError`."""
+        (_, adapter, _, _, images, _), (question, candidates, said, most) = items[0], words
+        try:
+            policy, picture = self._policy(adapter), next(iter(images.values()), None)
+            if not hasattr(policy, "score_answers"):
+                raise UsageError("policy", found=f"{self._name}, which says actions and no words", expected="one that speaks",
+                                 fix="a policy folder trained with mixture.answers; another planner")  # fmt: skip
+            frame = picture.decode() if isinstance(picture, Encoded) else picture
+            scores = policy.score_answers(frame, question, candidates).tolist() if candidates else []
+            spoken = {"ids": (), "likely": 0.0, "ended": False, "text": "", "scores": scores}
+            if not candidates:
+                from vla.policy.words import say
+
+                spoken |= vars(say(policy, frame, question, said, most))
+            return [spoken]
+        except VLAError as error:
+            return [error]
+        except Exception as error:
+            logger.exception("the policy failed")
+            return [MachineError("policy", found=type(error).__name__, expected="an answer", fix="see the server's log")]
+
     def _each(self, looks: list[Any], items: Sequence[Item], rows: list[int], robot: str, adapter: str | None) -> list[Any]:
         """Chunks or errors. An error is somebody's: who else is with them does not pay for it."""
         try:
@@ -192,7 +215,8 @@ def main(conversation: int, pictures: int) -> None:
         if len(memory) != said["room"]:
             memory = np.frombuffer(mmap.mmap(pictures, said["room"]), np.uint8) if said["room"] else memory
         began = time.perf_counter()
-        results = actor.answer([_item(one, memory) for one in said["batch"]])
+        items = [_item(one, memory) for one in said["batch"]]
+        results = actor.answer(items) if said.get("words") is None else actor.speak(items, said["words"])
         seconds = time.perf_counter() - began
         _send(line, {"results": [_result(one) for one in results], "seconds": seconds})
 
@@ -209,6 +233,8 @@ def _item(said: Any, memory: np.ndarray) -> Item:
 def _result(one: Any) -> dict[str, Any]:
     if isinstance(one, VLAError):
         return {"error": _error(one)}
+    if isinstance(one, dict):
+        return {"spoken": one}
     actions, confidence, symbols = one
     if not np.isfinite(actions).all():
         return {"error": _error(DataError("policy", found="an action that is not finite", expected="numbers",
