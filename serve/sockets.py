@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame, Opcode
@@ -92,7 +92,10 @@ class _Reader:
     def _let_go_later(self) -> None:
         """What was written is not waited for any longer then; `close` alone waits for ever."""
         if self._slow is None:
-            self._slow = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+            self._slow = self.loop.call_later(SEND_SECONDS, self._abort)
+
+    def _abort(self) -> None:
+        self.transport.abort()
 
     def _stay(self) -> None:
         if self._slow is not None:
@@ -114,6 +117,7 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         self._head = self._fields = 0
         """Bytes of the head that is coming, and of those of its headers that are whole."""
         self._patience: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -123,11 +127,26 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
             idle = [c for c in self.connections if isinstance(c, PatientHTTP) and c.idle_since is not None]
             oldest = min(idle, key=lambda c: c.idle_since or 0.0)
             oldest.idle_since = None
-            oldest.transport.abort()
+            oldest._abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait(None)
+        self._forsake()
         super().connection_lost(exc)
+
+    def _abort(self) -> None:
+        self._forsake()
+        super()._abort()
+
+    def _forsake(self) -> None:
+        """Nothing is written for the request that is being answered; uvicorn knows of the last that came, which may wait yet."""
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         heads = self._heads if self._in_head else -1
@@ -191,7 +210,7 @@ class PatientHTTP(_Reader, HttpToolsProtocol):
         """For what must come next, no longer than that."""
         if self._patience is not None:
             self._patience.cancel()
-        self._patience = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        self._patience = None if seconds is None else self.loop.call_later(seconds, self._abort)
 
 
 class _Buffered(asyncio.BufferedProtocol):

@@ -11,6 +11,7 @@ address.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,10 +28,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
+import uvicorn
 from children import LIMIT
+
+from serve.backend import ThreadBackend
+from serve.engine import Engine, EngineOptions
+from serve.gate import Tokens
+from serve.server import build_app, config_of
+from serve.service import Service
+from serve.settings import ServeSettings
 
 T = TypeVar("T")
 _COMPLAINTS = re.compile(r"Traceback|Exception|Fatal error|never retrieved|never awaited|was destroyed|ERROR|CRITICAL")
@@ -70,6 +80,20 @@ class Server:
         """Resident bytes of the server and of the model's process."""
         both = {"server": self.process.pid, "model": self.model}
         return {name: psutil.Process(pid).memory_info().rss for name, pid in both.items()}
+
+    @contextmanager
+    def bounded(self, most: int) -> Iterator[dict[str, int]]:
+        """Neither process may be more than `most` bytes larger at any moment of the block than it was at its beginning. How much
+        each of them was lies in the mapping afterwards."""
+        both = {"server": self.process.pid, "model": self.model}
+        for pid in both.values():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is counted from now on
+        before, grown = self.memory(), dict.fromkeys(both, 0)
+        yield grown
+        for name, pid in both.items():
+            (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
+            grown[name] = (int(peak) << 10) - before[name]
+        assert max(grown.values()) < most, f"{grown}, allowed {most}"
 
     def get(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
         """(status, headers, body) of a GET."""
@@ -115,6 +139,38 @@ def started(
         finally:
             process.kill()
             process.wait(LIMIT)
+
+
+class _Ephemeral(uvicorn.Server):
+    """In a thread, where signals are nobody's."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def in_thread(policy: str = "null:tabletop", tokens: Tokens | None = None, **settings: Any) -> Iterator[tuple[int, Service]]:
+    """(port, service) of a server in this process, for tests that shorten what it waits for. The model is in a thread as well."""
+    chosen = ServeSettings(port=0, **settings)
+    service = Service(Engine(lambda: ThreadBackend.start({"policy": policy}), EngineOptions(queue=chosen.queue)), chosen)
+    server = _Ephemeral(config_of(service, build_app(service, tokens or Tokens())))
+
+    async def work() -> None:
+        await service.engine.start()
+        try:
+            await server.serve()
+        finally:
+            await service.engine.stop()
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()), daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield server.servers[0].sockets[0].getsockname()[1], service
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(LIMIT)
 
 
 def alive(server: Server) -> bool:

@@ -23,7 +23,7 @@ class Fake:
 
     def __init__(self, name: str = "one", seconds: float = 0.0, robots: Sequence[str] = ("arm",)) -> None:
         self.info = Info(name, name, {r: None for r in robots}, {}, {r: (2, 2) for r in robots}, (), (), 2, 0.01)  # pyright: ignore
-        self.seconds, self.batches, self.alive = seconds, [], True
+        self.seconds, self.batches, self.alive, self.on_lost = seconds, [], True, lambda: None
         self.gate = asyncio.Event()
         self.gate.set()
         self.fail: Callable[[Request], VLAError | None] = lambda request: None
