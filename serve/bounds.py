@@ -44,6 +44,8 @@ def numbers(value: Any) -> np.ndarray | Unread:
 
 def as_float32(given: np.ndarray) -> np.ndarray:
     """A copy in float32; what does not fit is infinite, and so found."""
+    if given.dtype == np.float32:
+        return given.copy()
     with np.errstate(all="ignore"):
         return given.astype(np.float32)
 
@@ -63,6 +65,9 @@ class Bounds:
         room = np.where(np.isfinite(low), _SLACK * (high - low), 0.0)
         self._lowest, self._highest = low - room, high + room
         self._most = self.jump * (1 + _NEAR)
+        most = np.finfo(np.float32).max
+        self._inside = np.maximum(self.low, -most), np.minimum(self.high, most)
+        """What is between these is finite, too."""
         self._moves = bool(np.isfinite(self.jump).any())
 
     def _read_limits(self, waive: tuple[str, ...]) -> list[str]:
@@ -110,27 +115,17 @@ class Bounds:
         self, given: np.ndarray, before: np.ndarray, first: np.ndarray | None = None, few: int | None = None
     ) -> tuple[np.ndarray, list[tuple[int, str]]]:
         """Steps `given` (n, A) float32 after the command `before` (A,) float64, NaN where nobody knows it -> the same with
-        rounding clipped, and [(step, fault)] in the order of steps. `first` (A,): factor on what the first step may change.
-        After `few` faults only their number is told: the last pair is (-1, "and 12 more"). Commands mean something when there
-        are no faults."""
+        rounding clipped, and [(step, fault)] in the order of steps. `first` (A,): factor of 1 or more on what the first step may
+        change. After `few` faults only their number is told: the last pair is (-1, "and 12 more"). Commands mean something when
+        there are no faults."""
         with np.errstate(all="ignore"):
             told = _Told(few)
-            finite = np.isfinite(given)
-            if not finite.all():
-                broken = np.asarray((~finite).any(1, keepdims=True))
-                told.add(broken, lambda s, _: "not finite: " + ", ".join(self.names[~finite[s]]))
-                given = np.where(broken, np.float32(np.nan), given)  # no further fault is found in these
-            commands = given
-            if (given < self.low).any() or (given > self.high).any():
-                beyond = (given < self._lowest) | (given > self._highest)
-                told.add(beyond, lambda s, d: f"limit: {self.names[d]} = {given[s, d]:.4g}, "
-                                              f"{self.low[d]:.4g}..{self.high[d]:.4g}")  # fmt: skip
-                commands = self.clip(given)
+            least, most = self._inside
+            commands = given if ((given >= least) & (given <= most)).all() else self._judge_limits(given, told)
             if not (self._moves or self.turn):
                 return commands, told.faults()
             path = np.concatenate([before[None], commands])
-            if self._moves:
-                change = np.abs(path[1:] - path[:-1])
+            if self._moves and ((change := np.abs(path[1:] - path[:-1])) > self._most).any():
                 far = change > self._most
                 if first is not None:
                     far[0] = change[0] > self._most * first
@@ -141,6 +136,17 @@ class Bounds:
                     factor = 1.0 if first is None else float(first[dims.start])
                     self._judge_turns(path[:, dims], dims, form, factor, told)
             return commands, told.faults()
+
+    def _judge_limits(self, given: np.ndarray, told: _Told) -> np.ndarray:
+        """The same steps with rounding clipped, and NaN for those that are not finite: no further fault is found in these."""
+        finite = np.isfinite(given)
+        if not finite.all():
+            broken = np.asarray((~finite).any(1, keepdims=True))
+            told.add(broken, lambda s, _: "not finite: " + ", ".join(self.names[~finite[s]]))
+            given = np.where(broken, np.float32(np.nan), given)
+        beyond = (given < self._lowest) | (given > self._highest)
+        told.add(beyond, lambda s, d: f"limit: {self.names[d]} = {given[s, d]:.4g}, {self.low[d]:.4g}..{self.high[d]:.4g}")
+        return self.clip(given)
 
     def _judge_turns(self, path: np.ndarray, dims: slice, form: str, factor: float, told: _Told) -> None:
         name, quats = self.names[dims.start], quaternions(path, form)

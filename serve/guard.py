@@ -15,6 +15,7 @@ Holds that repeat, or low confidence that lasts, ask for help; from then on the 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ class Guard:
         bounded[list(self._bounds.turn)] = True
         self._seam = bounded & ~posed
         """(A,) whose first change in a chunk is measured from the last one."""
+        self._all = np.ones_like(self._motion)
+        self._seams, self._stops = bool(self._seam.any()), bool((self._seam & self._motion).any())
         self._rest = standstill(self.robot, np.zeros(self.robot.action_dim, np.float32))
 
     # ------------------------------------------------------------------------------------------------ judging
@@ -165,7 +168,7 @@ class Guard:
         self._known = self._motion.copy()
         self._placed = self._measured = False
         if self._start is not None:
-            self._last, self._placed, self._known = self._start.copy(), True, np.ones_like(self._motion)
+            self._last, self._placed, self._known = self._start.copy(), True, self._all
         self._seen = self._said = ""
         self._picture, self._same = -1, 0
         self._state: np.ndarray | None = None
@@ -327,9 +330,9 @@ class Guard:
 
     def _before(self, rows: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The command (A,) a chunk that begins with `step` comes after, NaN where unknown, and the factors on its jumps."""
-        if (self._seam & self._motion).any():
+        if self._stops:
             rows = np.concatenate([rows, np.where(self._motion, self._rest, rows)])
-        likeliest = self._bounds.may_follow(step, rows, self._seam) if len(rows) > 1 and self._seam.any() else 0
+        likeliest = self._bounds.may_follow(step, rows, self._seam) if self._seams and len(rows) > 1 else 0
         before = rows[likeliest].copy()
         if self._state is not None:
             for dims, at, form in self._poses:
@@ -348,7 +351,7 @@ class Guard:
 
     def _passed(self) -> None:
         """What was said is passed on."""
-        self._known = np.ones_like(self._motion)
+        self._known = self._all
         self._state, self._spent = None, True
 
     def _wrong_already(self, why: str, late: float, said: str) -> list[str]:
@@ -367,10 +370,15 @@ class Guard:
         if not self.needs_help:
             if sum(self._holds) >= self.most_holds:
                 self.needs_help = f"held {sum(self._holds)} times in {len(self._holds)} {unit}"
-            elif len(self._sure) == self.window and (mean := float(np.mean(self._sure))) < self.confidence:
+            elif len(self._sure) == self.window and (mean := self._mean_sure()) < self.confidence:
                 self.needs_help = f"confidence {mean:.2f} over {self.window} {unit}, at least {self.confidence:g}"
         held = bool(reasons or self.needs_help)  # the window may have ended with this very one
         return held, "; ".join(dict.fromkeys(reasons)) or (f"waiting for help: {self.needs_help}" if held else "")
+
+    def _mean_sure(self) -> float:
+        """Of a window; infinite where none of it is anywhere near too low, since to average costs more than to look."""
+        near = self.confidence + 1e-6 * (1 + abs(self.confidence))
+        return float(np.mean(self._sure)) if not min(self._sure) > near else math.inf
 
     def _tell(self, what: str, given: dict[str, Any], answer: Any) -> None:
         if self.on_event is not None:
@@ -392,6 +400,11 @@ def _steps(executed: Any) -> int | None:
 def _mean(confidence: Any) -> float | None:
     """Of what is finite in it; None when nothing is. An L1 head says NaN: it knows nothing of its confidence."""
     sure = numbers(confidence)
+    if not isinstance(sure, Unread) and sure.dtype == np.float32 and sure.size:  # of few numbers: their sum overflows nothing
+        with np.errstate(invalid="ignore"):
+            total = float(np.add.reduce(sure.astype(np.float64).reshape(-1)))
+        if math.isfinite(total):
+            return total / sure.size
     if isinstance(sure, Unread) or not (finite := np.isfinite(sure)).any():
         return None
     with np.errstate(over="ignore"):
