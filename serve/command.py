@@ -19,6 +19,7 @@ examples:
   vla serve user/policy --host 0.0.0.0 --token-file tokens    for others: needs a token
   vla serve BASE --adapter-folder kitchen=runs/kitchen --adapter-folder bench=runs/bench
   vla serve runs/demo --config configs/serve/openvla.yaml --compat openvla
+  vla serve runs/demo --planner policy                    one checkpoint plans (POST /v1/plan) and acts
   vla serve null:tabletop?ms=20                           no model: to write a robot's side against
 
 clients: serve.client.Client, openpi-client (ws://HOST:PORT/openpi), vla-eval (ws://HOST:PORT/vla-eval), OpenVLA's (POST /act),
@@ -47,6 +48,9 @@ def add_serve_parser(subparsers: Any) -> None:
     add("--camera", action="append", default=[], metavar="NAME=CAMERA", help="what a client calls a camera")
     add("--guard", type=Path, metavar="FILE", help="YAML: robot -> jump, waive, ... of its guard")
     add("--audit", type=Path, metavar="DIR", help="append what was seen (not the frames), said and sent to this log")
+    add("--planner", metavar="KIND", help="who answers POST /v1/plan: policy (its own words), scripted:FILE or openai:URL")
+    add("--planner-model", metavar="NAME", help="of openai:URL, which model is asked")
+    add("--planner-key-file", type=Path, metavar="FILE", help="of openai:URL, the key in the first line of a file")
     add("--compat", action="append", choices=("openvla",), help='openvla: errors are 200 and "error"')
     add("--engine", choices=("process", "thread"), help="where the model is (default: a process of its own)")
     add("--batch", type=int, metavar="N", help="most requests answered together (default 8)")
@@ -135,6 +139,9 @@ def settings_of(args: argparse.Namespace) -> Any:
     flags = {"host", "port", "token_file", "certificate", "key", "robot", "adapter", "audit", "compat", "engine", "batch",
              "queue", "deadline", "drain", "gr00t"}  # fmt: skip
     values |= {name: value for name in flags if (value := getattr(args, name)) is not None}
+    planner = {"kind": args.planner, "model": args.planner_model, "key_file": args.planner_key_file}
+    if planner := {name: value for name, value in planner.items() if value is not None}:
+        values["planner"] = (values.get("planner") or {}) | planner
     if args.origin:
         values["origins"] = args.origin
     if bool(values.get("certificate")) != bool(values.get("key")):

@@ -6,6 +6,7 @@ from typing import Any
 
 import vla
 from serve.refusal import STATUS
+from serve.wires.planning import AskBody, AskReply, PlanBody, PlanReply
 from serve.wires.rest import ActBody, ActReply, SwapBody
 
 _REFUSAL = {
@@ -30,7 +31,7 @@ _OPENVLA = {"type": "object", "properties": {
 def document() -> dict[str, Any]:
     """OpenAPI 3.1. WebSockets are not part of that language: they are told of in the description."""
     schemas: dict[str, Any] = {"Refusal": _REFUSAL}
-    for model in (ActBody, ActReply, SwapBody):
+    for model in (ActBody, ActReply, SwapBody, PlanBody, PlanReply, AskBody, AskReply):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
@@ -43,6 +44,11 @@ def document() -> dict[str, Any]:
         "/v1/info": {"get": get("Policy, robots, chunk", {200: _OBJECT}, codes=(*_ASKED, "unavailable"))},
         "/v1/act": {"post": post("One look, one chunk", {200: _ref("ActReply")}, _ref("ActBody"), _ACTS)},
         "/v1/swap": {"post": post("Another policy", {200: _OBJECT}, _ref("SwapBody"), _ACTS)},
+        **{
+            path: {"post": post("What to do next", {200: _ref("PlanReply")}, _ref("PlanBody"), _PLANS)}
+            for path in ("/v1/plan", "/plan")
+        },
+        "/v1/ask": {"post": post("A question to the policy", {200: _ref("AskReply")}, _ref("AskBody"), _ACTS)},
         "/act": {"post": post("OpenVLA's and OFT's", {200: {}}, _OPENVLA, _ACTS)},
     }
     return {
@@ -54,7 +60,8 @@ def document() -> dict[str, Any]:
 
 
 _ASKED = ("unauthorized", "forbidden", "bad_request")
-_ACTS = tuple(code for code in STATUS if code not in ("not_found", "internal"))
+_PLANS = tuple(code for code in STATUS if code != "internal")
+_ACTS = tuple(code for code in STATUS if code not in ("not_found", "internal", "bad_answer"))
 
 
 def _ref(name: str) -> dict[str, str]:

@@ -7,6 +7,8 @@ GET  /openapi.json     what is here
 GET  /                 a page to try the policy on
 GET  /v1/info          policy, robots (cameras, state, actions, units, limits), chunk, protocol
 POST /v1/act           one look as JSON -> one chunk
+POST /v1/plan          what to do next (also /plan)
+POST /v1/ask           a question in words about a picture, to the policy
 POST /v1/swap          another policy, without dropping accepted work (admin tokens)
 WS   /v1/ws            our own wire: serve/wires/websocket.py
 and /act (OpenVLA, OFT), /openpi, /vla-eval, GR00T's ZeroMQ on a port of its own: serve/wires/
@@ -37,7 +39,7 @@ from serve.refusal import Refusal
 from serve.service import Service
 from serve.settings import ServeSettings
 from serve.sockets import FastWebSocket, PatientHTTP
-from serve.wires import gr00t, openpi, openvla, rest, vla_eval, websocket
+from serve.wires import gr00t, openpi, openvla, planning, rest, vla_eval, websocket
 from vla.errors import UsageError, VLAError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def build_app(service: Service, tokens: Tokens) -> Starlette:
     routes: list[BaseRoute] = [
         Route("/livez", livez), Route("/readyz", readyz), Route("/healthz", readyz), Route("/metrics", metrics),
         Route("/openapi.json", openapi), *rest.routes(service), *websocket.routes(service), *openvla.routes(service),
-        *openpi.routes(service), *vla_eval.routes(service), *page(),
+        *planning.routes(service), *openpi.routes(service), *vla_eval.routes(service), *page(),
     ]  # fmt: skip
     settings = service.settings
     gate = Middleware(

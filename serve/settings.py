@@ -32,6 +32,28 @@ class GuardSettings(Config):
     """Help is asked for when the mean confidence of a whole window is below."""
 
 
+class PlannerSettings(Config):
+    """Who says what is to be done next (`serve/planning.py`)."""
+
+    kind: str = Field(default="policy", pattern=r"^(policy|scripted:.+|openai:https?://.+)$")
+    """`policy`: the one that is served, in its own words; `scripted:FILE`; `openai:URL`, any server of chat completions."""
+    model: str = "default"
+    """Of `openai`: which model is asked."""
+    key_file: Path | None = None
+    """Of `openai`: the file whose first line is the key."""
+    form: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """Of `openai`: how the form of an answer is asked for."""
+    timeout: float = Field(default=10.0, gt=0)
+    """Seconds of one plan."""
+    valid_for: float = Field(default=5.0, gt=0, le=3600)
+    """Seconds a plan may be followed, from when it was asked for."""
+    known_only: bool = True
+    """Whether a plan must be one of `instructions`, or of those the policy was trained on."""
+    instructions: tuple[str, ...] = ()
+    camera: str | None = None
+    """Of `policy`: which picture it is asked about; null: the robot's first."""
+
+
 class ServeSettings(Config):
     """Everything about a server but its policy."""
 
@@ -52,6 +74,8 @@ class ServeSettings(Config):
     """Robot -> its guard; `*` for those not named."""
     audit: Path | None = None
     """Folder of the audit log."""
+    planner: PlannerSettings | None = None
+    """null: nobody plans here."""
     compat: tuple[Literal["openvla"], ...] = ()
     """Bad manners of other servers that a client depends on: `openvla` answers errors with 200 and "error"."""
     engine: Literal["process", "thread"] = "process"

@@ -70,7 +70,7 @@ def routes(service: Service) -> list[BaseRoute]:
 
     async def act(request: Request) -> Response:
         body = await parsed(request, ActBody, service)
-        images = {name: picture_of(_bytes(text, name), service.settings.limits) for name, text in body.images.items()}
+        images = {name: picture_of(picture_bytes(text, name), service.settings.limits) for name, text in body.images.items()}
         look = Look(images, np.array(body.state, np.float64), body.instruction, body.robot, body.adapter, deadline=body.deadline,
                     seed=body.seed)  # fmt: skip
         robot = service.robot_of(body.robot)
@@ -142,7 +142,8 @@ def reply_json(reply: Reply) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bytes(text: str, name: str) -> bytes:
+def picture_bytes(text: str, name: str) -> bytes:
+    """Of a picture as base64. Raises `Refusal`."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
