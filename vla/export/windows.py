@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,14 @@ def read_windows(policy: VLAPolicy, datasets: Sequence[str], count: int) -> tupl
     `datasets`: folders or Hub names; empty: those in the policy's provenance. Raises `DataError` where they are not to be had,
     or show no robot the policy knows.
     """
-    paths = list(datasets) or [entry["path"] for entry in policy.provenance.get("datasets", [])]
+    named: Sequence[dict[str, Any]] = [{"path": path} for path in datasets] or policy.provenance.get("datasets", [])
+    paths = [entry["path"] for entry in named]
     missing = [path for path in paths if not path.startswith("hub:") and not Path(path).is_dir()]
     if missing or not paths:
         raise DataError("vla export", found=f"no datasets {missing}" if missing else "a policy that names no datasets",
                         expected="the data the policy was trained on, to measure what the export changes",
                         fix="--calibrate DATASET; or --windows 0 to export without a report")  # fmt: skip
-    config = MixtureConfig(datasets=[DatasetConfig(path=path) for path in paths])
+    config = MixtureConfig(datasets=[DatasetConfig(path=e["path"], language=e.get("language", "task")) for e in named])
     train, held = open_mixture(config, policy.chunk, 0, progress=False, seconds=policy.config.chunk_seconds)
     parts = []
     ours = [i for i, spec in enumerate(train.specs) if spec.key in policy.embodiments]
