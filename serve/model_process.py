@@ -27,6 +27,8 @@ from vla.errors import DataError, MachineError, UsageError, VLAError
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 64 << 10
+"""Bytes that are received in one step; nearly every batch is smaller."""
 Item = tuple[str, str | None, str, int, Mapping[str, Any], np.ndarray | None]
 """(robot, adapter, instruction, seed, camera -> picture, state (S,) float32 or None)."""
 
@@ -261,22 +263,16 @@ def _send(line: socket.socket, message: Any) -> None:
 
 def _receive(line: socket.socket) -> Any:
     """The next message; None when the server has gone."""
-    head = _exactly(line, 4)
-    body = None if head is None else _exactly(line, int.from_bytes(head, "big"))
-    return None if body is None else msgpack.unpackb(body, use_list=True)
-
-
-def _exactly(line: socket.socket, size: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < size:
+    heard = b""
+    while len(heard) < 4 or len(heard) < 4 + int.from_bytes(heard[:4], "big"):
         try:
-            part = line.recv(size - len(parts))
+            part = line.recv(_AT_ONCE)  # no more than one message: the server waits for its answer
         except ConnectionResetError:
             return None
         if not part:
             return None
-        parts += part
-    return bytes(parts)
+        heard += part
+    return msgpack.unpackb(memoryview(heard)[4:], use_list=True)
 
 
 def _die_with_the_server() -> None:

@@ -290,6 +290,11 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
         return message
 
     async def send(self, message: Any) -> None:
+        if (data := message.get("bytes")) is not None and message["type"] == "websocket.send" and self._flows():
+            size = len(data)
+            head = bytes((_WHOLE_BINARY, size if size < 126 else 126 if size < 1 << 16 else 127))
+            self.transport.write(head + (b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8, "big")) + data)
+            return
         before = self.handshake_complete, self.close_sent
         await super().send(message)
         if self.initial_response is not None and self.close_sent:
@@ -298,6 +303,10 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
             if not before[0] and not self.close_sent and not self.transport.is_closing():
                 self.transport.set_protocol(_Buffered(self))
             self._take_all()  # what came before the handshake was over; the other side's close
+
+    def _flows(self) -> bool:
+        """Whether the connection is open, and what is written goes out."""
+        return self.conn.state is State.OPEN and self.writable.is_set() and not (self.close_sent or self.disconnected)
 
     # ------------------------------------------------------------------------------------------------ receiving
 
