@@ -32,6 +32,7 @@ class NullPolicy:
         self.robots = {self.robot: spec}
         low, high = spec.limits("action")
         self._actions = np.tile(np.clip(np.zeros_like(low), low, high), (8, 1))
+        self._sure, self._symbols = np.ones_like(self._actions), np.zeros(self._actions.shape, np.int64)
         self._seconds, self._each = ms / 1e3, each
 
     @classmethod
@@ -66,6 +67,4 @@ class NullPolicy:
             spec.check_observation(dict(observation), f"observation for {robot!r}")
         if self._seconds:
             time.sleep(self._seconds * (len(observations) if self._each else 1))
-        sure = np.ones_like(self._actions)
-        symbols = np.zeros(self._actions.shape, np.int64)
-        return [SimpleNamespace(actions=self._actions.copy(), confidence=sure, symbols=symbols) for _ in observations]
+        return [SimpleNamespace(actions=self._actions.copy(), confidence=self._sure, symbols=self._symbols) for _ in observations]

@@ -150,8 +150,8 @@ def _is_frame(frame: object) -> bool:
 
 def _numbers(state: object) -> np.ndarray | None:
     """As float32, empty when they are no numbers; None stays None."""
-    if state is None:
-        return None
+    if state is None or (isinstance(state, np.ndarray) and state.dtype == np.float32):
+        return state
     try:
         given = np.asarray(state)
         with np.errstate(over="ignore", invalid="ignore"):
