@@ -1,4 +1,4 @@
-"""Words beside looks: questions wait for looks, looks for one part of a question at most, and a model that dies answers neither."""
+"""Words beside looks: questions wait for looks, looks for one part of a question at most; a model that dies is started again."""
 
 from __future__ import annotations
 
@@ -121,29 +121,25 @@ def test_a_policy_behind_an_engine_says_what_it_says_here(policy: Path, kind: An
         observation = {"front": picture("red")}
         chunk = await served.act(Request(observation, np.zeros(4, np.float32), "do thing 0", "tabletop"))
         assert chunk.actions.shape[1] == 4
+        if kind is ProcessBackend:
+            await dies_while_it_speaks(served, there)
         await served.stop()
 
     run(work)
 
 
-def test_a_model_that_dies_while_it_speaks_is_started_again(policy: Path):
-    async def work() -> None:
-        served = await Engine(lambda: ProcessBackend.start({"policy": str(policy), "device": "cpu"})).start()
-        there = EngineSpeaker(served, asyncio.get_running_loop(), timeout=60.0)
-        backend: Any = served._backend
-        os.kill(backend.pid, signal.SIGSTOP)
-        asked = asyncio.create_task(asyncio.to_thread(there.answer, picture("red"), plan_prompt(GOAL)))
-        await asyncio.sleep(0.2)
-        os.kill(backend.pid, signal.SIGKILL)
-        with pytest.raises(Refusal) as lost:
-            await asked
-        assert lost.value.code == "unavailable"
-        while not served.ready:
-            await asyncio.sleep(0.05)
-        assert (await asyncio.to_thread(there.answer, picture("red"), plan_prompt(GOAL)))[0] == NEXT["red"]
-        await served.stop()
-
-    run(work)
+async def dies_while_it_speaks(served: Engine, there: EngineSpeaker) -> None:
+    backend: Any = served._backend
+    os.kill(backend.pid, signal.SIGSTOP)
+    asked = asyncio.create_task(asyncio.to_thread(there.answer, picture("red"), plan_prompt(GOAL)))
+    await asyncio.sleep(0.2)
+    os.kill(backend.pid, signal.SIGKILL)
+    with pytest.raises(Refusal) as lost:
+        await asked
+    assert lost.value.code == "unavailable"
+    while not served.ready:
+        await asyncio.sleep(0.05)
+    assert (await asyncio.to_thread(there.answer, picture("red"), plan_prompt(GOAL)))[0] == NEXT["red"]
 
 
 def test_a_policy_that_does_not_speak_says_so():

@@ -24,6 +24,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "merge": ("vla.merge", "add_merge_parser", "fold an adapter into its base"),
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
     "serve": ("serve.command", "add_serve_parser", "a policy behind HTTP and WebSockets"),
+    "plan": ("serve.plan_command", "add_plan_parser", "what to do next towards a goal"),
+    "handoff": ("vla.handoff.command", "add_handoff_parser", "when to stop and ask: detectors of failure with kept promises"),
     "push": ("vla.push", "add_push_parser", "share a policy or a dataset, with a card made of facts"),
     "export": ("vla.export", "add_export_parser", "a policy in another program's layout"),
 }
