@@ -37,7 +37,7 @@ def document() -> dict[str, Any]:
         schemas[model.__name__] = schema
     get, post = _operation, _operation
     paths = {
-        "/livez": {"get": get("Alive; needs no token", {200: _OBJECT}, codes=())},
+        "/livez": {"get": get("Alive; needs no token", {200: _OBJECT}, codes=()) | {"security": []}},
         "/readyz": {"get": get("Loaded, warm and not draining", {200: _OBJECT, 503: _OBJECT}, codes=_ASKED)},
         "/metrics": {"get": get("Prometheus", {200: None}, codes=_ASKED)},
         "/openapi.json": {"get": get("This document", {200: _OBJECT}, codes=_ASKED)},
