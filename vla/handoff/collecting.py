@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vla.embodiment import load_embodiment
+from vla.embodiment import EmbodimentSpec, load_embodiment
 from vla.errors import UsageError
 from vla.evaluate import same_robot, versions
 from vla.evaluate.jobs import Actor, trained_on
@@ -51,20 +51,13 @@ def collect(
     Raises `UsageError` for an unknown task or kind, a robot that is not the policy's, a seed it was trained on.
     """
     began = time.perf_counter()
-    stage = Stage(suite, 8, sims)  # its size is the policy's, known below
-    names, room = stage.module.expand_tasks(suite, list(tasks) if tasks else None), stage.module.SUITES[suite]
-    spec = same_robot(policy, load_embodiment(room.embodiment))
-    stage.image_size = max(camera.height for camera in spec.cameras.values())
+    stage, room, names, spec = stage_for(policy, suite, tasks, episodes, seed, sims)
     chunk, own = policy.steps(spec.key)
     execute, decode = own if execute is None else execute, decode or policy.decode
     if not 1 <= execute <= chunk:
         raise UsageError("execute", found=execute, expected=f"1..{chunk}, the policy's chunk", fix=f"--execute {own}")
-    if episodes < 1 or samples < 0 or samples == 1:
-        raise UsageError("vla handoff collect", found=f"{episodes} episodes, {samples} samples",
-                         expected="at least 1 episode, and 0 or at least 2 samples", fix="--episodes 400 --samples 8")  # fmt: skip
-    if shown := trained_on(policy, suite, seed, episodes):
-        raise UsageError(f"seeds {seed}..{seed + episodes - 1} of suite {suite!r}", found=f"seeds the policy was trained on ({shown})",
-                         expected="scenes it has not seen", fix=f"--seed {TRAIN_SEED}")  # fmt: skip
+    if samples < 0 or samples == 1:
+        raise UsageError("samples", found=samples, expected="0, or at least 2 to be compared", fix="--samples 8")
     kinds = check_troubles(perturb, suite)
     scale = action_scale(policy, spec.key)
     scenes = scenes_of(room, names, kinds, episodes, seed)
@@ -88,6 +81,23 @@ def collect(
     if out is not None:
         save(rollouts, out)
     return rollouts
+
+
+def stage_for(
+    policy: Actor, suite: str, tasks: Sequence[str] | None, episodes: int, seed: int, sims: str
+) -> tuple[Stage, Any, list[str], EmbodimentSpec]:
+    """(simulators, the suite, names of tasks, the policy's spec of the robot). Raises `UsageError` where they do not fit."""
+    stage = Stage(suite, 8, sims)
+    names, room = stage.module.expand_tasks(suite, list(tasks) if tasks else None), stage.module.SUITES[suite]
+    spec = same_robot(policy, load_embodiment(room.embodiment))
+    stage.image_size = max(camera.height for camera in spec.cameras.values())
+    if episodes < 1:
+        raise UsageError("episodes", found=episodes, expected="at least 1", fix="--episodes 400")
+    if shown := trained_on(policy, suite, seed, episodes):
+        raise UsageError(f"seeds {seed}..{seed + episodes - 1} of suite {suite!r}",
+                         found=f"seeds the policy was trained on ({shown})", expected="scenes it has not seen",
+                         fix=f"--seed {TRAIN_SEED}")  # fmt: skip
+    return stage, room, names, spec
 
 
 def action_scale(policy: Actor, robot: str) -> np.ndarray:

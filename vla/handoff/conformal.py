@@ -70,8 +70,7 @@ def observed_band(n: int, m: int, alpha: float, level: float = LEVEL) -> Band:
     if k > n or m < 1:
         return Band(1.0, 1.0 if m else 0.0, 1.0)
     a, b, tail = k, n + 1 - k, (1 - level) / 2
-    count = np.arange(m + 1)
-    weight = [math.lgamma(m + 1) - math.lgamma(j + 1) - math.lgamma(m - j + 1) + _log_beta(j + a, m - j + b) for j in count]
+    weight = [_log_choose(m, j) + _log_beta(j + a, m - j + b) for j in range(m + 1)]
     upto = np.cumsum(np.exp(np.array(weight) - _log_beta(a, b)))
     return Band(a / (a + b), *(float(min(np.searchsorted(upto, q * upto[-1]), m)) / m for q in (tail, 1 - tail)))
 
@@ -82,8 +81,12 @@ def beta_cdf(x: float, a: int, b: int) -> float:
         return float(x >= 1)
     n = a + b - 1
     j = np.arange(a, n + 1)
-    ways = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in j])
+    ways = np.array([_log_choose(n, int(i)) for i in j])
     return float(min(1.0, np.exp(ways + j * math.log(x) + (n - j) * math.log1p(-x)).sum()))
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _log_beta(a: float, b: float) -> float:
@@ -103,5 +106,6 @@ def guarantee(n: int, alpha: float, perturbed: Sequence[str], level: float = LEV
     band = coverage_band(n, alpha, level)
     under = f" under {', '.join(perturbed)}" if perturbed else ""
     return (f"Calibrated on n={n} successful episodes{under}: {100 * (1 - alpha):.3g} % of successful episodes pass without a "
-            f"question ({100 * level:.3g} % band of the true coverage {100 * band.low:.1f} to {100 * band.high:.1f} %). The guarantee "
-            "fails under distribution shift: other tasks, scenes, cameras, disturbances or a changed policy.")  # fmt: skip
+            f"question ({100 * level:.3g} % band of the true coverage {100 * band.low:.1f} to {100 * band.high:.1f} %). "
+            "The guarantee fails under distribution shift: other tasks, scenes, cameras, disturbances or a changed policy."
+            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Detectors that look at hidden states, as a robot runs them: a distance to what went well, and a small learned network. Numpy only.
+"""Detectors that look at hidden states, as a robot runs them: a distance to what went well, and a small network. Numpy only.
 
 Fitted by `vla/handoff/learning.py`, kept as safetensors beside the policy.
 """
@@ -61,7 +61,9 @@ class Head:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(n, d) -> (n,): the logit of failure. Not its sigmoid: two sure alarms would be equally sure."""
-        x = ((np.asarray(features, np.float32) - self.mean) / self.std).clip(-10, 10)  # a thing never seen is not a thousand times worse
+        x = ((np.asarray(features, np.float32) - self.mean) / self.std).clip(
+            -10, 10
+        )  # a thing never seen is not a thousand times worse
         inner = np.maximum(np.einsum("nd,mdh->mnh", x, self.inner) + self.inner_bias[:, None], 0)
         return (np.einsum("mnh,mh->mn", inner, self.outer) + self.outer_bias[:, None]).mean(0).astype(np.float64)
 

@@ -1,4 +1,4 @@
-"""Fits what looks at hidden states, and finds out by cross-validation which detector to trust and how to sum it up over an episode."""
+"""Fits what looks at hidden states, and finds out by cross-validation which detector to trust, summed up how over an episode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vla.handoff.measures import detection, values_of
 from vla.handoff.rollouts import Rollouts
 from vla.handoff.scores import DETECTORS, Kind
 
-MEMBERS, HIDDEN, STEPS, FOLDS = 5, 64, 400, 5
+MEMBERS, HIDDEN, EPOCHS, BATCH, FOLDS = 4, 32, 150, 256, 5
+RATE, DECAY, DROPOUT = 1e-2, 0.1, 0.3
 KINDS: tuple[Kind, ...] = ("max", "mean")
 
 
@@ -29,32 +30,38 @@ def fit(rollouts: Rollouts, seed: int = 0) -> tuple[Gauss | None, Head | None]:
     return gauss, fit_head(rollouts, seed) if 0 < rollouts.success.sum() < len(rollouts) else None
 
 
-def fit_head(rollouts: Rollouts, seed: int = 0, members: int = MEMBERS, hidden: int = HIDDEN, steps: int = STEPS) -> Head:
+def fit_head(rollouts: Rollouts, seed: int = 0, members: int = MEMBERS, hidden: int = HIDDEN, epochs: int = EPOCHS) -> Head:
     """As SAFE's (Gu et al. 2025): every look is labelled with how its episode ends. Episodes count alike, whatever their length,
     and so do failures and successes. Dropout and weight decay, since a few hundred episodes are few."""
     assert rollouts.features is not None
-    x = torch.from_numpy(rollouts.features)
+    x = torch.tensor(rollouts.features)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
     x = ((x - mean) / std).clamp(-10, 10)
     failed, of = ~rollouts.success, rollouts.of_episode
     weight = np.where(failed, 0.5 / max(1, failed.sum()), 0.5 / max(1, (~failed).sum()))[of] / rollouts.looks[of]
-    y, w = torch.from_numpy(failed[of].astype(np.float32)), torch.from_numpy(weight.astype(np.float32))
+    y, w = torch.from_numpy(failed[of].astype(np.float32)), torch.from_numpy((weight * len(weight)).astype(np.float32))
     generator = torch.Generator().manual_seed(seed)
     d = x.shape[1]
     inner = (torch.randn(members, d, hidden, generator=generator) * d**-0.5).requires_grad_()
     outer = (torch.randn(members, hidden, generator=generator) * hidden**-0.5).requires_grad_()
     inner_bias, outer_bias = torch.zeros(members, hidden, requires_grad=True), torch.zeros(members, requires_grad=True)
-    optimizer = torch.optim.AdamW([inner, inner_bias, outer, outer_bias], lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        seen = F.relu(torch.einsum("nd,mdh->mnh", x, inner) + inner_bias[:, None])
-        kept = (torch.rand(members, 1, hidden, generator=generator) > 0.3) / 0.7
-        logits = torch.einsum("mnh,mh->mn", seen * kept, outer) + outer_bias[:, None]
-        loss = (F.binary_cross_entropy_with_logits(logits, y.expand(members, -1), reduction="none") * w).sum(1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    optimizer = torch.optim.AdamW([inner, inner_bias, outer, outer_bias], lr=RATE, weight_decay=DECAY)
+    batches = max(1, len(x) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * batches)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).tensor_split(batches):
+            seen = torch.baddbmm(inner_bias[:, None], x[rows].expand(members, -1, -1), inner).relu()
+            kept = (torch.rand(members, len(rows), hidden, generator=generator) > DROPOUT) / (1 - DROPOUT)
+            logits = ((seen * kept) @ outer[..., None])[..., 0] + outer_bias[:, None]
+            loss = (
+                (F.binary_cross_entropy_with_logits(logits, y[rows].expand(members, -1), reduction="none") * w[rows])
+                .mean(1)
+                .sum()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     arrays = (mean, std, inner, inner_bias, outer, outer_bias)
     return Head(*(np.ascontiguousarray(a.detach().numpy(), np.float32) for a in arrays))
 
@@ -88,7 +95,9 @@ def choose(rollouts: Rollouts, among: Sequence[str] = tuple(DETECTORS)) -> tuple
                 whole, matched = detection(rollouts, values_of(rollouts, name, kind))
                 figures.setdefault(name, {})[kind] = {"auroc": whole.value, "matched": matched.value}
     if not figures:
-        raise DataError("the rollouts", found="no scores", expected=f"some of {', '.join(among)}", fix="vla handoff collect again")
+        raise DataError(
+            "the rollouts", found="no scores", expected=f"some of {', '.join(among)}", fix="vla handoff collect again"
+        )
     best: dict[str, Kind] = {name: max(KINDS, key=lambda kind: found[kind]["matched"]) for name, found in figures.items()}
     order = sorted(best, key=lambda name: -figures[name][best[name]]["matched"])
     return {name: best[name] for name in order}, figures

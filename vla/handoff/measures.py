@@ -1,4 +1,4 @@
-"""What a detector is worth, with intervals: can it tell failures from successes, how soon, and what comes of asking when it says so.
+"""What a detector is worth, with intervals: can it tell failures from successes, how soon, and what comes of asking by it.
 
 An episode that fails is usually longer than one that succeeds, and whatever grows with time tells the two apart. So two figures
 are given: `auroc`, of the largest value in a whole episode, and `matched`, which compares a failure with a success at the same
@@ -7,7 +7,7 @@ look only. A clock is perfect or nearly so by the first, and 0.5 by the second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,15 +139,15 @@ def curve(rollouts: Rollouts, values: np.ndarray, points: int = 41) -> list[dict
     at = np.unique(np.linspace(0, len(largest), points).round().astype(int))
     found = []
     for asked in at:
-        threshold = np.inf if asked == 0 else np.nextafter(largest[asked - 1], -np.inf)
+        threshold = np.inf if asked == 0 else float(np.nextafter(largest[asked - 1], -np.inf))
         asks = asked_at(rollouts, values, threshold)
         found.append({"questions": float((asks >= 0).mean()), "success": float(outcome_of(rollouts, asks).mean())})
     return found
 
 
-def area(points: list[Mapping[str, float]], never: float, always: float) -> float:
-    """How much of what help can bring comes with few questions: the area of a curve above asking at random, over that of asking in
-    exactly the episodes that would fail, about; 0 at random."""
+def area(points: Sequence[Mapping[str, float]], never: float, always: float) -> float:
+    """How much of what help can bring comes with few questions: the area of a curve above asking at random, over that of asking
+    in just the episodes that would fail; 0 at random."""
     ordered = sorted((p["questions"], p["success"]) for p in points)
     x, y = np.array([(0.0, never), *ordered, (1.0, always)]).T
     gain = np.trapezoid(y, x) - (never + always) / 2

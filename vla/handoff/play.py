@@ -146,7 +146,7 @@ class Live:
         self.seen = self.trouble.see(observation, rollout.steps)
 
     def relieve(self) -> None:
-        """Find out, for every look, whether help would have come in time: the way there is played again, then the expert goes on."""
+        """Find out, for every look, whether help would have come in time: the way there is played again, then the expert acts."""
         most = self.sim.max_steps
         for look in self.rollout.at:
             self._reset(render=False)

@@ -1,8 +1,8 @@
-"""What can go wrong in a simulator, so that detectors of failure have failures to learn from: pictures, commands, physics, pushes.
+"""What can go wrong in a simulator, so that detectors of failure have failures to learn from.
 
-One kind an episode, its strength and everything else drawn from (seed, kind). What is wrong with pictures is so from the start in half
-of the episodes, and else from a step in their first quarter on. What a policy sees and what becomes of its commands
-are changed outside the simulator, so most kinds work in any suite; `physics` and `shove` reach into the tabletop.
+One kind an episode, its strength and everything else drawn from (seed, kind). What is wrong with pictures is so from the start in
+half of the episodes, and else from a step in their first quarter on. What a policy sees and what becomes of its commands are
+changed outside the simulator, so most kinds work in any suite; `physics` and `shove` reach into the tabletop.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Trouble:
     def _shift(self, image: np.ndarray, camera: int, step: int) -> np.ndarray:
         height, width = image.shape[:2]
         far = 0.02 + 0.08 * self.severity
-        down, right = (round(np.sign(at - 0.5) * far * room) for at, room in zip(self._place[camera], (height, width), strict=True))
+        down, right = (
+            round(np.sign(at - 0.5) * far * room) for at, room in zip(self._place[camera], (height, width), strict=True)
+        )
         rows, columns = (np.arange(height) - down).clip(0, height - 1), (np.arange(width) - right).clip(0, width - 1)
         return np.ascontiguousarray(image[rows][:, columns])
 

@@ -53,7 +53,11 @@ def act_inside(
              for k in range(samples)]  # fmt: skip
     chunks = policy.chunks(chosen, embodiment)
     return [
-        Inside(chunk, features[i], np.stack([draw[i].actions for draw in draws]) if draws else np.zeros((0, *chunk.actions.shape), np.float32))
+        Inside(
+            chunk,
+            features[i],
+            np.stack([draw[i].actions for draw in draws]) if draws else np.zeros((0, *chunk.actions.shape), np.float32),
+        )
         for i, chunk in enumerate(chunks)
     ]
 
@@ -66,7 +70,9 @@ def _pooled(policy: VLAPolicy, batch: Batch, chosen: Chosen, acts: torch.Tensor 
     if sequence:
         own = np.arange(N)[None] < np.array([[len(row)] for row in chosen[2]])
     if acts is None:
-        said = np.zeros((B, N), np.int64) if sequence else np.full((B, N), int(policy.codec.encode(np.zeros((1, 1)))[0]), np.int64)
+        said = (
+            np.zeros((B, N), np.int64) if sequence else np.full((B, N), int(policy.codec.encode(np.zeros((1, 1)))[0]), np.int64)
+        )
         for row, symbols in enumerate(chosen[2]):
             flat = np.asarray(symbols).reshape(-1)
             said[row, : len(flat)] = np.where(own[row, : len(flat)], flat, said[row, : len(flat)])

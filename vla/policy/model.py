@@ -291,7 +291,8 @@ class VLAPolicy(nn.Module):
         `decode` overrides the policy's own; `seeds` (one per observation, default 0, 1, ...) decide what "sample" draws.
         Raises `DataError` for an observation that does not fit the embodiment, `CheckpointError` for an unknown robot.
         """
-        return self.chunks(self.decide(self.batch_of(observations, instructions, embodiment, drop_state), decode, seeds), embodiment)
+        batch = self.batch_of(observations, instructions, embodiment, drop_state)
+        return self.chunks(self.decide(batch, decode, seeds), embodiment)
 
     def batch_of(
         self, observations: Sequence[Observation], instructions: Sequence[str], embodiment: str, drop_state: bool = False
