@@ -71,10 +71,12 @@ class ProcessBackend:
             async with asyncio.timeout(loading):
                 backend._send(dict(spec))
                 said = await backend._receive()
-        except (TimeoutError, BackendLost, asyncio.CancelledError) as error:
+                if "error" not in said:
+                    backend.info = info_of(said)
+        except BaseException as error:  # a process that nobody knows of would keep its GPU
             backend.kill()
             await backend.stop()
-            if isinstance(error, asyncio.CancelledError):
+            if not isinstance(error, (TimeoutError, BackendLost)):
                 raise
             raise MachineError("policy process", found=str(error) or f"not ready within {loading:g} s",
                                expected=f"{spec.get('policy')} loaded and warm",
@@ -82,7 +84,6 @@ class ProcessBackend:
         if "error" in said:
             await backend.stop()
             raise error_of(said["error"])
-        backend.info = info_of(said)
         return backend
 
     @property

@@ -27,7 +27,7 @@ import numpy as np
 
 from serve.metrics import Metrics
 from serve.refusal import Refusal, unavailable
-from serve.robot import Robot
+from serve.robot import Robot, differences
 from serve.wire import Picture
 from vla.errors import VLAError
 
@@ -95,6 +95,8 @@ class Answer:
     """Seconds it waited before that."""
     batch: int
     """Requests answered together."""
+    execute: int
+    """Steps to carry out before looking again."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,8 @@ class Engine:
         """Whether nothing is being done, nor about to be."""
         self._begun: tuple[list[_Waiting], Any, Any] | None = None
         self._loop: asyncio.Task[None] | None = None
+        self._taken = asyncio.Event()
+        """There is a backend, whoever brought it."""
         self._swapping = asyncio.Lock()
         self._recent: dict[str, float] = {}
         self.state = "starting"
@@ -224,7 +228,14 @@ class Engine:
         """Load the model and warm it up. Raises what the backend says it lacks."""
         await self._take(*await self._timed(self._start))
         self._loop = asyncio.create_task(self._serve(), name="engine")
+        self._loop.add_done_callback(self._ended)
         return self
+
+    def _ended(self, loop: asyncio.Task[None]) -> None:
+        """An engine that stops by itself must not look ready."""
+        if not loop.cancelled() and loop.exception() is not None:
+            logger.critical("the engine has failed", exc_info=loop.exception())
+            self.state = "stopped"
 
     async def _timed(self, start: Start) -> tuple[Backend, float]:
         began = time.monotonic()
@@ -233,6 +244,7 @@ class Engine:
     async def _take(self, backend: Backend, loading: float) -> None:
         self._backend, self._info, backend.on_lost = backend, backend.info, lambda: self._lost(backend)
         self._loading, self.expected = loading, max(backend.info.warm, 1e-4)
+        self._taken.set()
         self.state = "draining" if self.draining else "ready"
         self.metrics.policy(backend.info.policy)
 
@@ -275,26 +287,28 @@ class Engine:
         if backend is not None:
             await backend.stop()
 
-    async def swap(self, start: Start) -> Info:
+    async def swap(self, start: Start, check: Callable[[Info], None] = lambda info: None) -> Info:
         """Load another policy beside the one that answers, and let it answer from the next batch on. Returns what it is.
 
-        Raises what the new backend says, or `Refusal` when it does not know a robot or an adapter that is served now: then
-        nothing has changed.
+        Raises what the new backend or `check` says, or `Refusal` when it lacks a robot or an adapter that is served now, or knows
+        that robot as another one: then nothing has changed.
         """
         async with self._swapping:
+            if self._loop is None:
+                raise unavailable(f"the policy is {self.state}")
             fresh, loading = await self._timed(start)
-            old = self._backend
-            lost = (
-                sorted(({*old.info.robots} - {*fresh.info.robots}) | ({*old.info.adapters} - {*fresh.info.adapters}))
-                if old
-                else []
-            )
-            if lost or self.state == "stopped":
+            try:
+                if lost := _lost_by(self.info, fresh.info):
+                    raise Refusal("bad_request", where="swap", found="; ".join(lost)[:1000],
+                                  expected="every robot and adapter that is served now, as it is",
+                                  fix="start another server for it")  # fmt: skip
+                check(fresh.info)
+                if self.draining:
+                    raise unavailable("the server is draining", retry_after=5.0)
+            except BaseException:
                 await fresh.stop()
-                raise Refusal("bad_request", where="swap", found=f"a policy without {lost}" if lost else "a server that stops",
-                              expected="every robot and adapter that is served now",
-                              fix="start another server for it")  # fmt: skip
-            self._start = start
+                raise
+            old, self._start = self._backend, start
             await self._take(fresh, loading)
             self.metrics.swaps.inc()
             if old is not None:
@@ -324,14 +338,15 @@ class Engine:
         self._queue.append(one)
         self._bytes += request.size
         if request.words is None:
-            self._recent[request.client] = now
+            if request.client:
+                self._recent[request.client] = now
         else:
             self._words += 1
         self._idle.clear()
         self._work.set()
         timer = loop.call_later(request.deadline - now, self._expire, one)
         one.answer.add_done_callback(lambda _: (timer.cancel(), self._forget(one)))
-        if self._parked and self._backend is not None and len(self._recent) == 1 and not self._words:
+        if self._parked and self._backend is not None and len(self._recent) <= 1 and not self._words:
             self._begin(self._next())
         else:
             self.metrics.queue.set(len(self._queue))
@@ -356,7 +371,9 @@ class Engine:
         wait = self._wait(now) + (0.0 if request.words is None else self.speaking)
         full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
         full = full or (request.words is not None and self._words >= self.options.words)
-        if full or now + wait + _CARE * (wait - self.expected) > request.deadline:
+        # A model with nothing to do is tried, whatever it took last: or one slow batch would refuse everybody for good.
+        late = bool(self._queue or self._running) and now + wait + _CARE * (wait - self.expected) > request.deadline
+        if full or late:
             self.metrics.busy.inc()
             raise Refusal("busy", found=f"{len(self._queue)} requests waiting, {wait:.3g} s of work", expected=f"at most "
                           f"{self.options.queue}, and {request.deadline - now:.3g} s", fix="ask less often, or start another",
@@ -462,6 +479,10 @@ class Engine:
         watchdog = asyncio.get_running_loop().call_later(self.options.hang, lambda: (hung.append(backend), backend.kill()))
         try:
             results, seconds = await pending
+            took = time.monotonic() - self._began
+            said = [
+                self._read(one, result, backend.info, seconds, len(batch)) for one, result in zip(batch, results, strict=True)
+            ]
         except Exception as error:  # of ours as well: whatever it was, this conversation is not to be trusted any more
             why = f"the policy did not answer for {self.options.hang:g} s" if hung else str(error)
             if not isinstance(error, BackendLost):
@@ -473,9 +494,8 @@ class Engine:
             self._running = []
             lost = batch
             if self._backend is backend:
-                self._back = time.monotonic() + self._loading
+                self._gone()
                 lost = [*batch, *(one for one in self._queue if one.request.deadline < self._back)]
-                self._backend, self.state = None, "restarting"
             for one in lost:
                 _fail(one, unavailable(why, retry_after=max(1.0, self._loading)))
             await backend.stop()
@@ -484,23 +504,32 @@ class Engine:
             watchdog.cancel()
             self._running, self._busy, self._begun = [], None, None
             self._over.set()
-        took = time.monotonic() - self._began
         if batch[0].request.words is None:
-            self.expected = max(took, 0.9 * self.expected + 0.1 * took)
+            self.expected = max(took, 0.8 * self.expected + 0.2 * took)
         else:
-            self.speaking = max(took, 0.9 * self.speaking + 0.1 * took)
+            self.speaking = max(took, 0.8 * self.speaking + 0.2 * took)
         self.metrics.batch(len(batch), took)
-        for one, result in zip(batch, results, strict=True):
-            if isinstance(result, VLAError):
-                _fail(one, result)
+        for one, answer in zip(batch, said, strict=True):
+            if isinstance(answer, VLAError):
+                _fail(one, answer)
             elif not one.answer.done():
-                wait = self._began - one.since
-                self.metrics.wait.observe(wait)
-                if one.request.words is not None:
-                    one.answer.set_result(Spoken(**result, policy=backend.info.policy))
-                    continue
-                actions, confidence, symbols = result
-                one.answer.set_result(Answer(actions, confidence, symbols, backend.info.policy, seconds, wait, len(batch)))
+                self.metrics.wait.observe(self._began - one.since)
+                one.answer.set_result(answer)
+
+    def _read(self, one: _Waiting, result: Any, info: Info, seconds: float, size: int) -> Answer | Spoken | VLAError:
+        """What the model said to one request of a batch of `size`."""
+        if isinstance(result, VLAError):
+            return result
+        if one.request.words is not None:
+            return Spoken(**result, policy=info.policy)
+        actions, confidence, symbols = result
+        execute = info.steps[one.request.robot][1]
+        return Answer(actions, confidence, symbols, info.policy, seconds, self._began - one.since, size, execute)
+
+    def _gone(self) -> None:
+        """There is no backend."""
+        self._backend, self.state, self._back = None, "restarting", time.monotonic() + self._loading
+        self._taken.clear()
 
     def _lost(self, backend: Backend) -> None:
         """It ended with nothing to do; what was with it is `_finish`'s to tell."""
@@ -508,25 +537,45 @@ class Engine:
             return
         logger.error("the policy's process ended: started again")
         self.metrics.restarts.inc()
-        self._backend, self.state, self._back = None, "restarting", time.monotonic() + self._loading
+        self._gone()
         self._ending = asyncio.ensure_future(backend.stop())
         self._work.set()
 
     async def _restart(self) -> None:
-        """Until there is a backend again: at once, then after 1, 2, 4, ... at most 30 s."""
-        pause = 0.0
-        while self._backend is None:
-            await asyncio.sleep(pause)
-            try:
-                backend, loading = await self._timed(self._start)
-            except Exception as error:  # whatever it is, the next try may come to something
-                pause = min(30.0, max(1.0, 2 * pause))
-                logger.error("the policy's process did not start, again in %g s: %s", pause, error)
-                continue
-            if self._backend is None:
-                await self._take(backend, loading)
-            else:  # swapped meanwhile
-                await backend.stop()
+        """Until there is a backend again, started here or brought by a swap: at once, then after 1, 2, 4, ... at most 30 s."""
+        pause, taken = 0.0, asyncio.ensure_future(self._taken.wait())
+        try:
+            while self._backend is None:
+                await asyncio.wait({taken}, timeout=pause)
+                if self._backend is not None:
+                    return
+                starting = asyncio.ensure_future(self._timed(self._start))
+                try:
+                    await asyncio.wait({starting, taken}, return_when=asyncio.FIRST_COMPLETED)
+                    if not starting.done():
+                        return  # a swap was quicker
+                    backend, loading = starting.result()
+                except Exception as error:  # whatever it is, the next try may come to something
+                    pause = min(30.0, max(1.0, 2 * pause))
+                    logger.error("the policy's process did not start, again in %g s: %s", pause, error)
+                    continue
+                finally:
+                    starting.cancel()
+                if self._backend is None:
+                    await self._take(backend, loading)
+                else:
+                    await backend.stop()
+        finally:
+            taken.cancel()
+
+
+def _lost_by(old: Info, fresh: Info) -> list[str]:
+    """What of the robots and adapters that are served now another policy does not have, or has otherwise."""
+    lost = [f"no adapter {name!r}" for name in old.adapters if name not in fresh.adapters]
+    for key, robot in old.robots.items():
+        there = fresh.robots.get(key)
+        lost += [f"no robot {key!r}"] if there is None else [f"robot {key!r}: {text}" for text in differences(robot, there)]
+    return lost
 
 
 async def _raising(error: Exception) -> Any:

@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 
 from serve.wire import Encoded
-from vla.errors import DataError, MachineError, UsageError, VLAError
+from vla.errors import MachineError, UsageError, VLAError
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +148,14 @@ def load(spec: Mapping[str, Any]) -> Actor:
     if path.startswith("null:"):
         from serve.null import NullPolicy
 
+        if spec.get("adapters"):
+            raise UsageError("adapters", found=path, expected="a policy folder", fix="leave --adapter-folder out")
         null = NullPolicy.parse(path)
         actor = Actor({None: null}, {null.robot: null.embodiment}, path)
     elif (Path(path) / "export.json").is_file():
         if spec.get("adapters"):
-            raise UsageError("adapters", found=f"an export folder: {path}", expected="a policy folder", fix="leave --adapter out")
+            raise UsageError("adapters", found=f"an export folder: {path}", expected="a policy folder",
+                             fix="leave --adapter-folder out")  # fmt: skip
         from serve.edge import EdgePolicy
 
         edge = EdgePolicy.load(path, spec.get("runtime"), spec.get("threads"))
@@ -176,8 +179,8 @@ def _torch_actor(path: str, spec: Mapping[str, Any]) -> Actor:
         options["dtype"] = getattr(torch, str(spec["dtype"]))
     adapters = dict(spec.get("adapters") or {})
     policies: dict[str | None, Any] = {}
-    if adapters:
-        many = Adapters(adapters, **options)
+    if adapters:  # POLICY is what they were trained on
+        many = Adapters(adapters, **options | {"base": spec.get("base") or path})
         policies = {name: many[name] for name in many}
     else:
         policies[None] = load_policy(path, **options)
@@ -238,9 +241,6 @@ def _result(one: Any) -> dict[str, Any]:
     if isinstance(one, dict):
         return {"spoken": one}
     actions, confidence, symbols = one
-    if not np.isfinite(actions).all():
-        return {"error": _error(DataError("policy", found="an action that is not finite", expected="numbers",
-                                          fix="the policy is broken, or runs in too low a precision"))}  # fmt: skip
     parts = (np.asarray(actions, np.float32), np.asarray(confidence, np.float32), np.asarray(symbols))
     return {"chunk": [(part.tobytes(), part.dtype.str, part.shape) for part in parts]}
 

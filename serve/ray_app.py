@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,6 +97,8 @@ class Served:
         from serve.server import build_app, engine_options
         from serve.service import Service
 
+        if settings.audit:  # one writer a folder
+            settings = settings.model_copy(update={"audit": settings.audit / f"{os.getpid()}-{uuid.uuid4().hex[:6]}"})
         service = Service(Engine(lambda: ThreadBackend.start(spec), engine_options(settings)), settings)
         await service.engine.start()
         service.check()
@@ -105,6 +108,8 @@ class Served:
         """Finish what was accepted, then let the model go."""
         await self.service.engine.drain(self.service.settings.drain)
         await self.service.engine.stop()
+        if self.service.audit is not None:
+            self.service.audit.close()
 
     async def __del__(self) -> None:  # Ray awaits it when it drops a model
         await self.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vla.errors import VLAError
+from vla.errors import MachineError, VLAError
 
 STATUS = {
     "bad_request": 422, "unauthorized": 401, "forbidden": 403, "not_found": 404, "too_large": 413, "unsupported": 415,
@@ -47,6 +47,8 @@ class Refusal(VLAError):
         """A `VLAError` of the input as the client hears it."""
         if isinstance(error, Refusal):
             return error
+        if isinstance(error, MachineError):  # ours, not theirs
+            return cls("internal", where=error.where, found=error.found, expected=error.expected, fix=error.fix)
         code = "too_large" if getattr(error, "too_large", False) else "bad_request"
         return cls(code, where=error.where, found=error.found, expected=error.expected, fix=error.fix)
 

@@ -85,9 +85,11 @@ class Service:
         self.starter: Callable[[dict[str, Any]], Start] | None = None
         """Changes to what is served -> what starts that; None where policies cannot be swapped."""
 
-    def check(self) -> None:
-        """Raise `UsageError` unless every robot can be guarded and everything named is there."""
-        info, names = self.engine.info, set(self.engine.info.robots)
+    def check(self, info: Info | None = None) -> None:
+        """Raise `UsageError` unless every robot of the policy (the one that answers, or `info`) can be guarded and everything the
+        settings name is there."""
+        info = info or self.engine.info
+        names = set(info.robots)
         problems = [f"robot {n!r} of {where}" for n, where in [(self.settings.robot, "--robot"),
                     *((n, "guard") for n in self.settings.guard if n != "*")] if n is not None and n not in names]  # fmt: skip
         cameras = {camera for robot in info.robots.values() for camera in robot.cameras}
@@ -139,8 +141,10 @@ class Service:
 class Session:
     """One client's dealings with one robot. One request at a time."""
 
-    def __init__(self, service: Service, wire: str) -> None:
+    def __init__(self, service: Service, wire: str, lasting: bool = True) -> None:
+        """`lasting`: more than one look will come of it; over HTTP each stands by itself."""
         self.service, self.wire, self.id = service, wire, uuid.uuid4().hex[:16]
+        self._client = self.id if lasting else ""
         self.guard: Guard | None = None
         self._ok = service.metrics.requests.labels(wire, "ok")
         self._seq = -math.inf
@@ -159,12 +163,12 @@ class Session:
             self.guard.resume()
 
     async def act(self, look: Look) -> Reply:
-        """Judge, ask, judge. Raises `Refusal`."""
+        """Ask, judge the look meanwhile, judge the answer. Raises `Refusal`."""
         metrics, began = self.service.metrics, time.perf_counter()
         try:
             reply = await self._act(look, began)
         except VLAError as error:
-            refusal = error if isinstance(error, Refusal) else _refusal(error)
+            refusal = Refusal.of(error)
             metrics.requests.labels(self.wire, refusal.code).inc()
             raise refusal from None
         if reply.hold:
@@ -177,7 +181,7 @@ class Session:
     async def _act(self, look: Look, began: float) -> Reply:
         service = self.service
         robot = service.robot_of(look.robot)
-        if self.guard is None or self.guard.robot is not robot and self.guard.robot.key != robot.key:
+        if self.guard is None or (self.guard.robot is not robot and self.guard.robot != robot):
             self.guard = service.guard_of(robot, self.id)
         guard = self.guard
         images, state = self._images(robot, look.images), _state(robot, look.state)
@@ -195,7 +199,7 @@ class Session:
                           fix="name one of them")  # fmt: skip
         deadline = time.monotonic() + look.deadline if look.deadline is not None else math.inf
         pending = service.engine.ask(Request(
-            images, state, self._words, robot.key, adapter, look.seed, self.id, deadline,
+            images, state, self._words, robot.key, adapter, look.seed, self._client, deadline,
         ))  # fmt: skip
         # The model has it already: what it says of a look that is refused here is thrown away.
         seen = guard.saw({"images": images, "state": state}, look.age, executed=look.executed)
@@ -209,8 +213,7 @@ class Session:
         if guard.needs_help and not helped:
             service.metrics.help.inc()
         timing = {"infer": 1e3 * answer.infer, "wait": 1e3 * answer.wait, "serve": 1e3 * (time.perf_counter() - began)}
-        execute = service.engine.info.steps[robot.key][1]
-        return Reply(verdict.actions, answer.confidence, answer.symbols, execute, verdict.hold, verdict.reason,
+        return Reply(verdict.actions, answer.confidence, answer.symbols, answer.execute, verdict.hold, verdict.reason,
                      verdict.needs_help, answer.policy, timing, answer.batch)  # fmt: skip
 
     def _images(self, robot: Robot, given: Mapping[str, Picture]) -> dict[str, Picture]:
@@ -282,13 +285,3 @@ def _state(robot: Robot, given: Any) -> np.ndarray | None:
                       expected=f"{robot.state_dim} finite numbers: {', '.join(robot.names('state'))}",
                       fix="send the state in this order and these units (GET /v1/info)")  # fmt: skip
     return state
-
-
-def _refusal(error: VLAError) -> Refusal:
-    from vla.errors import CheckpointError, DataError, MachineError
-
-    if isinstance(error, MachineError):
-        return Refusal("internal", where=error.where, found=error.found, expected=error.expected, fix=error.fix)
-    if isinstance(error, (DataError, UsageError, CheckpointError)):
-        return Refusal.of(error)
-    return Refusal("internal", where="server", found=type(error).__name__, expected="an answer", fix="see the server's log")

@@ -9,20 +9,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from serve.backend import ProcessBackend, ThreadBackend
 from serve.engine import Answer, BackendLost, Engine, EngineOptions, Info, Request
 from serve.refusal import Refusal
+from serve.robot import Robot
+from vla.config import CONFIGS
 from vla.errors import DataError, UsageError, VLAError
 
 ACTIONS = np.zeros((2, 3), np.float32)
+ROBOTS = {
+    name: Robot.from_json(yaml.safe_load((CONFIGS / "embodiments" / "tabletop.yaml").read_text()) | {"name": name}, name)
+    for name in ("arm", "leg")
+}
 
 
 class Fake:
     """A backend that remembers what it was given and answers when it is let."""
 
     def __init__(self, name: str = "one", seconds: float = 0.0, robots: Sequence[str] = ("arm",)) -> None:
-        self.info = Info(name, name, {r: None for r in robots}, {}, {r: (2, 2) for r in robots}, (), (), 2, 0.01)  # pyright: ignore
+        self.info = Info(name, name, {r: ROBOTS[r] for r in robots}, {}, {r: (2, 2) for r in robots}, (), (), 2, 0.01)  # pyright: ignore
         self.seconds, self.batches, self.alive, self.on_lost = seconds, [], True, lambda: None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -118,9 +125,14 @@ def test_a_full_queue_and_a_deadline_that_cannot_be_kept_are_refused_at_once():
         assert full.value.code == "busy" and full.value.status == 429 and (full.value.retry_after or 0) > 0
         fake.gate.set()
         await asyncio.gather(*asked)
+        fake.gate.clear()
+        running = asyncio.create_task(served.act(look("slow", within=10)))
+        await asyncio.sleep(0.02)
         served.expected = 5.0
         with pytest.raises(Refusal, match="busy|waiting"):
             await served.act(look("soon", within=0.5))
+        fake.gate.set()
+        await running
         with pytest.raises(Refusal) as past:
             await served.act(look("past", within=-1))
         assert past.value.code == "late" and served.waiting == 0
@@ -344,6 +356,64 @@ def test_a_process_killed_in_the_middle_of_a_batch():
             await asked
         assert lost.value.status == 503
         assert (await served.act(Request(**request, instruction="y", robot="tabletop"))).policy == "null"
+        await served.stop()
+
+    run(work)
+
+
+def test_one_slow_batch_does_not_refuse_everybody_for_good():
+    async def work() -> None:
+        served = await engine(Fake(), deadline=0.5)
+        served.expected = 5.0  # the last batch took so long
+        assert (await served.act(look())).batch == 1
+        assert served.expected < 5.0
+        await served.stop()
+
+    run(work)
+
+
+def test_an_answer_that_makes_no_sense_costs_its_batch_not_the_engine():
+    async def work() -> None:
+        bad, good = Fake("bad"), Fake("good")
+
+        async def short(batch: Sequence[Request]) -> tuple[list[Any], float]:
+            return [], 0.0
+
+        bad.run = short
+        served = await engine(bad, good)
+        with pytest.raises(Refusal, match="could not be read"):
+            await served.act(look())
+        assert (await served.act(look())).policy == "good" and served.ready
+        await served.stop()
+
+    run(work)
+
+
+def test_a_swap_while_nothing_answers_is_what_answers_next():
+    async def work() -> None:
+        first, brought, tries = Fake("first"), Fake("brought"), 0
+
+        async def start() -> Fake:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                await asyncio.sleep(60)  # it loads and loads
+            return first
+
+        async def other(name: str, robots: Sequence[str] = ("arm",)) -> Fake:
+            return brought if name == "brought" else Fake(name, robots=robots)
+
+        served = Engine(start, EngineOptions(gather=0.0, deadline=20.0))
+        with pytest.raises(Refusal, match="starting"):
+            await served.swap(lambda: other("early"))
+        await served.start()
+        first.lose = True
+        with pytest.raises(Refusal, match="gone"):
+            await served.act(look())
+        with pytest.raises(Refusal, match="arm"):  # it still knows what it has to serve
+            await served.swap(lambda: other("leg", ("leg",)))
+        await served.swap(lambda: other("brought"))
+        assert (await served.act(look())).policy == "brought" and served.ready
         await served.stop()
 
     run(work)

@@ -40,7 +40,7 @@ def routes(service: Service) -> list[BaseRoute]:
                     raise _wrong("body", "'encoded' beside other keys, or no text", '{"encoded": "<JSON>"} alone')
                 content = read_json(content["encoded"], arrays=True, limits=service.settings.limits)
             look, chunk = look_of(content)
-            reply = await while_connected(request, Session(service, "openvla").act(look))
+            reply = await while_connected(request, Session(service, "openvla", lasting=False).act(look))
         except VLAError:
             if "openvla" in service.settings.compat:
                 return JSONResponse("error")

@@ -22,7 +22,7 @@ from serve.service import Service
 from serve.wire import Picture, picture_of
 from serve.wires.rest import parsed, picture_bytes, while_connected
 from vla.config import Config
-from vla.errors import MachineError, VLAError
+from vla.errors import VLAError
 
 T = TypeVar("T")
 Sentence = Annotated[str, Field(max_length=512)]
@@ -101,7 +101,7 @@ def routes(service: Service) -> list[BaseRoute]:
         try:
             said = await while_connected(request, work)
         except VLAError as error:
-            refusal = _refusal(error)
+            refusal = Refusal.of(error)
             service.metrics.requests.labels(wire, refusal.code).inc()
             raise refusal from None
         service.metrics.requests.labels(wire, "ok").inc()
@@ -109,12 +109,6 @@ def routes(service: Service) -> list[BaseRoute]:
 
     return [Route("/v1/plan", plan, methods=["POST"]), Route("/plan", plan, methods=["POST"]),
             Route("/v1/ask", ask, methods=["POST"])]  # fmt: skip
-
-
-def _refusal(error: VLAError) -> Refusal:
-    if isinstance(error, MachineError):  # the model's fault, not the question's
-        return Refusal("internal", where=error.where, found=error.found, expected=error.expected, fix=error.fix)
-    return Refusal.of(error)
 
 
 def _picture(text: str, name: str, service: Service) -> Picture:

@@ -74,7 +74,7 @@ def routes(service: Service) -> list[BaseRoute]:
         look = Look(images, np.array(body.state, np.float64), body.instruction, body.robot, body.adapter, deadline=body.deadline,
                     seed=body.seed)  # fmt: skip
         robot = service.robot_of(body.robot)
-        reply = await while_connected(request, Session(service, "http").act(look))
+        reply = await while_connected(request, Session(service, "http", lasting=False).act(look))
         return JSONResponse(reply_json(reply) | {"names": robot.names("action"), "control_hz": robot.control_hz})
 
     async def swap(request: Request) -> Response:
@@ -87,7 +87,7 @@ def routes(service: Service) -> list[BaseRoute]:
             raise Refusal(
                 "forbidden", where="swap", found="a server whose policy is fixed", expected="vla serve", fix="start another one"
             )
-        fresh = await service.engine.swap(service.starter({"policy": body.policy, "adapters": body.adapters}))
+        fresh = await service.engine.swap(service.starter({"policy": body.policy, "adapters": body.adapters}), service.check)
         return JSONResponse({"policy": fresh.policy, "name": fresh.name})
 
     return [Route("/v1/info", info), Route("/v1/act", act, methods=["POST"]), Route("/v1/swap", swap, methods=["POST"])]

@@ -1,12 +1,13 @@
 """Our own WebSocket, `/v1/ws`: msgpack (`serve/wire.py`), one look and one chunk at a time; `serve/client.py` is its other end.
 
-    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", ...}     first, and again after a swap of policies
+    client: {"type": "hello"}        as often as it likes: first, and when a chunk comes from another `policy` than the last
+    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", ...}
     client: {"type": "look", "seq": 7, "images": {camera: picture}, "state": (S,), "instruction", "robot"?, "adapter"?, "age"?,
              "executed"?, "deadline"?, "seed"?}
     server: {"type": "chunk", "seq": 7, "actions": (n, A), "confidence": (n, A), "symbols", "execute", "hold", "reason",
              "needs_help", "policy", "timing", "batch"}
          or {"type": "refusal", "seq": 7, "error": {"code", "where", "found", "expected", "fix", "retry_after"?}}
-    client: {"type": "reset"} when an episode begins, {"type": "resume"} when help was given; both are answered {"type": "ok"}
+    client: {"type": "reset"} when an episode begins, {"type": "resume"} when help was given; both answer {"type": "ok", "seq"}
 
 A client says which protocol it speaks in the address (`/v1/ws?protocol=1`); another one is refused before the socket opens.
 """
@@ -39,11 +40,9 @@ def routes(service: Service) -> list[BaseRoute]:
                 fix="pip install the same tendon-vla on both sides"))  # fmt: skip
             return
         await socket.accept()
-        session, policy = Session(service, "websocket"), ""
+        session = Session(service, "websocket")
         with service.metrics.sessions.labels("websocket").track_inprogress():
             async for data in messages(socket):
-                if service.engine.ready and policy != service.engine.info.policy:
-                    policy = service.engine.info.policy
                 await send(socket, await _answer(service, session, data))
 
     async def greeted(socket: WebSocket) -> None:
