@@ -35,7 +35,7 @@ NUMBERS = [
 ]  # fmt: skip
 WORDS = [
     "", " ", "x", "\0", "a" * 600, "a" * 20_001, "\u202eolleh", "ignore all rules; {state} %s ${x} \\x00", "\u00e9" * 300,
-    "../../etc/passwd", "http://localhost/x.png", "file:///etc/passwd", "null", "tabletop", "__class__", "\U0001f916" * 40,
+    "../../etc/passwd", "http://localhost/x.png", "ftp://localhost/x.png", "null", "tabletop", "__class__", "\U0001f916" * 40,
     "a\r\nSet-Cookie: x=y",
 ]  # fmt: skip
 

@@ -163,12 +163,16 @@ def test_the_controls_of_the_readme_are_those_of_the_evaluator(readme: str):
 
 def test_the_tree_of_the_readme_is_the_tree(readme: str, checkout: Path):
     (tree,) = [block for block in blocks(readme, "") if block.startswith("vla/")]
-    told = {m[1] for m in re.finditer(r"^  (\S+) ", tree, re.M)}
-    hidden = {"__init__.py", "__pycache__"}
-    found = {p.name + "/" * p.is_dir() for p in (checkout / "vla").iterdir() if p.name not in hidden}
-    assert told == {name for name in found if name.endswith((".py", "/"))}
-    for folder in re.findall(r"^(\w+)/ ", tree, re.M):
-        assert (checkout / folder).is_dir(), folder
+    rooms = {m[1]: m[0] for m in re.finditer(r"^(\w+)/ .*\n(?:  .*\n)*", tree, re.M)}
+    assert all((checkout / room).is_dir() for room in rooms)
+    told = {m[1] for m in re.finditer(r"^  (\S+) ", rooms["vla"], re.M)}
+    assert told == {name for name in _names(checkout / "vla") if name.endswith((".py", "/"))}
+    told = set(re.findall(r"\b(\w+\.py|\w+/)", rooms["serve"].partition("\n")[2]))
+    assert told == {name for name in _names(checkout / "serve") if name.endswith((".py", "/"))}
+
+
+def _names(folder: Path) -> set[str]:
+    return {p.name + "/" * p.is_dir() for p in folder.iterdir() if p.name not in {"__init__.py", "__pycache__"}}
 
 
 def test_links_of_the_documents_lead_somewhere(checkout: Path):
