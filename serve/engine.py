@@ -271,8 +271,8 @@ class Engine:
             await asyncio.wait_for(self._idle.wait(), timeout)
         return self._idle.is_set()
 
-    async def stop(self) -> None:
-        """End the model's process; whoever still waits hears `unavailable`."""
+    async def stop(self, now: bool = False) -> None:
+        """End the model's process, with `now` in the middle of its work; whoever still waits hears `unavailable`."""
         self.draining, self.state = True, "stopped"
         left = [*self._running, *self._queue]
         if self._loop is not None:
@@ -285,6 +285,8 @@ class Engine:
         self._queue.clear()
         self._running, backend, self._backend = [], self._backend, None
         if backend is not None:
+            if now:
+                backend.kill()
             await backend.stop()
 
     async def swap(self, start: Start, check: Callable[[Info], None] = lambda info: None) -> Info:

@@ -132,6 +132,7 @@ class Server(uvicorn.Server):
         logger.info("draining: %d requests to finish, at most %g s", engine.waiting, most)
         if not await engine.drain(most):
             logger.warning("%d requests were not finished in %g s", engine.waiting, most)
+            await engine.stop(now=True)
         for pause in (0.05, *[0.0] * 20):  # their answers are on the way out, through a few turns of the loop
             await asyncio.sleep(pause)
         self.should_exit = True
@@ -157,7 +158,7 @@ def config_of(service: Service, app: Starlette) -> uvicorn.Config:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, http=http, ws=FastWebSocket, lifespan="off", log_config=None,  # pyright: ignore
         access_log=False, ws_max_size=settings.limits.message, ws_per_message_deflate=False, timeout_keep_alive=75,
-        timeout_graceful_shutdown=5, server_header=False, ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
+        timeout_graceful_shutdown=2, server_header=False, ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
     )  # fmt: skip
     try:
         config.load()

@@ -36,10 +36,10 @@ def write_policy(root: Path, seed: int = 0, **config) -> VLAPolicy:
     return policy
 
 
-def write_small_adapter(root: Path, base: Path, path: str | None = None) -> VLAPolicy:
+def write_small_adapter(root: Path, base: Path, path: str | None = None, seed: int = 1) -> VLAPolicy:
     """Saves an adapter on the policy folder `base` at `root`/policy; `path` is what it remembers its base as."""
     policy = load_policy(base, "cpu")
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     adapt(policy, AdapterConfig(rank=2), {"kind": "policy", "path": path or str(base)})
     with torch.no_grad():
         for parameter in policy.parameters():
