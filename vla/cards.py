@@ -40,13 +40,13 @@ _SNAPSHOT = re.compile(r"datasets--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40}
 
 def policy_card(
     policy: VLAPolicy, name: str, evals: Sequence[Mapping[str, Any]] = (), latency: Mapping[str, Any] | None = None,
-    licence: str | None = None, known: Sequence[str] = (), about: str = "",
+    licence: str | None = None, known: Sequence[str] = (), about: str = "", asking: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """README.md of a policy.
 
     `evals`: the content of `results.json` files of this very policy (the caller has compared fingerprints); `latency` as
     `measure_latency` returns it; `known`: failures in the author's words, beside those the evaluations show; `about`: Markdown of
-    the author's.
+    the author's; `asking`: when it stops and asks, as `vla.handoff.gate.Handoff.facts()` says.
     """
     base, config, short = _base(policy), policy.config, name.rpartition("/")[2]
     size = sum(p.numel() for p in policy.parameters())
@@ -65,6 +65,7 @@ def policy_card(
         f'chunk = policy.act({{"images": images, "state": state}}, {said}, "{robot}")',
         "```", "", "## Base", "", _base_words(base), "", "## Robots and limits", "",
         *(part for key, spec in policy.embodiments.items() for part in _robot(key, spec, fold=robots > 1)),
+        *(["## When it asks", "", _asking(asking), ""] if asking else []),
         "## Data", "", _datasets(policy.provenance), "", _told(policy.instructions), "",
         "## Evaluation", "", _evaluations(evals), "", "## Latency", "", _latency(latency), "", "## Known failures", "",
         *(f"- {line}" for line in [*failures(evals), *known, _reach(policy)]), "", "## Licence", "", licence or _ASK, "",
@@ -331,6 +332,11 @@ def _evaluations(evals: Sequence[Mapping[str, Any]]) -> str:
     seeds = ", ".join(f"{r['suite']} from {r['seed']}" for r in evals)
     how = f"Closed loop in simulation, Wilson intervals, scenes whose seeds no recording used: {seeds}."
     return "\n".join([_table("| suite | group | success | % [95%] |", own), "", how, *parts])
+
+
+def _asking(facts: Mapping[str, Any]) -> str:
+    return (f"By `{facts['score']}` ({facts['what']}; {facts['running']} over an episode, threshold {facts['threshold']:.4g}). "
+            f"{facts['says']}\n\nCalibrated in {facts['suite']}: {', '.join(facts['tasks'])}.")  # fmt: skip
 
 
 def _latency(latency: Mapping[str, Any] | None) -> str:

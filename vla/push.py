@@ -23,6 +23,8 @@ from vla.checkpoint import MANIFEST
 from vla.episodes import EpisodeStore, hub
 from vla.errors import CheckpointError, UsageError
 from vla.fetch import PATTERNS
+from vla.handoff.gate import FILE as HANDOFF
+from vla.handoff.gate import read_handoff, renamed
 from vla.hub_folder import to_folder, to_hub
 from vla.judging import complain, judge_names, refuse_unsafe
 from vla.policy import VLAPolicy, load_policy
@@ -138,16 +140,23 @@ def stage_policy(root: Path, staged: Path, args: argparse.Namespace, about: str 
                          fix=f"vla eval {root} --suite SUITE --out FILE")  # fmt: skip
     if others:
         print(f"left out of the card, since they are not evaluations of these weights: {', '.join(others)}", file=sys.stderr)
+    handoff = read_handoff(folder) if (folder / HANDOFF).is_file() else None  # refuses thresholds of another policy
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if path.is_file() and inside.as_posix() not in (MANIFEST, CARD, EVALUATION, "policy.json") and _wanted(inside):
+        if path.is_file() and inside.as_posix() not in (MANIFEST, CARD, EVALUATION, HANDOFF, "policy.json") and _wanted(inside):
             _link(path, staged / inside)
     _write(staged / "policy.json", json.dumps(_meaning(policy, folder, args.base), indent=1))
+    if handoff is not None:
+        _write(staged / HANDOFF, renamed(handoff, policy.fingerprint))
     latency = None if args.no_latency else measure_latency(policy)
-    rows = [{key: result.get(key) for key in ("suite", "seed", "episodes", "rows", "per_task", "versions", "created")}
-            | {"policy": policy.fingerprint} for result in evals]  # fmt: skip  under the name it leaves with
+    rows = [
+        {key: result.get(key) for key in ("suite", "seed", "episodes", "rows", "per_task", "versions", "created")}
+        | {"policy": policy.fingerprint}
+        for result in evals
+    ]  # fmt: skip  under the name it leaves with
     _write(staged / EVALUATION, json.dumps({"results": rows, "latency": latency}, indent=1))
-    return policy_card(policy, args.name or _local_name(root), evals, latency, args.license, args.known, about)
+    return policy_card(policy, args.name or _local_name(root), evals, latency, args.license, args.known, about,
+                       handoff.facts() if handoff else None)  # fmt: skip
 
 
 def _wanted(path: Path) -> bool:

@@ -32,7 +32,8 @@ FORMAT = 1
 Say = Literal["fine", "ask", "hold", "retreat"]
 RESPONSES: tuple[Say, ...] = ("ask", "hold", "retreat")
 """ask: somebody is called; hold: the robot stands still; retreat: it goes where it is safe. Each is the caller's to carry out."""
-_NEEDED = ("format", "policy", "robot", "alpha", "level", "score", "scores", "scale", "execute", "samples", "perturb", "weights")
+_NEEDED = ("format", "policy", "robot", "suite", "tasks", "alpha", "level", "score", "scores", "scale", "execute", "samples",
+           "perturb", "weights")  # fmt: skip
 _AGAIN = "vla handoff calibrate POLICY makes it again"
 
 
@@ -74,6 +75,13 @@ class Handoff:
 
     def band(self, score: str, rate: float) -> Band:
         return coverage_band(self.n(score), rate, self.meaning["level"])
+
+    def facts(self) -> dict[str, Any]:
+        """What a card says of it."""
+        name, told = self.meaning["score"], ("alpha", "suite", "tasks")
+        entry = self.meaning["scores"][name]
+        return {"score": name, "what": DETECTORS[name], "running": entry["running"], "n": self.n(name), "says": self.says(),
+                "threshold": self.threshold(name, self.meaning["alpha"]), **{key: self.meaning[key] for key in told}}  # fmt: skip
 
     def says(self) -> str:
         """The promise, and when it fails."""
@@ -227,6 +235,12 @@ def _understand(path: Path, meaning: dict[str, Any]) -> Handoff:
         raise ValueError(f"score {meaning['score']}")
     check_alpha(meaning["alpha"])
     return Handoff(meaning, gauss, head)
+
+
+def renamed(handoff: Handoff, fingerprint: str) -> str:
+    """The content of `handoff.json` for the same policy under another name, as an adapter has whose base is renamed."""
+    whole = {**handoff.meaning, "policy": fingerprint}
+    return json.dumps({**whole, "digest": digest_of(whole)}, indent=1, allow_nan=False)
 
 
 def write_handoff(folder: str | Path, meaning: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:

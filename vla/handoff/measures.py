@@ -8,6 +8,7 @@ look only. A clock is perfect or nearly so by the first, and 0.5 by the second.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from vla.evaluate.results import proportion
 from vla.handoff.rollouts import Rollouts
 from vla.handoff.scores import Kind
 
-DRAWS = 2000
+DRAWS = 1000
 """Bootstrap draws of episodes."""
 
 
@@ -59,20 +60,21 @@ class Pairs:
         """0.5 of nothing to compare."""
         return float(self.wins.sum() / self.count.sum()) if self.count.sum() else 0.5
 
-    def draws(self, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-        """(draws,): the value of episodes drawn with replacement; the same episodes for all detectors of the same rollouts."""
+    @cached_property
+    def draws(self) -> np.ndarray:
+        """(DRAWS,): the value of episodes drawn with replacement; the same episodes for all detectors of the same rollouts."""
         F, S = self.wins.shape
         if not F or not S:
-            return np.full(draws, np.nan)
-        rng = np.random.default_rng(seed)
-        of_failed = rng.multinomial(F, np.full(F, 1 / F), draws).astype(np.float64)
-        of_rest = rng.multinomial(S, np.full(S, 1 / S), draws).astype(np.float64)
-        wins, count = (((of_failed @ matrix) * of_rest).sum(1) for matrix in (self.wins, self.count))
+            return np.full(DRAWS, np.nan)
+        rng = np.random.default_rng(0)
+        of_failed, of_rest = (rng.multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float32) for n in (F, S))
+        wins, count = (((of_failed @ matrix.astype(np.float32)) * of_rest).sum(1, dtype=np.float64)
+                       for matrix in (self.wins, self.count))  # fmt: skip
         return wins / np.maximum(count, 1e-9)
 
     def share(self) -> Share:
         """With its interval."""
-        return interval(self.value, self.draws())
+        return interval(self.value, self.draws)
 
 
 def interval(value: float, draws: np.ndarray) -> Share:
@@ -104,12 +106,9 @@ def values_of(rollouts: Rollouts, score: str, kind: Kind) -> np.ndarray:
 
 def asked_at(rollouts: Rollouts, values: np.ndarray, threshold: float) -> np.ndarray:
     """(E,): the look (0, 1, ...) at which somebody is asked, -1 where nobody is."""
-    over = values > threshold
-    first = np.full(len(rollouts), -1)
-    for episode, (a, b) in enumerate(zip(rollouts.starts[:-1], rollouts.starts[1:], strict=True)):
-        if over[a:b].any():
-            first[episode] = int(over[a:b].argmax())
-    return first
+    never = len(values)
+    first = np.minimum.reduceat(np.where(values > threshold, np.arange(never), never), rollouts.starts[:-1])
+    return np.where(first < never, first - rollouts.starts[:-1], -1)
 
 
 def outcome_of(rollouts: Rollouts, asked: np.ndarray) -> np.ndarray:

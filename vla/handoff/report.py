@@ -90,7 +90,7 @@ def _detectors(rollouts: Rollouts, values: Mapping[str, np.ndarray], kinds: Mapp
 
 def _against(ours: tuple[Pairs, Pairs], theirs: tuple[Pairs, Pairs]) -> dict[str, Any]:
     """Differences over the same draws of episodes."""
-    return {name: interval(a.value - b.value, a.draws() - b.draws())._asdict()
+    return {name: interval(a.value - b.value, a.draws - b.draws)._asdict()
             for name, a, b in zip(("auroc", "matched"), ours, theirs, strict=True)}  # fmt: skip
 
 
