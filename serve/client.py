@@ -103,9 +103,14 @@ class Client:
             if self._help and self._asked != self.connections:
                 raise Refusal("needs_help", where=self.address, found=self._help, expected="somebody who looks at the robot",
                               fix="client.resume()")  # fmt: skip
-            images = {camera: self._picture(camera, frame) for camera, frame in observation["images"].items()}
-            if (taken := observation.get("time")) is not None:
-                look["age"] = max(0.0, time.monotonic() - float(taken))
+            try:
+                images = {camera: self._picture(camera, frame) for camera, frame in observation["images"].items()}
+                if (taken := observation.get("time")) is not None:
+                    look["age"] = max(0.0, time.monotonic() - float(taken))
+                instruction.encode()  # half a surrogate is in no encoding
+            except (TypeError, ValueError, OverflowError) as error:
+                raise DataError("observation", found=f"{type(error).__name__}: {error}"[:300], expected="RGB frames by camera, "
+                                "a time in seconds, words", fix="look at what the driver gives") from None  # fmt: skip
             look["deadline"] = max(0.0, _SHARE * (deadline - time.monotonic()))
             said = self._ask(link, look, "chunk", deadline, images)
             chunk = self._chunk_of(link, said, name, 1e3 * (time.monotonic() - began))

@@ -133,15 +133,15 @@ def settings_of(args: argparse.Namespace) -> Any:
 
     values = _read(yaml, args.config) if args.config else {}
     if args.guard:
-        values["guard"] = values.get("guard", {}) | _read(yaml, args.guard)
+        values["guard"] = _mapping(values, "guard", args.config) | _read(yaml, args.guard)
     if args.camera:
-        values["cameras"] = values.get("cameras", {}) | _pairs("--camera", args.camera)
+        values["cameras"] = _mapping(values, "cameras", args.config) | _pairs("--camera", args.camera)
     flags = {"host", "port", "token_file", "certificate", "key", "robot", "adapter", "audit", "compat", "engine", "batch",
              "queue", "deadline", "drain", "gr00t"}  # fmt: skip
     values |= {name: value for name in flags if (value := getattr(args, name)) is not None}
     planner = {"kind": args.planner, "model": args.planner_model, "key_file": args.planner_key_file}
     if planner := {name: value for name, value in planner.items() if value is not None}:
-        values["planner"] = (values.get("planner") or {}) | planner
+        values["planner"] = _mapping(values, "planner", args.config) | planner
     if args.origin:
         values["origins"] = args.origin
     if bool(values.get("certificate")) != bool(values.get("key")):
@@ -152,6 +152,14 @@ def settings_of(args: argparse.Namespace) -> Any:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False, include_input=False)]
         raise UsageError(args.config or "vla serve", found="; ".join(wrong), expected="settings of serve/settings.py",
                          fix="vla serve --help") from None  # fmt: skip
+
+
+def _mapping(values: dict[str, Any], name: str, path: Path | None) -> dict[str, Any]:
+    """An entry of the file that flags add to."""
+    entry = values.get(name) or {}
+    if not isinstance(entry, dict):
+        raise UsageError(f"{path}, {name}", found=type(entry).__name__, expected="a mapping", fix="see configs/serve/")
+    return entry
 
 
 def _read(yaml: Any, path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from serve.metrics import Metrics
+from serve.pace import Pace
 from serve.refusal import Refusal, unavailable
 from serve.robot import Robot, differences
 from serve.wire import Picture
@@ -219,6 +220,7 @@ class Engine:
         self.draining = False
         self.expected = 0.1
         """Seconds a batch is expected to take: the slowest of late, forgotten by and by."""
+        self._pace = Pace(1, 0.1)
         self.speaking = 0.1
         """The same of questions in words."""
 
@@ -245,6 +247,7 @@ class Engine:
         self._backend, self._info, backend.on_lost = backend, backend.info, lambda: self._lost(backend)
         self._loading, self.expected = loading, max(backend.info.warm, 1e-4)
         self._taken.set()
+        self._pace = Pace(1, self.expected)
         self.state = "draining" if self.draining else "ready"
         self.metrics.policy(backend.info.policy)
 
@@ -383,10 +386,15 @@ class Engine:
 
     def _wait(self, now: float) -> float:
         """Seconds until a request that comes now would be answered, if batches take as long as the slow ones of late."""
-        rounds = len(self._queue) // self.options.batch + 1
-        usual = self.expected if not self._running or self._running[0].request.words is None else self.speaking
-        left = max(0.0, usual - (now - self._began)) if self._running else 0.0
-        return left + rounds * self.expected
+        whole, rest = divmod(len(self._queue) + 1, self.options.batch)
+        queued = whole * self._batch_takes(self.options.batch) + (self._batch_takes(rest) if rest else 0.0)
+        if not self._running:
+            return queued
+        usual = self._batch_takes(len(self._running)) if self._running[0].request.words is None else self.speaking
+        return max(0.0, usual - (now - self._began)) + queued
+
+    def _batch_takes(self, looks: int) -> float:
+        return max(self.expected, self._pace(looks))
 
     def _forget(self, one: _Waiting) -> None:
         """It was answered, or nobody waits for it any more."""
@@ -508,6 +516,7 @@ class Engine:
             self._over.set()
         if batch[0].request.words is None:
             self.expected = max(took, 0.8 * self.expected + 0.2 * took)
+            self._pace.learn(len(batch), took)
         else:
             self.speaking = max(took, 0.8 * self.speaking + 0.2 * took)
         self.metrics.batch(len(batch), took)

@@ -28,7 +28,9 @@ class Refusal(VLAError):
 
     def to_json(self) -> dict[str, object]:
         """{"error": {"code", "where", "found", "expected", "fix", "retry_after"?}}."""
-        said = {"code": self.code, "where": self.where, "found": self.found, "expected": self.expected, "fix": self.fix}
+        words = {"where": self.where, "found": self.found, "expected": self.expected, "fix": self.fix}
+        # Half a surrogate, which JSON can say, is in no encoding.
+        said = {"code": self.code, **{name: text.encode("utf-8", "replace").decode() for name, text in words.items()}}
         return {"error": said if self.retry_after is None else said | {"retry_after": round(self.retry_after, 3)}}
 
     @classmethod

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -183,6 +184,10 @@ async def run(service: Service, ready: Any = None) -> None:
             starting.result()
             service.check()
             logger.info("ready: %s", service.engine.info.name)
+            if (warm := service.engine.info.warm) > service.settings.deadline:
+                logger.warning(
+                    "one look takes %.2f s, more than --deadline %g s: most will be refused", warm, service.settings.deadline
+                )
         else:  # asked to leave before there was anything to serve
             starting.cancel()
             await asyncio.wait({starting})
@@ -191,10 +196,21 @@ async def run(service: Service, ready: Any = None) -> None:
         service.audit.close()
 
 
+def _bound(host: str, port: int) -> socket.socket:
+    """Where to listen. Raises `UsageError` when that cannot be had."""
+    try:
+        (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError("vla serve", found=f"{host}:{port}: {error.strerror or error}", 
+                         expected="an address of this machine, and a free port", fix="--port N, or --port 0 for any that is free") from None  # fmt: skip
+
+
 @contextlib.asynccontextmanager
 async def _listening(server: Server, ready: Any) -> AsyncIterator[asyncio.Task[None]]:
     """Probes are answered while the policy loads; a policy that cannot be loaded ends the server."""
-    serving = asyncio.create_task(server.serve())
+    where = _bound(server.config.host, server.config.port)
+    serving = asyncio.create_task(server.serve([where]))
     try:
         while not server.started:
             if serving.done():
@@ -202,7 +218,7 @@ async def _listening(server: Server, ready: Any) -> AsyncIterator[asyncio.Task[N
                 raise UsageError("vla serve", found="a server that does not start", expected="a free port", fix="--port N")
             await asyncio.sleep(0.01)
         if ready is not None:
-            host, port = server.servers[0].sockets[0].getsockname()[:2]
+            host, port = where.getsockname()[:2]
             ready(f"{'https' if server.config.is_ssl else 'http'}://{f'[{host}]' if ':' in host else host}:{port}")
         yield serving
     except BaseException:

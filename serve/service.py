@@ -24,7 +24,7 @@ from serve.metrics import Metrics
 from serve.refusal import Refusal
 from serve.robot import Robot
 from serve.settings import ServeSettings
-from serve.wire import Encoded, Picture
+from serve.wire import Encoded, Limits, Picture, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
 
@@ -82,6 +82,10 @@ class Service:
             from serve.audit import AuditLog
 
             self.audit = AuditLog(settings.audit)
+            self.audit.note("start")
+            if self.audit.dropped:
+                raise UsageError("--audit", found=f"nothing can be written to {settings.audit}", expected="a folder of its own",
+                                 fix="another folder, or make room")  # fmt: skip
         self.starter: Callable[[dict[str, Any]], Start] | None = None
         """Changes to what is served -> what starts that; None where policies cannot be swapped."""
 
@@ -146,6 +150,8 @@ class Session:
         self.service, self.wire, self.id = service, wire, uuid.uuid4().hex[:16]
         self._client = self.id if lasting else ""
         self.guard: Guard | None = None
+        """Of the robot that was looked at last."""
+        self._guards: dict[str, Guard] = {}
         self._ok = service.metrics.requests.labels(wire, "ok")
         self._seq = -math.inf
         self._said, self._words = None, ""
@@ -154,13 +160,13 @@ class Session:
     def reset(self) -> None:
         """Another episode: nothing is known of where the robot is."""
         self._seq = -math.inf
-        if self.guard is not None:
-            self.guard.reset()
+        for guard in self._guards.values():
+            guard.reset()
 
     def resume(self) -> None:
         """Help was given."""
-        if self.guard is not None:
-            self.guard.resume()
+        for guard in self._guards.values():
+            guard.resume()
 
     async def act(self, look: Look) -> Reply:
         """Ask, judge the look meanwhile, judge the answer. Raises `Refusal`."""
@@ -181,9 +187,9 @@ class Session:
     async def _act(self, look: Look, began: float) -> Reply:
         service = self.service
         robot = service.robot_of(look.robot)
-        if self.guard is None or (self.guard.robot is not robot and self.guard.robot != robot):
-            self.guard = service.guard_of(robot, self.id)
-        guard = self.guard
+        guard = self.guard = self._guards.get(robot.key)
+        if guard is None or (guard.robot is not robot and guard.robot != robot):
+            guard = self.guard = self._guards[robot.key] = service.guard_of(robot, self.id)
         images, state = self._images(robot, look.images), _state(robot, look.state)
         if not isinstance(look.instruction, str) or look.instruction != self._said:  # an array equals nothing, element by element
             self._words, self._said = clean_instruction(look.instruction), look.instruction
@@ -219,7 +225,7 @@ class Session:
     def _images(self, robot: Robot, given: Mapping[str, Picture]) -> dict[str, Picture]:
         """By the robot's own names of its cameras."""
         if given.keys() == set(robot.cameras):
-            return {c: _frame(given[c], c) for c in robot.cameras}
+            return {c: _frame(given[c], c, self.service.settings.limits) for c in robot.cameras}
         mapping = self.service.settings.cameras
         images: dict[str, Picture] = {}
         for name, picture in given.items():
@@ -241,16 +247,17 @@ class Session:
             raise Refusal("bad_request", where="images", found=f"no picture of camera {', '.join(map(repr, missing))} among "
                           f"{sorted(str(name)[:40] for name in given)[:16]}", expected=f"cameras {sorted(robot.cameras)}",
                           fix="name them so, or serve with --camera NAME_ON_THE_WIRE=CAMERA")  # fmt: skip
-        return {c: _frame(images[c], c) for c in robot.cameras}
+        return {c: _frame(images[c], c, self.service.settings.limits) for c in robot.cameras}
 
 
-def _frame(picture: Any, camera: str) -> Picture:
+def _frame(picture: Any, camera: str, limits: Limits) -> Picture:
     if isinstance(picture, Encoded):
         return picture
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.size:
         if picture.shape[2] != 3 and picture.shape[0] == 3:  # openpi's ALOHA sends (3, h, w)
             picture = picture.transpose(1, 2, 0)
         if picture.shape[2] == 3:
+            bounded(picture.shape[0], picture.shape[1], limits)
             return picture
     kind = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
     raise Refusal("bad_request", where=f"camera {camera!r}", found=kind, expected="(h, w, 3) uint8, or a JPEG or PNG file",

@@ -110,7 +110,7 @@ def picture_of(data: bytes, limits: Limits = LIMITS) -> Encoded:
     if kind is None:
         raise _wrong("picture", f"{len(data)} bytes that begin with {data[:8].hex() or 'nothing'}", "a JPEG or PNG file")
     width, height = (_png_size if kind == "png" else _jpeg_size)(data, limits)
-    _bounded(height, width, limits)
+    bounded(height, width, limits)
     return Encoded(data, kind, height, width)
 
 
@@ -163,7 +163,8 @@ def encode(frame: np.ndarray, format: str = "png", quality: int = 95) -> Encoded
     return Encoded(file.getvalue(), format, frame.shape[0], frame.shape[1])
 
 
-def _bounded(height: int, width: int, limits: Limits) -> None:
+def bounded(height: int, width: int, limits: Limits) -> None:
+    """Raise `WireError` for a picture of more pixels than allowed."""
     if not (0 < height <= limits.side and 0 < width <= limits.side and height * width <= limits.pixels):
         raise _wrong("picture", f"{width} x {height} pixels",
                      f"at most {limits.pixels:,} pixels, {limits.side} a side", too_large=True)  # fmt: skip
@@ -253,7 +254,7 @@ def _picture(entry: Mapping[Any, Any], limits: Limits) -> Picture:
         frame = array_of(entry.get("data"), entry.get("dtype", "|u1"), entry.get("shape"))
         if frame.dtype != np.uint8 or frame.ndim != 3:
             raise _wrong("picture", f"{frame.dtype} {frame.shape}", "uint8 (h, w, channels)")
-        _bounded(frame.shape[0], frame.shape[1], limits)
+        bounded(frame.shape[0], frame.shape[1], limits)
         return frame
     if not isinstance(data := entry.get("data"), bytes):
         raise _wrong("picture", f"data that is {type(data).__name__}", "a file's bytes; nothing is fetched")
