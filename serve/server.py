@@ -202,8 +202,10 @@ def _bound(host: str, port: int) -> socket.socket:
         (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        raise UsageError("vla serve", found=f"{host}:{port}: {error.strerror or error}", 
-                         expected="an address of this machine, and a free port", fix="--port N, or --port 0 for any that is free") from None  # fmt: skip
+        raise UsageError(
+            "vla serve", found=f"{host}:{port}: {error.strerror or error}", expected="an address of this machine, a free port",
+            fix="--port N, or --port 0 for any that is free",
+        ) from None  # fmt: skip
 
 
 @contextlib.asynccontextmanager
