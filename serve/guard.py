@@ -32,6 +32,8 @@ from vla.resample import standstill
 _MOTION = ("eef_delta", "joint_delta", "joint_velocity")
 _FEW = 4
 """Faults of a chunk that are put into words."""
+PAUSES = ("expired", "waiting")
+"""Kinds of `why` that are nobody's fault: for the moment there is nothing to follow. Such ticks hold and are not counted."""
 SETTINGS = ("max_age", "repeats", "deadline", "longest", "window", "most_holds", "confidence")
 """Attributes of a guard that may be changed while it judges."""
 
@@ -256,13 +258,14 @@ class Guard:
             told = given.shape == self.low.shape
             given = as_float32(given) if told else Unread(f"shape {given.shape}, not ({self.robot.action_dim},)")
         reasons, command = self._wrong_already(why, late, self._said), self._last
+        paused = why.split(":")[0] in PAUSES and isinstance(given, Unread)
         if isinstance(given, Unread):
-            reasons.append(given)
+            reasons += [] if paused else [given]
         else:
             before = np.where(self._known, self._last.astype(np.float64), np.nan)
             (command,), faults = self._bounds.judge(given[None], before)
             reasons += [fault for _, fault in faults]
-        held, reason = self._conclude(reasons, sure, "ticks")
+        held, reason = self._conclude(reasons, sure, "ticks", counted=not (paused and len(reasons) == 1))
         if held:
             command = self._bounds.clip(standstill(self.robot, self._last))
         else:
@@ -362,9 +365,10 @@ class Guard:
             reasons.append(f"deadline: {late * 1e3:.1f} ms late, at most {self.deadline * 1e3:g}")
         return reasons
 
-    def _conclude(self, reasons: list[str], sure: float | None, unit: str) -> tuple[bool, str]:
+    def _conclude(self, reasons: list[str], sure: float | None, unit: str, counted: bool = True) -> tuple[bool, str]:
         """Whether to hold, and why."""
-        self._holds.append(bool(reasons or self.needs_help))
+        if counted:
+            self._holds.append(bool(reasons or self.needs_help))
         if sure is not None:
             self._sure.append(sure)
         if not self.needs_help:

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -53,6 +53,14 @@ class RobotIO(Protocol):
     def act(self, action: np.ndarray) -> bool | None:
         """Carry out one action (A,) for one tick; True when there is nothing more to do."""
         ...
+
+
+class Order(NamedTuple):
+    """What a loop is to do in a tick."""
+
+    instruction: str
+    pause: str = ""
+    """Why to hold instead, as a reason of `serve.guard.PAUSES`; empty to go on."""
 
 
 class Clock:
@@ -208,11 +216,12 @@ class ControlLoop:
     def __init__(
         self, policy: Acts, robot_io: RobotIO, hz: float, guard: Guard, *, execute: int | None = None,
         ensemble: float | None = None, asynchronous: bool = False, clock: Clock | None = None,
-        on_verdict: Callable[[Verdict], None] | None = None,
+        on_verdict: Callable[[Verdict], None] | None = None, orders: Callable[[], Order] | None = None,
     ) -> None:  # fmt: skip
         """`hz`: ticks a second; chunks are at the robot's own rate, and another is warned of. `execute`: ticks of a chunk played
         before the next look (default: the policy's); with `ensemble`, a decay (`vla.ensemble`), overlapping chunks are averaged.
-        `guard` says which robot it is. A guard without a `deadline` is given one tick."""
+        `guard` says which robot it is. A guard without a `deadline` is given one tick. `orders`, where somebody above decides
+        what to do, is asked before each tick: nothing said of another instruction, or before a pause, is played."""
         self.policy: Any = policy
         self.io: Any = robot_io
         self.guard, self.period = guard, 1.0 / hz
@@ -234,7 +243,9 @@ class ControlLoop:
         if ensemble is not None:
             Ensemble(ensemble)  # refuses what is no decay before anything moves
         self._stop = threading.Event()
-        self._pending: tuple[Future[tuple[Any, float]], int] | None = None
+        self.orders, self._order = orders, Order("")
+        self._pending: tuple[Future[tuple[Any, float]], int, bool] | None = None
+        """What is asked, at which tick, and whether it is still of use."""
         self._forget()
 
     def _forget(self) -> None:
@@ -257,16 +268,16 @@ class ControlLoop:
         player = Player(self.execute, None if self.decay is None else Ensemble(self.decay, rotations))
         report, began = Report(self.period), time.perf_counter()
         self._stop.clear()
-        self._pending = None
+        self._pending, self._order = None, Order(instruction)
         self._forget()
         self.guard.reset()
         if (reset := getattr(self.policy, "reset", None)) is not None:
             reset()
         with ThreadPoolExecutor(1, "policy") as thinker:
             try:
-                self._first(player, instruction, report)
+                self._first(player, report)
                 began = time.perf_counter()
-                self._tick(player, instruction, report, steps, thinker)
+                self._tick(player, report, steps, thinker)
             finally:
                 report.wall = time.perf_counter() - began
                 thinker.shutdown(wait=False, cancel_futures=True)
@@ -274,26 +285,39 @@ class ControlLoop:
                     self.io.act(last.action)
         return report
 
-    def _first(self, player: Player, instruction: str, report: Report) -> None:
+    def _first(self, player: Player, report: Report) -> None:
         observation = self._observe()
-        chunk, seconds = self._think(observation, instruction)
+        if self._obey(player).pause:
+            return
+        chunk, seconds = self._think(observation, self._order.instruction)
         report.thinking.append(seconds)
         report.looks += 1
         if not (self._why or self._holds(chunk, player) or self.guard.said(chunk.actions)):
             player.said(chunk, 0)
 
-    def _tick(self, player: Player, instruction: str, report: Report, steps: int | None, thinker: ThreadPoolExecutor) -> None:
+    def _obey(self, player: Player) -> Order:
+        """What to do in this tick; of another instruction than before, and from before a pause, nothing is left."""
+        if self.orders is not None:
+            order = self.orders()
+            if order.pause or order.instruction != self._order.instruction:
+                player.drop()
+                self._pending = None if self._pending is None else (*self._pending[:2], False)
+            self._order = order
+        return self._order
+
+    def _tick(self, player: Player, report: Report, steps: int | None, thinker: ThreadPoolExecutor) -> None:
         clock, due, last = self.clock, self.clock.now(), None
         while steps is None or player.step < steps:
             clock.wait_until(due, self._stop)
             if self._stop.is_set():
                 return
             woke = clock.now()
+            pause = self._obey(player).pause
             why = self._collect(player, report)
-            if player.due and self._pending is None:
-                why = self._look(player, instruction, report, thinker) or why
+            if player.due and self._pending is None and not pause:
+                why = self._look(player, report, thinker) or why
             action, confidence = player.next()
-            verdict = self.guard.judge(action, confidence=confidence, late=clock.now() - due, why=why or self._held)
+            verdict = self.guard.judge(action, confidence=confidence, late=clock.now() - due, why=pause or why or self._held)
             if self._help and not verdict.needs_help:
                 verdict = replace(verdict, needs_help=self._help)
             self._executed = None if verdict.hold or player.ensemble is not None else player.passed
@@ -321,12 +345,12 @@ class ControlLoop:
         began = time.perf_counter()
         return self.policy.act(observation, instruction, self.robot), time.perf_counter() - began
 
-    def _look(self, player: Player, instruction: str, report: Report, thinker: ThreadPoolExecutor) -> str:
+    def _look(self, player: Player, report: Report, thinker: ThreadPoolExecutor) -> str:
         """Observe and ask the policy; what is wrong, if anything is. An observation the guard refuses is never asked about."""
         observation = self._observe()
         if self._why:
             return self._why
-        observation = {**observation, "executed": self._executed}
+        observation, instruction = {**observation, "executed": self._executed}, self._order.instruction
         player.looking()
         answer = Future[tuple[Any, float]]()
         if self.asynchronous:
@@ -338,15 +362,19 @@ class ControlLoop:
                 answer.set_result(self._think(observation, instruction))
             except Exception as error:
                 answer.set_exception(error)
-        self._pending = answer, player.step
+        self._pending = answer, player.step, True
         return "" if self.asynchronous else self._collect(player, report)
 
     def _collect(self, player: Player, report: Report) -> str:
         """Hand the chunk that is ready to the player; what the policy had to complain about, if it had."""
         if self._pending is None or not self._pending[0].done():
             return ""
-        answer, at = self._pending
+        answer, at, good = self._pending
         self._pending = None
+        if not good:
+            self._executed = 0 if answer.exception() is None else None
+            player.unheard()
+            return ""
         try:
             chunk, seconds = answer.result()
         except VLAError as error:
