@@ -61,6 +61,8 @@ class Order(NamedTuple):
     instruction: str
     pause: str = ""
     """Why to hold instead, as a reason of `serve.guard.PAUSES`; empty to go on."""
+    number: int = 0
+    """Another one, and it is begun anew, be it the same in words."""
 
 
 class Clock:
@@ -299,7 +301,7 @@ class ControlLoop:
         """What to do in this tick; of another instruction than before, and from before a pause, nothing is left."""
         if self.orders is not None:
             order = self.orders()
-            if order.pause or order.instruction != self._order.instruction:
+            if order.pause or order._replace(pause="") != self._order._replace(pause=""):
                 player.drop()
                 self._pending = None if self._pending is None else (*self._pending[:2], False)
             self._order = order
