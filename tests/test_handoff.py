@@ -19,9 +19,9 @@ from vla.cli import main
 from vla.errors import CheckpointError, DataError, UsageError
 from vla.handoff.calibrating import calibrate
 from vla.handoff.conformal import beta_cdf, coverage_band, guarantee, needed, observed_band, rank, threshold
-from vla.handoff.detectors import Gauss, from_arrays, to_arrays
+from vla.handoff.detectors import FUSED, Fitted, Gauss
 from vla.handoff.gate import FILE, WEIGHTS, Gate, Handoff, read_handoff
-from vla.handoff.learning import choose, cross_validated, fit_head
+from vla.handoff.learning import choose, cross_validated, fit, fit_head
 from vla.handoff.measures import Pairs, area, asked_at, curve, detection, outcome_of, values_of
 from vla.handoff.report import draw, report, report_text
 from vla.handoff.rollouts import load, save
@@ -209,41 +209,48 @@ def test_the_area_is_one_for_who_knows_and_nothing_at_random():
 
 def test_the_head_learns_and_cross_validation_does_not_flatter():
     train, fresh = rollouts(200, 1, features=24), rollouts(200, 2, features=24)
-    head = fit_head(train, epochs=60)
-    told = fresh.judged(None, head)
+    assert train.features is not None
+    head = fit_head(train, train.features, epochs=60)
+    told = fresh.judged(Fitted(head=head))
     figure = detection(told, values_of(told, "learned", "mean"))[1].value
     assert figure > 0.75
     judged = cross_validated(train)
-    held, flattered = (detection(r, values_of(r, "learned", "mean"))[1].value for r in (judged, train.judged(None, head)))
+    held, flattered = (detection(r, values_of(r, "learned", "mean"))[1].value for r in (judged, train.judged(Fitted(head=head))))
     assert held < flattered and abs(held - figure) < 0.15
     best, figures = choose(judged)
-    assert list(best)[-1] == "overlap" and figures["entropy"]["max"]["matched"] > 0.7
+    assert (
+        list(best)[0] in ("entropy", "fused") and figures["entropy"]["max"]["matched"] > 0.7 > figures["stac"]["max"]["matched"]
+    )
 
 
 def test_a_head_is_the_same_in_the_file(tmp_path: Path):
     train = rollouts(80, 1)
-    head, gauss = fit_head(train, epochs=5), Gauss.fit(train.features)
-    again = from_arrays(to_arrays(gauss, head))
-    np.testing.assert_allclose(again[1](train.features), head(train.features), rtol=1e-6)
-    np.testing.assert_allclose(again[0](train.features), gauss(train.features), rtol=1e-6)
-    with pytest.raises(ValueError):
-        from_arrays({**to_arrays(gauss, None), "gauss.std": np.array([np.nan])})
+    fitted = fit(train)
+    again, looks = Fitted.from_arrays(fitted.arrays()), {name: train.scores[name] for name in FUSED}
+    told, same = (some.said(train.features, looks) for some in (fitted, again))
+    assert told.keys() == {"distance", "learned", "fused"}
+    for name, values in told.items():
+        np.testing.assert_allclose(same[name], values, rtol=1e-6)
+    assert Fitted().said(train.features, looks) == {} and fitted.said(None, {}) == {}
+    for wrong in ({"gauss.std": np.array([np.nan])}, {"gauss.width": np.ones(2)}, {"soul.mean": np.ones(2)}):
+        with pytest.raises(ValueError):
+            Fitted.from_arrays({**fitted.arrays(), **wrong})
 
 
 def test_calibration_keeps_its_promise_on_fresh_episodes(tmp_path: Path):
     folder = calibrated(tmp_path)
     meaning = json.loads((folder / FILE).read_text())
-    assert meaning["score"] in ("learned", "entropy") and meaning["policy"] == POLICY
+    assert meaning["score"] in ("learned", "entropy", "fused") and meaning["policy"] == POLICY
     assert meaning["n"] == len(meaning["scores"]["learned"]["successes"]) and meaning["perturb"].keys() == {"none", "noise"}
     found = report(rollouts(600, 9), read_handoff(folder))
-    # Twenty figures that are inside with 98 % each, and not independent.
-    assert sum(entry["inside"] for rates in found["coverage"].values() for entry in rates.values()) >= 17
+    # Forty figures that are inside with 98 % each, and not independent.
+    assert sum(entry["inside"] for rates in found["coverage"].values() for entry in rates.values()) >= 36
     best = found["detectors"][meaning["score"]]["matched"]
     assert best["low"] > 0.65 > 0.55 > found["detectors"]["overlap"]["matched"]["value"]
     asked = found["asking"][meaning["score"]]["0.1"]
     assert asked["success"]["rate"] > found["never_asking"]["rate"] + 0.1 and asked["questions_in_successes"]["rate"] < 0.2
     assert found["detectors"]["clock"]["matched"]["value"] == 0.5
-    assert "overlap" in report_text(found) and draw(found).count("<polyline") == 4
+    assert "overlap" in report_text(found) and draw(found).count("<polyline") == 5
 
 
 def test_whole_episodes_keep_the_promise_over_many_calibrations():
@@ -298,7 +305,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path):
         calibrate(folder, None, rollouts(40, 2), score="learned")
     assert not (folder / FILE).exists()
     meaning = calibrate(folder, None, rollouts(100, 2))  # what needs no fitting
-    assert meaning["scores"].keys() == {"entropy", "overlap"} and not (folder / WEIGHTS).exists()
+    assert meaning["scores"].keys() == set(FUSED) and not (folder / WEIGHTS).exists()
     with pytest.raises(UsageError, match="made of"):
         report(rollouts(100, 2), read_handoff(folder))
     with pytest.raises(DataError, match="relief"):
@@ -352,12 +359,16 @@ def test_what_a_detector_looks_at_must_be_there(tmp_path: Path):
     with pytest.raises(UsageError, match="a look without features"):
         gate.look(chunk(np.zeros((8, 4))))
     gate.reset()
-    assert gate.look(chunk(np.zeros((8, 4))), features=np.zeros(6, np.float32)).scores.keys() >= {"learned", "distance"}
+    rulings = gate.look(chunk(np.zeros((8, 4))), features=np.zeros(6, np.float32))
+    assert rulings.scores.keys() == {"entropy", "entropy_max", "overlap", "learned", "distance"}
+    fused = Gate.load(tmp_path, score="fused")
+    assert (fused.needs, fused.samples) == ("samples", 8)
+    assert "fused" in fused.look(chunk(np.zeros((8, 4))), samples=np.zeros((8, 8, 4))).scores
     with pytest.raises(UsageError, match="without confidence"):
         Gate.load(tmp_path, score="entropy").look(chunk(np.zeros((8, 4)), np.nan))
-    for wrong in ({"respond": {"shout": 0.1}}, {"respond": {"ask": 0.0001}}, {"respond": {"ask": 2.0}}, {"score": "luck"}):
+    for respond, score in (({"shout": 0.1}, None), ({"ask": 0.0001}, None), ({"ask": 2.0}, None), ({"ask": 0.1}, "luck")):
         with pytest.raises(UsageError):
-            Gate.load(tmp_path, **wrong)
+            Gate.load(tmp_path, respond, score)
 
 
 def test_another_policys_thresholds_and_edited_ones_are_refused(tmp_path: Path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from vla.errors import DataError, UsageError
 from vla.handoff.conformal import LEVEL, check_alpha, coverage_band, needed
-from vla.handoff.detectors import Gauss, Head, to_arrays
+from vla.handoff.detectors import Fitted
 from vla.handoff.gate import fingerprint_of, folder_of, write_handoff
 from vla.handoff.learning import choose, cross_validated, fit
 from vla.handoff.rollouts import Rollouts
@@ -42,14 +42,13 @@ def calibrate(
         raise UsageError("--calibrate", found=f"{both.size} scenes that are in --train as well",
                          expected="other scenes: a detector is surer of what it was fitted to",
                          fix="collect with another --seed")  # fmt: skip
-    gauss: Gauss | None = None
-    head: Head | None = None
+    fitted = Fitted()
     chosen: dict[str, Kind] = {name: "max" for name in DETECTORS if name in held.scores}
     figures: dict[str, Any] = {}
     if train is not None:
         chosen, figures = choose(cross_validated(train, seed=seed))
-        gauss, head = fit(train, seed)
-    held = held.judged(gauss, head)
+        fitted = fit(train, seed)
+    held = held.judged(fitted)
     chosen = {name: kind for name, kind in chosen.items() if name in held.scores}
     if score is not None and score not in chosen:
         raise UsageError("--score", found=repr(score), expected=f"one of {', '.join(chosen)}", fix="leave it out for the best")
@@ -71,7 +70,7 @@ def calibrate(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     meaning["threshold"] = meaning["scores"][best]["threshold"]
-    write_handoff(path, meaning, to_arrays(gauss, head))
+    write_handoff(path, meaning, fitted.arrays())
     return meaning
 
 

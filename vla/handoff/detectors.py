@@ -1,14 +1,17 @@
-"""Detectors that look at hidden states, as a robot runs them: a distance to what went well, and a small network. Numpy only.
+"""Detectors that are fitted, as a robot runs them: a distance to what went well, and small networks. Numpy only.
 
 Fitted by `vla/handoff/learning.py`, kept as safetensors beside the policy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+FUSED = ("entropy", "entropy_max", "overlap", "spread", "stac")
+"""The scores that are weighed together."""
 KEPT = 64
 """Most directions of the hidden states whose spread is kept one by one."""
 
@@ -44,13 +47,10 @@ class Gauss:
         d = off.shape[-1]
         return np.sqrt((((along / self.std) ** 2).sum(-1) + beyond / self.rest[0] ** 2) / d)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {f"gauss.{name}": getattr(self, name) for name in ("mean", "axes", "std", "rest")}
-
 
 @dataclass(frozen=True)
 class Head:
-    """M small networks (d -> h -> 1, ReLU) on standardised hidden states; what they say is the mean of their logits."""
+    """M small networks (d -> h -> 1, ReLU) on standardised inputs; what they say is the mean of their logits."""
 
     mean: np.ndarray  # (d,)
     std: np.ndarray  # (d,)
@@ -67,32 +67,48 @@ class Head:
         inner = np.maximum(np.einsum("nd,mdh->mnh", x, self.inner) + self.inner_bias[:, None], 0)
         return (np.einsum("mnh,mh->mn", inner, self.outer) + self.outer_bias[:, None]).mean(0).astype(np.float64)
 
+
+@dataclass(frozen=True)
+class Fitted:
+    """All that is fitted to rollouts; each may be missing."""
+
+    gauss: Gauss | None = None
+    head: Head | None = None
+    """On hidden states."""
+    fused: Head | None = None
+    """On the scores `FUSED`."""
+
+    def said(self, features: np.ndarray | None, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Detector -> (n,), of n looks: `features` (n, d) and `scores` (n,) each."""
+        found = {}
+        if features is not None and self.gauss is not None:
+            found["distance"] = self.gauss(features)
+        if features is not None and self.head is not None:
+            found["learned"] = self.head(features)
+        if self.fused is not None and all(name in scores for name in FUSED):
+            found["fused"] = self.fused(np.stack([scores[name] for name in FUSED], -1))
+        return found
+
     def arrays(self) -> dict[str, np.ndarray]:
-        names = ("mean", "std", "inner", "inner_bias", "outer", "outer_bias")
-        return {f"head.{name}": getattr(self, name) for name in names}
+        """Everything as float32 arrays by name, to be stored."""
+        parts = {"gauss": self.gauss, "head": self.head, "fused": self.fused}
+        return {f"{part}.{name}": np.ascontiguousarray(array, np.float32) for part, kept in parts.items() if kept is not None
+                for name, array in kept.__dict__.items()}  # fmt: skip
 
-
-def to_arrays(gauss: Gauss | None, head: Head | None) -> dict[str, np.ndarray]:
-    """Both as float32 arrays by name, to be stored."""
-    both = {**(gauss.arrays() if gauss else {}), **(head.arrays() if head else {})}
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in both.items()}
-
-
-def from_arrays(arrays: dict[str, np.ndarray]) -> tuple[Gauss | None, Head | None]:
-    """What `to_arrays` was given. Raises `KeyError` or `ValueError` where they do not fit together."""
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in arrays.items():
-        kind, _, field = name.partition(".")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} is not finite")
-        parts.setdefault(kind, {})[field] = array
-    try:
-        gauss = Gauss(**parts["gauss"]) if "gauss" in parts else None
-        head = Head(**parts["head"]) if "head" in parts else None
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    if gauss is not None:
-        gauss(gauss.mean[None])
-    if head is not None:
-        head(head.mean[None])
-    return gauss, head
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Fitted:
+        """What `arrays` gave. Raises `ValueError` where they do not fit together."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            part, _, field = name.partition(".")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
+            parts.setdefault(part, {})[field] = array
+        kinds = {"gauss": Gauss, "head": Head, "fused": Head}
+        try:
+            found = {part: kinds[part](**fields) for part, fields in parts.items()}
+            for kept in found.values():
+                kept(kept.mean[None])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return cls(**found)

@@ -24,7 +24,7 @@ import numpy as np
 from vla.durable import digest_of, replace_file
 from vla.errors import CheckpointError, UsageError
 from vla.handoff.conformal import Band, check_alpha, coverage_band, guarantee, needed, threshold
-from vla.handoff.detectors import Gauss, Head, from_arrays
+from vla.handoff.detectors import Fitted
 from vla.handoff.scores import DETECTORS, NEEDS, Kind, Running, Scorer
 
 FILE, WEIGHTS = "handoff.json", "handoff.safetensors"
@@ -59,8 +59,7 @@ class Handoff:
     """What `handoff.json` says, understood."""
 
     meaning: Mapping[str, Any]
-    gauss: Gauss | None
-    head: Head | None
+    fitted: Fitted
 
     @property
     def perturbed(self) -> list[str]:
@@ -115,7 +114,7 @@ class Gate:
         self.needs = NEEDS.get(self.score, "")
         """What `look` must be given beside the chunk: "", "features" or "samples"."""
         self.samples = int(meaning["samples"]) if self.needs == "samples" else 0
-        self._scorer = Scorer(np.array(meaning["scale"]), handoff.gauss, handoff.head)
+        self._scorer = Scorer(np.array(meaning["scale"]), handoff.fitted)
         self.reset()
 
     @classmethod
@@ -221,7 +220,7 @@ def _understand(path: Path, meaning: dict[str, Any]) -> Handoff:
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise ValueError(f"{WEIGHTS} has another content than was written")
         arrays = load(data)
-    gauss, head = from_arrays(arrays)
+    fitted = Fitted.from_arrays(arrays)
     for name, found in meaning["scores"].items():
         ordered = np.array(found["successes"], np.float64)
         if (
@@ -234,7 +233,7 @@ def _understand(path: Path, meaning: dict[str, Any]) -> Handoff:
     if meaning["score"] not in meaning["scores"]:
         raise ValueError(f"score {meaning['score']}")
     check_alpha(meaning["alpha"])
-    return Handoff(meaning, gauss, head)
+    return Handoff(meaning, fitted)
 
 
 def renamed(handoff: Handoff, fingerprint: str) -> str:
@@ -253,7 +252,7 @@ def write_handoff(folder: str | Path, meaning: Mapping[str, Any], arrays: Mappin
         data = save(dict(arrays))
         replace_file(path / WEIGHTS, data)
         weights = {"file": WEIGHTS, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    whole = {"format": FORMAT, **meaning, "weights": weights}
+    whole = {**meaning, "format": FORMAT, "weights": weights}
     whole["digest"] = digest_of(whole)
     replace_file(path / FILE, json.dumps(whole, indent=1, allow_nan=False))
     return path / FILE

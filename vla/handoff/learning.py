@@ -1,8 +1,9 @@
-"""Fits what looks at hidden states, and finds out by cross-validation which detector to trust, summed up how over an episode."""
+"""Fits detectors to rollouts, and finds out by cross-validation which to trust, and how to sum it up over an episode."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vla.errors import DataError
-from vla.handoff.detectors import Gauss, Head
+from vla.handoff.detectors import FUSED, Fitted, Gauss, Head
 from vla.handoff.measures import detection, values_of
 from vla.handoff.rollouts import Rollouts
 from vla.handoff.scores import DETECTORS, Kind
@@ -20,21 +21,25 @@ RATE, DECAY, DROPOUT = 1e-2, 0.1, 0.3
 KINDS: tuple[Kind, ...] = ("max", "mean")
 
 
-def fit(rollouts: Rollouts, seed: int = 0) -> tuple[Gauss | None, Head | None]:
-    """(distance to the hidden states of successes, network told which episodes succeeded); none without hidden states, and no
-    network where all episodes end alike."""
-    if rollouts.features is None:
-        return None, None
-    good = rollouts.success[rollouts.of_episode]
-    gauss = Gauss.fit(rollouts.features[good]) if good.sum() >= 2 else None
-    return gauss, fit_head(rollouts, seed) if 0 < rollouts.success.sum() < len(rollouts) else None
+def fit(rollouts: Rollouts, seed: int = 0) -> Fitted:
+    """A distance to the hidden states of successes, and networks told which episodes succeeded, on hidden states and on scores;
+    without what there is nothing to fit to: no hidden states, no draws, episodes that all end alike."""
+    good, mixed = rollouts.success[rollouts.of_episode], 0 < rollouts.success.sum() < len(rollouts)
+    features = rollouts.features
+    scores = [rollouts.scores[name] for name in FUSED if name in rollouts.scores]
+    return Fitted(
+        gauss=None if features is None or good.sum() < 2 else Gauss.fit(features[good]),
+        head=fit_head(rollouts, features, seed) if mixed and features is not None else None,
+        fused=fit_head(rollouts, np.stack(scores, -1), seed) if mixed and len(scores) == len(FUSED) else None,
+    )
 
 
-def fit_head(rollouts: Rollouts, seed: int = 0, members: int = MEMBERS, hidden: int = HIDDEN, epochs: int = EPOCHS) -> Head:
-    """As SAFE's (Gu et al. 2025): every look is labelled with how its episode ends. Episodes count alike, whatever their length,
-    and so do failures and successes. Dropout and weight decay, since a few hundred episodes are few."""
-    assert rollouts.features is not None
-    x = torch.tensor(rollouts.features)
+def fit_head(
+    rollouts: Rollouts, inputs: np.ndarray, seed: int = 0, members: int = MEMBERS, hidden: int = HIDDEN, epochs: int | None = None
+) -> Head:  # fmt: skip
+    """On `inputs` (L, d), as SAFE's (Gu et al. 2025): every look is labelled with how its episode ends. Episodes count alike,
+    whatever their length, and so do failures and successes. Dropout and weight decay, since a few hundred episodes are few."""
+    x = torch.tensor(inputs, dtype=torch.float32)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
     x = ((x - mean) / std).clamp(-10, 10)
     failed, of = ~rollouts.success, rollouts.of_episode
@@ -45,6 +50,7 @@ def fit_head(rollouts: Rollouts, seed: int = 0, members: int = MEMBERS, hidden: 
     inner = (torch.randn(members, d, hidden, generator=generator) * d**-0.5).requires_grad_()
     outer = (torch.randn(members, hidden, generator=generator) * hidden**-0.5).requires_grad_()
     inner_bias, outer_bias = torch.zeros(members, hidden, requires_grad=True), torch.zeros(members, requires_grad=True)
+    epochs = epochs or EPOCHS
     optimizer = torch.optim.AdamW([inner, inner_bias, outer, outer_bias], lr=RATE, weight_decay=DECAY)
     batches = max(1, len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * batches)
@@ -68,20 +74,14 @@ def fit_head(rollouts: Rollouts, seed: int = 0, members: int = MEMBERS, hidden: 
 
 def cross_validated(rollouts: Rollouts, folds: int = FOLDS, seed: int = 0) -> Rollouts:
     """The rollouts, every look scored by detectors that have not seen its episode."""
-    if rollouts.features is None:
-        return rollouts
-    E = len(rollouts)
-    fold = np.random.default_rng(seed).permutation(E) % folds
+    fold = np.random.default_rng(seed).permutation(len(rollouts)) % folds
     said: dict[str, np.ndarray] = {}
     for k in range(folds):
-        rest, held = rollouts.where(fold != k), fold == k
-        gauss, head = fit(rest, seed + k)
-        judged = rollouts.where(held).judged(gauss, head)
-        for name in ("distance", "learned"):
-            if name in judged.scores:
-                said.setdefault(name, np.full(len(rollouts.step), np.nan))[held[rollouts.of_episode]] = judged.scores[name]
+        held = rollouts.where(fold == k)
+        for name, score in fit(rollouts.where(fold != k), seed + k).said(held.features, held.scores).items():
+            said.setdefault(name, np.full(len(rollouts.step), np.nan))[(fold == k)[rollouts.of_episode]] = score
     whole = {name: score for name, score in said.items() if np.isfinite(score).all()}
-    return Rollouts(**{**rollouts.__dict__, "scores": {**rollouts.scores, **whole}})
+    return replace(rollouts, scores={**rollouts.scores, **whole})
 
 
 def choose(rollouts: Rollouts, among: Sequence[str] = tuple(DETECTORS)) -> tuple[dict[str, Kind], dict[str, dict[str, Any]]]:

@@ -20,8 +20,8 @@ from vla.handoff.scores import Kind
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3)
 """Of questions in successful episodes, at which coverage and what comes of asking are told."""
 CLOCK = "clock"
-TONES = {"learned": "#b45206", "distance": "#7a3ea8", "overlap": "#0b6e4f", "stac": "#2a9d8f", "spread": "#7f7f7f",
-         "entropy": "#1f5fa8", "entropy_max": "#8fb3d9", CLOCK: "#000000"}  # fmt: skip
+TONES = {"learned": "#b45206", "fused": "#c2185b", "distance": "#7a3ea8", "overlap": "#0b6e4f", "stac": "#2a9d8f",
+         "spread": "#7f7f7f", "entropy": "#1f5fa8", "entropy_max": "#8fb3d9", CLOCK: "#000000"}  # fmt: skip
 
 
 def report(rollouts: Rollouts, handoff: Handoff, train: Rollouts | None = None, leave_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def report(rollouts: Rollouts, handoff: Handoff, train: Rollouts | None = None, 
                         f"{'no ' * (rollouts.relief is None)}relief",
                         expected="successes, failures, and what help would have done",
                         fix="vla handoff collect ... --perturb all --relief")  # fmt: skip
-    whole = rollouts.judged(handoff.gauss, handoff.head)
+    whole = rollouts.judged(handoff.fitted)
     kinds: dict[str, Kind] = {name: entry["running"] for name, entry in meaning["scores"].items() if name in whole.scores}
     values = {name: values_of(whole, name, kind) for name, kind in [*kinds.items(), (CLOCK, "max")]}
     never, always = float(whole.success.mean()), float(outcome_of(whole, np.zeros(len(whole), int)).mean())
@@ -133,7 +133,7 @@ def _left_out(train: Rollouts, rollouts: Rollouts, word: str, kinds: Mapping[str
     told = {"word": word, "fitted_on": len(rest), "episodes": len(other), "successes": int(other.success.sum())}
     if not 0 < other.success.sum() < len(other):
         return {**told, "detectors": None}
-    judged = other.judged(*fit(rest))
+    judged = other.judged(fit(rest))
     values = {name: values_of(judged, name, kind) for name, kind in kinds.items() if name in judged.scores}
     return {**told, "detectors": _detectors(judged, values, kinds)}
 
@@ -179,7 +179,7 @@ def _share(entry: Mapping[str, float]) -> str:
     return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
 
 
-def draw(found: Mapping[str, Any], shown: Sequence[str] = ("learned", "overlap", "entropy", CLOCK)) -> str:
+def draw(found: Mapping[str, Any], shown: Sequence[str] = ("learned", "fused", "overlap", "entropy", CLOCK)) -> str:
     """Success against questions, one line a detector, as one SVG."""
     left, right, top, bottom = 50, 470, 30, 270
     never, always = (100 * found[key]["rate"] for key in ("never_asking", "always_asking"))

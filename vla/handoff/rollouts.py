@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from vla.durable import replace_file
 from vla.errors import DataError, UsageError
-from vla.handoff.detectors import Gauss, Head
+from vla.handoff.detectors import Fitted
 from vla.handoff.play import Rollout
 from vla.handoff.scores import Kind, running
 
@@ -67,12 +67,9 @@ class Rollouts:
             relief=None if self.relief is None else self.relief[kept],
         )  # fmt: skip
 
-    def judged(self, gauss: Gauss | None, head: Head | None) -> Rollouts:
-        """With what the detectors of hidden states say; without, where there are none of those."""
-        if self.features is None:
-            return self
-        said = {"distance": gauss(self.features)} if gauss else {}
-        return replace(self, scores={**self.scores, **said, **({"learned": head(self.features)} if head else {})})
+    def judged(self, fitted: Fitted) -> Rollouts:
+        """With what fitted detectors say."""
+        return replace(self, scores={**self.scores, **fitted.said(self.features, self.scores)})
 
     def running(self, score: str, kind: Kind) -> np.ndarray:
         """(L,): the running value at every look."""

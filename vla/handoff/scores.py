@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vla.handoff.detectors import Gauss, Head
+from vla.handoff.detectors import Fitted
 
 DETECTORS: dict[str, str] = {
     "entropy": "mean entropy of the chunk's symbols (1 - confidence)",
@@ -21,11 +21,13 @@ DETECTORS: dict[str, str] = {
     "overlap": "how far this chunk departs from what the one before said of the same steps, in units of the action range",
     "spread": "standard deviation over draws of the chunk, in units of the action range",
     "stac": "energy distance between draws of this chunk and draws of the one before, over the steps both speak of (after STAC)",
+    "fused": "a small network on the five scores above, trained on episodes labelled by success",
     "distance": "Mahalanobis distance of the hidden states to those of successful episodes",
     "learned": "a small network on the hidden states, trained on episodes labelled by success (after SAFE)",
 }
-"""Name -> what it is. What a detector needs: the chunk; draws (`spread`, `stac`); hidden states (`distance`, `learned`)."""
-NEEDS = {"spread": "samples", "stac": "samples", "distance": "features", "learned": "features"}
+"""Name -> what it is."""
+NEEDS = {"spread": "samples", "stac": "samples", "fused": "samples", "distance": "features", "learned": "features"}
+"""What a detector needs beside the chunk: draws, or hidden states."""
 Kind = Literal["max", "mean"]
 
 
@@ -52,11 +54,11 @@ def running(scores: Iterable[float], kind: Kind) -> np.ndarray:
 class Scorer:
     """Scores the looks of one episode."""
 
-    def __init__(self, scale: np.ndarray, gauss: Gauss | None = None, head: Head | None = None) -> None:
+    def __init__(self, scale: np.ndarray, fitted: Fitted | None = None) -> None:
         """`scale` (A,): half the range of each action dimension, robot units; 0 where it never moves."""
         self.scale = np.asarray(scale, np.float64)
         self._moves = self.scale > 0
-        self.gauss, self.head = gauss, head
+        self.fitted = fitted or Fitted()
         self.reset()
 
     def reset(self) -> None:
@@ -84,10 +86,9 @@ class Scorer:
                 if samples is not None and drawn is not None:
                     scores["stac"] = self._energy(drawn[:, ahead : ahead + shared], samples[:, :shared])
         self._before = step, actions, samples
-        if features is not None:
-            scores |= {} if self.gauss is None else {"distance": float(self.gauss(features[None])[0])}
-            scores |= {} if self.head is None else {"learned": float(self.head(features[None])[0])}
-        return scores
+        row = None if features is None else np.asarray(features)[None]
+        told = self.fitted.said(row, {name: np.array([score]) for name, score in scores.items()})
+        return scores | {name: float(value[0]) for name, value in told.items()}
 
     def _mean(self, difference: np.ndarray) -> float:
         """Over steps and the dimensions that move, in units of the range."""
