@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -39,7 +41,15 @@ def websocket(server: Server) -> str:
 def in_threads(works: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], Callable[[], None]]:
     """What each said, as far as they have come, and what waits for all of them."""
     said: dict[str, Any] = {}
-    threads = [threading.Thread(target=lambda name=name, work=work: said.update({name: work()})) for name, work in works.items()]
+
+    def run(name: str) -> None:
+        try:
+            said[name] = works[name]()
+        except BaseException as error:
+            said[name] = error
+            raise
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in works]
     for thread in threads:
         thread.start()
 
@@ -187,7 +197,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def asked(n: int, **more: Any) -> dict[str, Any]:
     """A look of the small policies' robot."""
     observation = seen(n)
-    return look(n, observation["images"]["front"], **more) | {"state": observation["state"], "instruction": f"do thing {n % 3}"}
+    words = f"do thing {n % 3}"
+    return look(n, observation["images"]["front"]) | {"state": observation["state"], "instruction": words} | more
 
 
 def alone(folder: Path, n: int) -> np.ndarray:
@@ -215,15 +226,17 @@ def test_two_adapters_on_one_base_in_one_batch_say_what_each_says_alone(policies
     assert not np.array_equal(expected["kitchen", 1], expected["bench", 1])
     with started(policies["one"], *flags, "--deadline", "60") as server:
         assert json.loads(server.get("/v1/info")[2])["adapters"] == ["kitchen", "bench"]
-        heard = asyncio.run(
-            together(websocket(server), 4, 8, lambda i, k: asked(1 + k % 4, seq=k, adapter=["kitchen", "bench"][i % 2]))
-        )
+
+        def say(i: int, k: int) -> dict[str, Any]:
+            return asked(1 + k % 4, seq=k, adapter=["kitchen", "bench"][i])
+
+        heard = asyncio.run(together(websocket(server), 2, 24, say))
         batches = Counter[int]()
         for message, said in heard:
             assert said["type"] == "chunk" and not said["hold"], said
             np.testing.assert_array_equal(said["actions"], expected[message["adapter"], message["seq"] % 4 + 1])
             batches[said["batch"]] += 1
-        assert sum(count for size, count in batches.items() if size > 2) > 4, batches  # more than one adapter's clients together
+        assert batches[2] > 8, batches  # both of them, together
         with connect(websocket(server)) as line:
             for adapter in (None, "attic"):
                 line.send(pack(asked(1, seq=1 + (adapter is not None), adapter=adapter)))
@@ -237,9 +250,10 @@ def test_adapters_of_another_base_are_refused_before_anything_is_served(policies
     for flags in ([policies["two"], "--adapter-folder", f"kitchen={policies['kitchen']}"],
                   [policies["one"], "--adapter-folder", f"two={policies['two']}"],
                   ["null:tabletop", "--adapter-folder", f"kitchen={policies['kitchen']}"]):  # fmt: skip
-        with pytest.raises(AssertionError, match="found:"), started(*flags) as server:
-            server.leave = None
-            pytest.fail("it served")
+        command = [sys.executable, "-m", "vla.cli", "serve", "--port", "0", *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode in (2, 4) and "found:" in done.stderr and "ready" not in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and "ERROR" not in done.stderr, done.stderr
 
 
 def test_policies_swapped_under_load_drop_nothing(policies: dict[str, Path], tmp_path: Path):
@@ -264,13 +278,15 @@ def test_policies_swapped_under_load_drop_nothing(policies: dict[str, Path], tmp
                         await line.send(pack(asked(1 + k % 4, seq=k)))
                         heard.append((i, k, unpack(await line.recv(decode=False))))
                         k += 1
+                        await asyncio.sleep(0.01)  # the new policy wants to load, too
 
             await asyncio.gather(*(client(i) for i in range(4)))
 
         said, wait = in_threads({"clients": lambda: asyncio.run(clients())})
-        until(lambda: len(heard) > 20)
+        until(lambda: said or len(heard) > 20)
+        assert not said
         assert swap(user, policy=str(policies["two"]))[0] == 403
-        for wrong in ("null:aloha", str(tmp_path / "nowhere"), str(tokens)):
+        for wrong in ("null:aloha", "null:nowhere"):  # another robot, and no policy at all
             status, refused = swap(admin, policy=wrong)
             assert status == 422 and refused["error"]["found"], refused
         status, info = swap(admin, policy=str(policies["two"]))
@@ -281,7 +297,8 @@ def test_policies_swapped_under_load_drop_nothing(policies: dict[str, Path], tmp
         for i, k, said in heard:
             assert said["type"] == "chunk" and not said["hold"], said  # nobody was refused
             name = names[said["policy"]]
-            np.testing.assert_array_equal(said["actions"], expected[name, k % 4 + 1])
+            # Who shares a batch may change the last bit.
+            np.testing.assert_allclose(said["actions"], expected[name, k % 4 + 1], rtol=0, atol=1e-6)
             order.setdefault(i, []).append(name)
         counts = Counter(name for names_of in order.values() for name in names_of)
         assert all(names_of == sorted(names_of) for names_of in order.values()) and counts["one"] > 20 and counts["two"], counts
