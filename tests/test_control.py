@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from misbehaving import PATIENT, look
 from serving import started
 
+from serve.audit import AuditLog, check
 from serve.control import TwoSpeed, TwoSpeedReport
 from serve.guard import Guard
 from serve.loop import Clock, Hurried
@@ -26,7 +28,12 @@ from serve.planner import Asked, Delayed, Plan, ScriptedPlanner
 from serve.progress import Told
 from serve.refusal import Refusal
 from serve.remote_planner import OpenAIPlanner, ServerPlanner
+from serve.robot import Robot as Described
+from vla.embodiment import load_embodiment
 from vla.errors import DataError, UsageError
+from vla.sims import make_sim
+from vla.sims.suites import tabletop_instruction
+from vla.sims.tabletop_tasks import expert
 
 SCRIPT = ["touch the red cube", "touch the blue cube", "touch the green cube"]
 N, E = 8, 4
@@ -156,13 +163,17 @@ def test_latency_costs_ticks_of_waiting_after_each_instruction(ms: float, ticks:
     assert report.thinking[0] == pytest.approx(ms / 1e3) and not report.loop.needs_help
 
 
-def test_a_planner_that_dies_is_survived_for_as_long_as_its_last_plan_is_valid():
+def test_a_planner_that_dies_is_survived_for_as_long_as_its_last_plan_is_valid(tmp_path: Path):
     robot, dead = Robot(), lambda n: 2 <= n <= 6
     planner = Planner(lambda n, asked: OSError("gone") if dead(n) else Plan(SCRIPT[0], valid_for=2.0))
-    report = two(robot, planner).run(80)
+    watch = guard()
+    with AuditLog(tmp_path) as log:
+        log.watch(watch)
+        report = two(robot, planner, guard=watch).run(80)
     # Asked at 0, 1, 2, 3, 4, 5 s; what was said at 0 s is good until 2 s; the next answer comes at 6 s.
     assert runs(sound(report, robot)) == [(SCRIPT[0], 20), ("(expired)", 40), (SCRIPT[0], 20)]
     assert report.failed == {"broken": 5} and report.answered == report.asked - 5 and report.loop.reasons["expired"] == 40
+    assert check(tmp_path) == {**check(tmp_path), "differing": 0, "skipped": 0, "unreadable": 0}  # judged again to the byte
     assert not report.loop.needs_help  # nobody's fault that a robot's guard would have to count
 
 
@@ -316,6 +327,75 @@ def test_whatever_a_planner_does_no_tick_runs_on_what_has_expired(script: list[A
     assert not report.loop.needs_help
 
 
+# --- a simulator -----------------------------------------------------------------------------------------------------
+
+
+def tabletop() -> Described:
+    return Described.from_json(load_embodiment("tabletop").model_dump(mode="json"), "tabletop")
+
+
+class Table:
+    """The tabletop, and an expert that follows one instruction at a time in it, a step a look."""
+
+    def __init__(self, goal: str, seed: int) -> None:
+        self.sim: Any = make_sim("tabletop-long", goal)
+        self.seen, self.info = self.sim.reset(seed=seed)
+        self.actions: list[np.ndarray] = []
+        self.plan = [tabletop_instruction(task) for task in self.info["plan"]]
+
+    def observe(self) -> Any:
+        return self.seen
+
+    def act(self, *args: Any) -> Any:
+        if len(args) == 1:
+            self.actions.append(np.array(args[0]))
+            self.seen, _, over, late, self.info = self.sim.step(args[0])
+            return bool(over or late)
+        task = "-".join(word for word in args[1].split() if word not in ("the", "cube"))
+        hand, cubes = self.sim.places()
+        action = expert(task, hand, float(args[0]["state"][3]), np.array(list(cubes.values())))
+        return SimpleNamespace(actions=action[None], confidence=np.ones((1, 4), np.float32))
+
+    def steps(self, robot: str) -> tuple[int, int]:
+        return 1, 1
+
+    def begin(self, instruction: str, now: float) -> None:
+        self.before = len(self.info["done"])
+
+    def saw(self, observation: Any, chunk: Any, now: float) -> Told:
+        return Told(done=float(len(self.info["done"]) > self.before))
+
+
+@pytest.mark.parametrize("goal", ["touch-every", "clear-by-colour"])
+def test_a_long_goal_is_reached_whatever_the_latency_and_the_same_twice(goal: str):
+    played: dict[int, list[np.ndarray]] = {}
+    for ms in (0, 50, 200, 200):
+        table: Any = Table(goal, 900_003)
+        watch = Guard(tabletop(), repeats=None)
+        planner = Delayed(ScriptedPlanner(table.plan), ms)
+        loop = TwoSpeed(table, table, planner, table.sim.instruction, 10, watch, progress=table, asynchronous=False,
+                        clock=Hurried())  # fmt: skip
+        report = loop.run(400)
+        assert table.info["success"] and report.loop.over and [text for _, text in report.followed] == table.plan
+        assert all(t.hold or t.at + 0.1 <= t.valid_until + 1e-5 for t in report.ticks)
+        waited = sum(bool(t.hold) for t in report.ticks)
+        assert waited == len(table.plan) * {0: 0, 50: 1, 200: 2}[ms]
+        if ms in played:
+            np.testing.assert_array_equal(table.actions, played[ms])
+        played[ms] = table.actions
+
+
+def test_a_goal_told_a_planner_that_died_is_not_reached_and_nothing_moves_any_more():
+    table: Any = Table("touch-every", 900_003)
+    planner = Planner(lambda n, asked: Plan(table.plan[0], valid_for=2.0) if n == 1 else OSError("gone"))
+    loop = TwoSpeed(table, table, planner, "touch every cube", 10, Guard(tabletop(), repeats=None), progress=table,
+                    asynchronous=False, clock=Hurried())  # fmt: skip
+    report = loop.run(60)
+    stood = [t.number for t in report.ticks if t.hold]
+    assert len(stood) > 40 and stood == list(range(60 - len(stood), 60)) and not table.info["success"]
+    assert all((action[:3] == 0).all() for action in table.actions[stood[0] :])
+
+
 # --- a clock that runs -----------------------------------------------------------------------------------------------
 
 HZ = 20.0
@@ -404,7 +484,7 @@ def test_a_planner_that_never_comes_back_costs_threads_that_are_bounded():
     assert set(robot.told) == {SCRIPT[0]}
 
 
-def test_a_server_that_stops_for_a_while_and_one_that_is_killed(tmp_path: Any):
+def test_a_server_that_stops_for_a_while_and_one_that_is_killed(tmp_path: Path):
     (tmp_path / "script.txt").write_text("\n".join(SCRIPT))
     (tmp_path / "serve.yaml").write_text(f"planner: {{kind: 'scripted:{tmp_path / 'script.txt'}', valid_for: 0.6}}\n")
     robot = Robot()

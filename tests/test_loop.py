@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.guard import Guard
-from serve.loop import Clock, ControlLoop, Hurried, Player
+from serve.loop import Clock, ControlLoop, Hurried, Order, Player
 from vla.ensemble import Ensemble
 from vla.errors import DataError, UsageError
 
@@ -269,3 +269,50 @@ def test_what_cannot_be_is_refused(caplog: pytest.LogCaptureFixture):
         make(world, ensemble=float("nan"))
     make(world, hz=30)
     assert "a loop of 30 Hz plays chunks meant for 10 Hz" in caplog.text
+
+
+# --- orders from above -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_said_of_another_instruction_or_before_a_pause_is_played(asynchronous: bool):
+    """Every chunk says which instruction it was asked under, in its third dimension."""
+    script = [*["a"] * 5, *[("a", "expired: x")] * 3, *["a"] * 6, *["b"] * 7, *[("b", "waiting: y")] * 30, *["b"] * 4]
+    world, told, verdicts = World(last=len(script)), [], []
+
+    def orders() -> Order:
+        now = script[min(len(world.sent), len(script) - 1)]
+        return Order(now) if isinstance(now, str) else Order(*now)
+
+    def act(*args: Any, **kw: Any) -> Any:
+        if len(args) == 1:
+            over = world.act(*args)
+            if loop._pending is not None:
+                loop._pending[0].exception(30)
+            return over
+        told.append(args[1])
+        chunk = world.act(*args, **kw)
+        chunk.actions[:, 2] = {"a": 1, "b": 2}[args[1]] / 1000
+        return chunk
+
+    loop = make(world, asynchronous=asynchronous, orders=orders, on_verdict=verdicts.append)
+    loop.policy, loop.io = SimpleNamespace(act=act), SimpleNamespace(act=act, observe=world.observe)
+    report = loop.run("nobody's")
+    obeyed = ["" if not a.any() else "ab"[round(1000 * float(a[2])) - 1] for a in world.sent]
+    for at, (order, instruction) in enumerate(zip(script, obeyed, strict=True)):
+        if isinstance(order, str):
+            assert instruction == order or (asynchronous and not instruction and verdicts[at].reason == "no action")
+        else:
+            assert not instruction and verdicts[at].reason == order[1]
+    assert set(told) == {"a", "b"} and report.ticks == len(script) and not report.needs_help
+    assert report.reasons["expired"] == 3 and report.reasons["waiting"] == 30  # more than a guard forgives, were they faults
+
+
+def test_a_pause_does_not_hide_a_fault():
+    world, watch = World(), Guard(edge_spec().model_dump(mode="json"), most_holds=3)
+    watch.saw(world.observe())
+    for late in (0.0, 9.0, 9.0, 9.0):
+        watch.deadline = 1.0
+        verdict = watch.judge(None, why="expired: x", late=late)
+        assert verdict.hold and verdict.reason.startswith("expired: x") and ("deadline" in verdict.reason) == (late > 0)
+    assert watch.needs_help and "no action" not in verdict.reason
