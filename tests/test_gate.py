@@ -109,7 +109,8 @@ def test_every_route_is_walked_and_asks_for_a_token(tokens: Tokens):
                     assert answers[:2] == [401, 401], (route.path, method, answers)
                     assert (answers[2] == 403) == (route.path == "/v1/swap") and answers[2] != 401, (route.path, method, answers)
         assert {"http GET /livez", "http GET /metrics", "http GET /openapi.json", "http POST /v1/act", "http POST /v1/swap",
-                "http POST /act", "http POST /v1/plan", "http POST /plan", "http POST /v1/ask", "http GET /", "websocket GET /v1/ws", "websocket GET /openpi",
+                "http POST /act", "http POST /v1/plan", "http POST /plan", "http POST /v1/ask", "http GET /",
+                "websocket GET /v1/ws", "websocket GET /openpi",
                 "websocket GET /vla-eval"} <= walked  # fmt: skip
 
     run(work)
