@@ -417,3 +417,100 @@ def test_a_swap_while_nothing_answers_is_what_answers_next():
         await served.stop()
 
     run(work)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
+
+
+def test_a_request_without_a_deadline_has_the_engines_and_a_long_one_ten_times_that():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, deadline=0.2)
+        fake.gate.clear()
+        for request, within in ((look(), "0.2 s"), (look(within=3600.0), "2 s")):
+            with pytest.raises(Refusal, match=f"no answer within {within}"):
+                await served.act(request)
+        fake.gate.set()
+        await served.stop()
+
+    run(work)
+
+
+def test_what_a_conversation_breaks_at_costs_that_batch_and_not_the_engine():
+    """A name that is no UTF-8 could not be sent to the model's process, and nobody was answered ever after."""
+
+    async def work() -> None:
+        first, second, third = Fake("one"), Fake("two"), Fake("three")
+        served = await engine(first, second, third)
+
+        def broken(batch: Sequence[Request]) -> Any:
+            raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+
+        async def unreadable(batch: Sequence[Request]) -> Any:
+            return [None], {"seconds": 1}
+
+        first.begin, second.run = broken, unreadable
+        for fake in (first, second):
+            with pytest.raises(Refusal, match="could not be read") as lost:
+                await served.act(look())
+            assert lost.value.status == 503 and not fake.alive
+        assert (await served.act(look())).policy == "three"
+        await served.stop()
+
+    run(work)
+
+
+def test_a_backend_that_ends_with_nothing_to_do_is_replaced_before_anybody_asks():
+    async def work() -> None:
+        first, second = Fake("one"), Fake("two")
+        served = await engine(first, second)
+        await served.act(look())
+        first.on_lost()
+        assert not served.ready
+        await until(lambda: served.ready)
+        assert served.info.policy == "two" and not first.alive
+        first.on_lost()  # it is nobody's any more
+        assert served.ready and (await served.act(look())).policy == "two"
+        await served.stop()
+
+    run(work)
+
+
+def test_a_swap_lets_the_old_one_finish_a_batch_that_nobody_waits_for_and_fails_nobody_who_waits():
+    async def work() -> None:
+        old, new = Fake("old"), Fake("new")
+        served = await engine(old, batch=1)
+        old.gate.clear()
+        gone = asyncio.create_task(served.act(look("gone")))
+        await asyncio.sleep(0.02)
+        waits = asyncio.create_task(served.act(look("waits", within=0.5)))  # less than a policy takes to load
+
+        async def start() -> Fake:
+            return new
+
+        swap = asyncio.create_task(served.swap(start))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        await asyncio.sleep(0.02)
+        assert old.alive and not swap.done()
+        old.gate.set()
+        assert (await swap).policy == "new" and (await waits).policy == "new" and not old.alive
+        await served.stop()
+
+    run(work)
+
+
+def test_stopping_tells_those_who_wait_and_those_who_are_with_the_model():
+    async def work() -> None:
+        fake = Fake()
+        served = await engine(fake, batch=1)
+        fake.gate.clear()
+        asked = [asyncio.create_task(served.act(look(str(i)))) for i in range(3)]
+        await asyncio.sleep(0.02)
+        await served.stop(now=True)
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(s, Refusal) and s.status == 503 for s in said) and not fake.alive
+
+    run(work)
