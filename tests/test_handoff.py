@@ -13,19 +13,20 @@ import pytest
 from handoffs import POLICY, bare_policy, calibrated, rollouts
 from hypothesis import given
 from hypothesis import strategies as st
-from small_policies import seen, small_policy
+from small_policies import seen, small_policy, write_policy
 
 from vla.cli import main
 from vla.errors import CheckpointError, DataError, UsageError
 from vla.handoff.calibrating import calibrate
 from vla.handoff.conformal import beta_cdf, coverage_band, guarantee, needed, observed_band, rank, threshold
 from vla.handoff.detectors import FUSED, Fitted, Gauss
-from vla.handoff.gate import FILE, WEIGHTS, Gate, Handoff, read_handoff
+from vla.handoff.gate import FILE, WEIGHTS, Gate, Handoff, read_handoff, renamed, write_handoff
 from vla.handoff.learning import choose, cross_validated, fit, fit_head
 from vla.handoff.measures import Pairs, area, asked_at, curve, detection, outcome_of, values_of
 from vla.handoff.report import draw, report, report_text
 from vla.handoff.rollouts import load, save
 from vla.handoff.scores import NEEDS, Running, Scorer, running, usable
+from vla.policy import load_policy
 from vla.policy.inside import act_inside
 
 # ------------------------------------------------------------------------------------------------------- the promise
@@ -417,6 +418,23 @@ def test_facts_for_a_card(folder: Path):
     facts = read_handoff(folder).facts()
     assert facts["score"] == "entropy" and facts["n"] > 200 and "distribution shift" in facts["says"]
     assert isinstance(read_handoff(folder), Handoff)
+
+
+def test_a_pushed_policy_takes_its_gate_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    policy = write_policy(tmp_path)
+    name = calibrated(tmp_path / "made")
+    handoff = read_handoff(name)
+    write_handoff(tmp_path / "policy", {**handoff.meaning, "policy": policy.fingerprint}, handoff.fitted.arrays())
+    assert main(["push", str(tmp_path / "policy"), "you/gated", "--hub", str(tmp_path / "hub"), "--no-latency", "--json"]) == 0
+    there = Path(json.loads(capsys.readouterr().out)["where"])
+    card = (there / "README.md").read_text()
+    assert "## When it asks" in card and read_handoff(tmp_path / "policy").says() in card and "touch-red, push-red-left" in card
+    assert Gate.load(there).score == handoff.meaning["score"] and load_policy(there, "cpu").fingerprint == policy.fingerprint
+    (there / FILE).unlink()
+    (there / FILE).write_text(renamed(handoff, policy.fingerprint))
+    Gate.load(there)
+    write_handoff(tmp_path / "policy", handoff.meaning, handoff.fitted.arrays())
+    assert main(["push", str(tmp_path / "policy"), "you/gated", "--hub", str(tmp_path / "hub"), "--no-latency"]) == 4
 
 
 def test_the_command_calibrates_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
