@@ -247,6 +247,8 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
             if not self.disconnected:
                 raise
             raise ClientDisconnected from None
+        except WebSocketDisconnect:  # nobody is left to hear what the app wanted to say
+            raise ClientDisconnected from None
         finally:
             self._answering = None
 
@@ -296,6 +298,10 @@ class FastWebSocket(_Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol)
             self.transport.write(head + (b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8, "big")) + data)
             return
         before = self.handshake_complete, self.close_sent
+        if before == (True, True):  # by a violation of the other side's, which the app cannot know of
+            if message["type"] == "websocket.close":
+                return
+            raise ClientDisconnected
         await super().send(message)
         if self.initial_response is not None and self.close_sent:
             self.handshake_complete = True  # by a refusal; uvicorn would call it unfinished, in the log, for every stranger

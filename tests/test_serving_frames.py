@@ -11,6 +11,7 @@ import contextlib
 import json
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -507,11 +508,14 @@ def posted(server: Server, numbers: Iterable[int]) -> Counter[int]:
     return statuses
 
 
-def torn_off(server: Server, data: bytes) -> bytes:
-    """What comes back for these bytes and then the end."""
+def torn_off(server: Server, data: bytes, handshake: bytes = b"") -> bytes:
+    """What comes back for these bytes and then the end; where there is a handshake, from its answer on."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) as line:
         said = bytearray()
         try:
+            if handshake:
+                line.sendall(handshake)
+                said += line.recv(1 << 16)
             line.sendall(data)
             line.shutdown(socket.SHUT_WR)
             while part := line.recv(1 << 16):
@@ -519,6 +523,41 @@ def torn_off(server: Server, data: bytes) -> bytes:
         except (ConnectionResetError, BrokenPipeError):
             pass
         return bytes(said)
+
+
+def test_frames_of_all_kinds_over_a_socket(server: Server):
+    """Parts with pings between them, many messages in one packet, half a frame and its rest, text, goodbye."""
+    hello, seen = pack({"type": "hello"}), pack(valid("/v1/ws", 4)[0])
+    cuts = [0, 1, 100, 101, 9000, len(seen)]
+    parts = [seen[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    sent = [
+        b"".join(frame(2 if i == 0 else 0, part, i == len(parts) - 1) + frame(9, b"%d" % i) for i, part in enumerate(parts)),
+        frame(2, hello) * 300, frame(1, b'{"type": "hello"}'), frame(10, b"nobody asked") + frame(2, hello)[:9], frame(2,
+        hello)[9:],
+        frame(2, hello[:3], False) + frame(0, hello[3:], True), frame(8, struct.pack("!H", 1000) + b"bye"),
+    ]  # fmt: skip
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) as line:
+        line.sendall(HANDSHAKE)
+        said = bytearray(line.recv(1 << 16))  # who sends more before that is not heard
+        for data in sent:
+            line.sendall(data)
+            time.sleep(0.05)
+        while part := line.recv(1 << 16):
+            said += part
+    head, _, rest = bytes(said).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 ")
+    frames: list[tuple[int, bytes]] = []
+    while rest:
+        size, at = rest[1], 2
+        if size > 125:
+            at = 4 if size == 126 else 10
+            size = int.from_bytes(rest[2:at], "big")
+        frames.append((rest[0] & 0x0F, rest[at : at + size]))
+        rest = rest[at + size :]
+    assert [data for kind, data in frames if kind == 10] == [b"%d" % i for i in range(len(parts))]
+    answers = [unpack(data) for kind, data in frames if kind == 2]
+    assert [a["type"] for a in answers] == ["chunk", *["hello"] * 300, "refusal", "hello", "hello"]
+    assert frames[-1] == (8, struct.pack("!H", 1000) + b"bye")
 
 
 def raw_request(n: int) -> bytes:
@@ -545,7 +584,7 @@ def test_thousands_of_mutations_over_sockets_leave_the_processes_as_they_were(se
             message, packed = valid(wire, n)
             frames = b"".join(frame(2, part, True, a_mask(rng)) for part in (packed(message), packed(message)))
             handshake = HANDSHAKE.replace(b"/v1/ws", wire.encode())
-            torn += torn_off(server, handshake + mutated_bytes(rng, frames, HANDSHAKE)).startswith(b"HTTP/1.1 101 ")
+            torn += torn_off(server, mutated_bytes(rng, frames, HANDSHAKE), handshake).startswith(b"HTTP/1.1 101 ")
             line = torn_off(server, mutated_bytes(rng, [raw_request(n), handshake][n % 2], HANDSHAKE)).split(b"\r\n")[0]
             assert not line or line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 5"), (n, line)
         return said, statuses, torn
