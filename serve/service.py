@@ -138,7 +138,7 @@ class Service:
             "server": "tendon", "policy": info.policy, "name": info.name.rpartition("/")[2], "robots": dict(info.embodiments),
             "steps": {key: list(steps) for key, steps in info.steps.items()}, "adapters": list(info.adapters),
             "instructions": list(info.instructions[:200]), "symbols": info.symbols, "ready": self.engine.ready,
-            "pid": os.getpid(),
+            "planner": self.settings.planner.kind.partition(":")[0] if self.settings.planner else "", "pid": os.getpid(),
         }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def server(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def test_one_checkpoint_plans_and_acts(server: Server):
+    assert json.loads(server.get("/v1/info")[2])["planner"] == "policy"
     planner = ServerPlanner(server.address, timeout=PATIENT)
     for colour, answer in NEXT.items():
         plan = planner.plan(Asked(GOAL, {"front": picture(colour)}))
