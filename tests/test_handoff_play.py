@@ -160,21 +160,21 @@ def test_the_whole_way_with_a_real_policy(
         assert main(["handoff", *words, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    for name, seed, episodes in (("train", 500_000, 64), ("held", 600_000, 48), ("report", 900_000, 48)):
+    for name, seed, episodes in (("train", 500_000, 48), ("held", 600_000, 36), ("report", 900_000, 36)):
         more = ["--samples", "4", *(["--relief"] if name == "report" else []), "--out", str(tmp_path / name)]
         told = run("collect", str(folder), *played, "--episodes", str(episodes), "--seed", str(seed), *more)
         assert 0 < told["successes"] < told["episodes"] == episodes
     meaning = run("calibrate", str(folder), "--train", str(tmp_path / "train"), "--calibrate", str(tmp_path / "held"),
                   "--alpha", "0.2", "--score", "learned")  # fmt: skip
-    assert meaning["policy"] == policy.fingerprint and meaning["n"] >= 20
+    assert meaning["policy"] == policy.fingerprint and meaning["n"] >= 15
     found = run("report", str(folder), "--rollouts", str(tmp_path / "report"))
     assert (
         found["detectors"]["learned"]["auroc"]["value"] > 0.6 and found["always_asking"]["rate"] > found["never_asking"]["rate"]
     )
     assert load_policy(folder, "cpu").fingerprint == policy.fingerprint, "a policy with a gate is the same policy"
-    seen = run("watch", str(folder), *played, "--episodes", "16", "--seconds", "1", "--out", str(tmp_path / "incidents"))
-    assert sum(seen["ends"].values()) == 16 and seen["questions"] > 0 and seen["lost"] == 0
-    assert seen["incidents"] == 16 - seen["ends"].get("succeeded", 0)
+    seen = run("watch", str(folder), *played, "--episodes", "10", "--seconds", "1", "--out", str(tmp_path / "incidents"))
+    assert sum(seen["ends"].values()) == 10 and seen["questions"] > 0 and seen["lost"] == 0
+    assert seen["incidents"] == 10 - seen["ends"].get("succeeded", 0)
     lines = [json.loads(line) for line in (tmp_path / "incidents/meta/incidents.jsonl").read_text().splitlines()]
     asked = next(line for line in lines if line["incidents"][0]["kind"] == "handoff")
     assert asked["incidents"][0]["reason"].startswith("ask: ") and asked["incidents"][0]["scores"].keys() >= {
@@ -184,6 +184,6 @@ def test_the_whole_way_with_a_real_policy(
     start, stop, by = asked["spans"][-1]
     assert by == "expert" and start == asked["incidents"][0]["frame"] <= 10, "a second from before, then the expert"
     stopped = run(
-        "watch", str(folder), *played, "--episodes", "6", "--respond", "hold=0.3", "--out", str(tmp_path / "held-still")
+        "watch", str(folder), *played, "--episodes", "4", "--respond", "hold=0.3", "--out", str(tmp_path / "held-still")
     )
     assert stopped["questions"] == 0 and set(stopped["ends"]) <= {"succeeded", "failed", "stopped (hold)"}

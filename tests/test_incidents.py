@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,14 +139,60 @@ def test_a_robot_is_not_stopped_by_what_cannot_be_written(tmp_path: Path, monkey
     def broken(*_: object) -> None:
         raise OSError("the disk is gone")
 
+    real = recorder._writers[0].add
     monkeypatch.setattr(recorder._writers[0], "add", broken)
-    for n in range(3):
+    for n in range(4):
+        if n == 3:
+            recorder._thread.submit(lambda: None).result()  # the three before are through
+            monkeypatch.setattr(recorder._writers[0], "add", real)
         recorder.begin("a")
         ticks(recorder, 10 * n, 10 * n + 5)
         recorder.incident("failure", "spoilt")
         recorder.end(success=False)
     recorder.close()
-    assert recorder.lost == 3 and recorder.written == 0 and "the disk is gone" in recorder.problem
+    assert recorder.lost == 3 and recorder.written == 1 and "the disk is gone" in recorder.problem
+    assert episodes_of(root) == [list(range(30, 35))] and log_of(root)[0]["episode_index"] == 0
+
+
+def test_a_commit_that_fails_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "incidents"
+    recorder = Recorder(root, small_spec(), before=0.5, after=0.0)
+    real, calls = recorder._writers[0]._write, []
+
+    def full() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        real()
+
+    monkeypatch.setattr(recorder._writers[0], "_write", full)
+    for n in range(2):
+        recorder.begin("a")
+        ticks(recorder, 10 * n, 10 * n + 5)
+        recorder.incident("failure", "spoilt")
+        recorder.end(success=False)
+    recorder.close()
+    assert recorder.lost == 0 and recorder.written == 2 and "No space" in recorder.problem
+    assert len(episodes_of(root)) == 2 and [line["episode_index"] for line in log_of(root)] == [0, 1]
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_what_comes_too_fast_is_lost_or_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: bool):
+    gate = threading.Event()
+    recorder = Recorder(tmp_path / "incidents", small_spec(), before=0.5, after=0.0, patient=patient)
+    real = recorder._writers[0].add
+    monkeypatch.setattr(recorder._writers[0], "add", lambda episode: (gate.wait(60), real(episode)))
+    if patient:
+        threading.Timer(0.2, gate.set).start()
+    for n in range(8):
+        recorder.begin("a")
+        ticks(recorder, 10 * n, 10 * n + 5)
+        recorder.incident("failure", "spoilt")
+        recorder.end(success=False)
+    gate.set()
+    recorder.close()
+    assert (recorder.written, recorder.lost) == ((8, 0) if patient else (4, 4))
+    assert ("waiting" in recorder.problem) != patient
 
 
 def test_what_is_no_recording_is_said_at_once(tmp_path: Path):

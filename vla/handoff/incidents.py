@@ -72,9 +72,11 @@ class Recorder:
     def __init__(
         self, root: str | Path, spec: EmbodimentSpec, *, before: float = 5.0, after: float = 2.0, longest: float = 120.0,
         corrections: str | Path | None = None, video: str = "lossless", header: Mapping[str, Any] | None = None,
+        patient: bool = False,
     ) -> None:  # fmt: skip
         """`spec.cameras` carry the size of the frames. `before`, `after`, `longest`: seconds kept from before an incident, added
-        after the last one, and of an episode at most (memory is bounded by it). Raises `UsageError` for a folder of other things
+        after the last one, and of an episode at most (memory is bounded by it). `patient`: wait where episodes come faster than
+        they can be written, as a simulator's may, instead of losing them. Raises `UsageError` for a folder of other things
         or times that are none, `MachineError` when the disk is full."""
         if not (before > 0 and after >= 0 and longest >= before + after):
             raise UsageError(
@@ -99,7 +101,9 @@ class Recorder:
         self._open: Incident | None = None
         self._told = self._task = ""
         self._seed: int | None = None
-        self._bad = False
+        self._bad, self._patient = False, patient
+        self._lines: list[dict[str, Any]] = []
+        """Of the log, that are not durable yet."""
         self.written = self.corrected = self.lost = 0
         """Episodes of incidents, of corrections, and those that could not be written."""
         self.problem = ""
@@ -151,7 +155,12 @@ class Recorder:
         self._finish(success=False)
         self._thread.shutdown()
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except Exception as error:
+                self.problem = self.problem or f"{type(error).__name__}: {error}"
+        self.lost += len(self._lines)
+        self._lines = []
 
     def __enter__(self) -> Recorder:
         return self
@@ -181,37 +190,50 @@ class Recorder:
             return
         while self._pending and self._pending[0].done():
             self._pending.popleft()
-        if self.problem or len(self._pending) >= _WAITING:
-            self.lost += 1
-            self.problem = self.problem or f"{_WAITING} episodes were still waiting to be written"
-            return
+        if len(self._pending) >= _WAITING:
+            if not self._patient:
+                self._lose(f"{_WAITING} episodes were still waiting to be written")
+                return
+            self._pending.popleft().result()
         self._pending.append(self._thread.submit(self._write, open_, success))
 
     def _write(self, incident: Incident, success: bool) -> None:
-        ticks = incident.ticks
+        """In the thread. A robot goes on, whatever a disk or an encoder has to say."""
+        ticks, writer = incident.ticks, self._writers[0]
         try:
             spans = _spans([tick.by for tick in ticks])
             told = tuple(Said(start, "subtask", text) for start, _, text in _spans([tick.told for tick in ticks]) if text)
-            writer = self._writers[0]
-            number = writer.num_episodes
             writer.add(_episode(ticks, incident, self.spec.name, success, told))
-            writer.commit()
             happened = [{**what, "frame": min(what["frame"], len(ticks) - 1)} for what in incident.happened]
-            line = {"episode_index": number, "success": success, "incidents": happened, "spans": [list(span) for span in spans]}
-            with open(writer.root / LOG, "a") as log:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                os.fsync(log.fileno())
-            self.written += 1
+            self._lines.append({"episode_index": writer.num_episodes - 1, "success": success, "incidents": happened,
+                                "spans": [list(span) for span in spans]})  # fmt: skip
             if success and len(self._writers) > 1:
                 for start, stop, by in spans:
                     if by != POLICY:
                         self._writers[1].add(_episode(ticks[start:stop], incident, self.spec.name, True))
                         self.corrected += 1
-                self._writers[1].commit()
-        except Exception as error:  # a robot goes on, whatever a disk or an encoder has to say
-            self.lost += 1
+        except Exception as error:
+            self._lose(f"{type(error).__name__}: {error}")
+        self._commit()
+
+    def _commit(self) -> None:
+        """Make what was added durable, then say so in the log; what a full disk refuses is tried again with the next episode."""
+        try:
+            for writer in self._writers:
+                writer.commit()
+            with open(self._writers[0].root / LOG, "a") as log:
+                log.write("".join(json.dumps(line) + "\n" for line in self._lines))
+                log.flush()
+                os.fsync(log.fileno())
+        except Exception as error:
             self.problem = self.problem or f"{type(error).__name__}: {error}"
+        else:
+            self.written += len(self._lines)
+            self._lines = []
+
+    def _lose(self, why: str) -> None:
+        self.lost += 1
+        self.problem = self.problem or why
 
 
 def _episode(ticks: list[Tick], incident: Incident, robot: str, success: bool, language: tuple[Said, ...] = ()) -> Episode:

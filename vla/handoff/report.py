@@ -194,7 +194,7 @@ def draw(found: Mapping[str, Any], shown: Sequence[str] = ("learned", "fused", "
     out = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 320" font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        _text((left + right) / 2, 16, f"{found['suite']}: {found['episodes']} episodes with something wrong", "middle"),
+        _text((left + right) / 2, 16, f"{found['suite']}, {found['episodes']} episodes: success against questions", "middle"),
     ]
     for tick in range(floor, 101, 10):
         out += [f'<line x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#ddd"/>',
@@ -207,7 +207,7 @@ def draw(found: Mapping[str, Any], shown: Sequence[str] = ("learned", "fused", "
     for name in names:
         line = " ".join(f"{x(p['questions']):.1f},{y(100 * p['success']):.1f}" for p in found["curves"][name])
         dash = ' stroke-dasharray="2 3"' if name == CLOCK else ""
-        out.append(f'<polyline points="{line}" fill="none" stroke="{TONES[name]}" stroke-width="2"{dash}/>')
+        out.append(f'<polyline points="{line}" fill="none" stroke="{TONES[name]}" stroke-width="1.5"{dash}/>')
         if at := found["asking"].get(name, {}).get("0.1"):
             out.append(f'<circle cx="{x(at["questions"]["rate"]):.1f}" cy="{y(100 * at["success"]["rate"]):.1f}" r="4" '
                        f'fill="{TONES[name]}"/>')  # fmt: skip
@@ -217,8 +217,8 @@ def draw(found: Mapping[str, Any], shown: Sequence[str] = ("learned", "fused", "
                 f'<line x1="480" x2="496" y1="{at - 4}" y2="{at - 4}" stroke="{TONES.get(name, "#aaa")}" '
                 'stroke-width="2"/>')  # fmt: skip
         out += [mark, _text(502, at, {"clock": "clock (no detector)"}.get(name, name), "start")]
-    out += [_text(right + 10, y(never) + 4, f"never asking: {never:.0f} %", "start"),
-            _text(right + 10, y(always) + 14, f"always: {always:.0f} %", "start")]  # fmt: skip
+    out += [_text(x(0.05), y(never) + 4, f"never asking: {never:.0f} %", "start"),
+            _text(x(1), y(always) + 18, f"always: {always:.0f} %", "end")]  # fmt: skip
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

@@ -44,7 +44,7 @@ def watch(
     cameras = {name: camera.model_copy(update={"height": size, "width": size}) for name, camera in there.cameras.items()}
     header = {"suite": suite, "policy": policy.fingerprint, "score": gate.score, "respond": dict(gate.respond)}
     ends: Counter[str] = Counter()
-    recorder = Recorder(out, there.model_copy(update={"cameras": cameras}), before=seconds, header=header,
+    recorder = Recorder(out, there.model_copy(update={"cameras": cameras}), before=seconds, header=header, patient=True,
                         corrections=out.with_name(f"{out.name}-corrections"))  # fmt: skip
     try:
         with recorder, inference_threads(1):
