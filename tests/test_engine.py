@@ -497,6 +497,12 @@ def test_a_swap_lets_the_old_one_finish_a_batch_that_nobody_waits_for_and_fails_
         assert old.alive and not swap.done()
         old.gate.set()
         assert (await swap).policy == "new" and (await waits).policy == "new" and not old.alive
+        new.lose = True  # and what is started again is the new one
+        with pytest.raises(Refusal, match="gone"):
+            await served.act(look())
+        new.lose, new.alive = False, True
+        await until(lambda: served.ready)
+        assert (await served.act(look())).policy == "new"
         await served.stop()
 
     run(work)
