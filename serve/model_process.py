@@ -180,7 +180,8 @@ def _torch_actor(path: str, spec: Mapping[str, Any]) -> Actor:
     adapters = dict(spec.get("adapters") or {})
     policies: dict[str | None, Any] = {}
     if adapters:  # POLICY is what they were trained on
-        many = Adapters(adapters, **options | {"base": spec.get("base") or path})
+        options["base"] = spec.get("base") or path
+        many = Adapters(adapters, **options)
         policies = {name: many[name] for name in many}
     else:
         policies[None] = load_policy(path, **options)
