@@ -23,8 +23,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.patience import ROOM
 from serve.refusal import Refusal, unavailable
-from serve.sockets import ROOM
 from vla.errors import UsageError
 
 OPEN = frozenset({"/livez"})

@@ -36,10 +36,11 @@ from serve.engine import EngineOptions
 from serve.gate import Gate, Tokens, check_bind, refusal_response
 from serve.openapi import document
 from serve.page import routes as page
+from serve.patience import PatientHTTP
 from serve.refusal import Refusal
 from serve.service import Service
 from serve.settings import ServeSettings
-from serve.sockets import FastWebSocket, PatientHTTP
+from serve.sockets import FastWebSocket
 from serve.wires import gr00t, openpi, openvla, planning, rest, vla_eval, websocket
 from vla.errors import UsageError, VLAError
 

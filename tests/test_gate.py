@@ -20,11 +20,11 @@ from serve import gate as gates
 from serve.backend import ThreadBackend
 from serve.engine import Engine
 from serve.gate import Gate, Tokens, check_bind, is_here, token_of
+from serve.patience import ROOM, Room
 from serve.refusal import STATUS, Refusal
 from serve.server import build_app
 from serve.service import Service
 from serve.settings import ServeSettings
-from serve.sockets import ROOM, Room
 from vla.errors import UsageError
 
 USER, ADMIN, WRONG = "user-token-0123456789", "admin-token-0123456789", "wrong-token-0123456789"

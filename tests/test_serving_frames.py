@@ -32,7 +32,7 @@ from websockets.server import ServerProtocol
 from websockets.sync.client import connect
 from websockets.utils import apply_mask
 
-from serve import sockets
+from serve import patience, sockets
 from serve.backend import ThreadBackend
 from serve.engine import Engine, EngineOptions
 from serve.gate import Tokens
@@ -268,7 +268,7 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
 ):  # fmt: skip
     """The package waits for the whole of a frame that breaks the rules; here it is enough to see how it begins."""
     monkeypatch.setattr(sockets, "_LENT", 1)
-    room = sockets.ROOM.left
+    room = patience.ROOM.left
     counts = {"messages": 0, "closed": 0, "early": 0, "lent": 0}
 
     async def work() -> None:
@@ -298,13 +298,13 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
 
     asyncio.run(work())
     assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60 and counts["lent"] > 20, counts
-    assert sockets.ROOM.left == room  # all of it was given back
+    assert patience.ROOM.left == room  # all of it was given back
     assert not caplog.records, caplog.text
 
 
 def test_a_message_that_is_read_where_it_came_stays_as_it_is():
     """Whatever comes meanwhile; and what was lent counts as long as it is."""
-    room = sockets.ROOM.left
+    room = patience.ROOM.left
     first, second = b"a" * 200_000, b"b" * 200_000
 
     async def work() -> None:
@@ -335,9 +335,9 @@ def test_a_message_that_is_read_where_it_came_stays_as_it_is():
         await heard(b"")
         await heard(frame(2, first, mask=bytes(4)))
         assert transport.reading and not said
-        held = room - sockets.ROOM.left
+        held = room - patience.ROOM.left
         await heard(frame(2, second, mask=bytes(4)))  # the app has the first, and this waits: it is a copy
-        assert transport.reading and not said and room - sockets.ROOM.left > held
+        assert transport.reading and not said and room - patience.ROOM.left > held
         await heard(frame(9, b"ping", mask=bytes(4)))
         assert not transport.reading and b"ping" not in transport.written  # nothing is looked at before the second was taken
         on.set()
@@ -352,7 +352,7 @@ def test_a_message_that_is_read_where_it_came_stays_as_it_is():
         protocol.stop_keepalive()
 
     asyncio.run(work())
-    assert sockets.ROOM.left == room
+    assert patience.ROOM.left == room
 
 
 # ---------------------------------------------------------------------------------------------------- messages, in this process
