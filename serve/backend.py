@@ -27,7 +27,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from serve.engine import BackendLost, Info, Request
+from serve.requests import BackendLost, Info, Request
 from serve.robot import Robot
 from vla.errors import CheckpointError, DataError, MachineError, UsageError, VLAError
 
@@ -92,7 +92,7 @@ class ProcessBackend:
         return self._process.pid
 
     def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
-        """See `serve.engine.Backend`."""
+        """See `serve.requests.Backend`."""
         at, items, places = 0, [], []
         for request in batch:
             pictures = []
@@ -117,7 +117,7 @@ class ProcessBackend:
         return [result_of(one) for one in said["results"]], said["seconds"]
 
     async def stop(self) -> None:
-        """See `serve.engine.Backend`."""
+        """See `serve.requests.Backend`."""
         if self._stopped:
             return
         self._stopped = True
@@ -221,7 +221,7 @@ class ThreadBackend:
         return cls(actor, thread)
 
     def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
-        """See `serve.engine.Backend`."""
+        """See `serve.requests.Backend`."""
         items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
         words = _words_of(batch).get("words")
         work = partial(self._actor.answer, items) if words is None else partial(self._actor.speak, items, words)
@@ -235,7 +235,7 @@ class ThreadBackend:
         return answer.result(), time.perf_counter() - began
 
     async def stop(self) -> None:
-        """See `serve.engine.Backend`."""
+        """See `serve.requests.Backend`."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from serve.engine import Engine, Info, Request, Start
+from serve.engine import Engine
 from serve.guard import Guard
 from serve.metrics import Metrics
 from serve.refusal import Refusal
+from serve.requests import Info, Request, Start
 from serve.robot import Robot
 from serve.settings import ServeSettings
 from serve.wire import Encoded, Limits, Picture, bounded

@@ -16,6 +16,8 @@ class GuardSettings(Config):
 
     jump: dict[str, float | list[float] | None] = {}
     """Channel -> most change from one step to the next, robot units; null waives it by name."""
+    first_jump: float = Field(default=3.0, gt=0)
+    """Times `jump` that the first step of a chunk may be from where the robot is seen: an arm trails behind its targets."""
     waive: tuple[str, ...] = ()
     """Channels without limits."""
     start: tuple[float, ...] | None = None

@@ -22,7 +22,8 @@ from serve.refusal import Refusal, unavailable
 from serve.wire import Encoded, Picture
 
 if TYPE_CHECKING:  # a planner on a robot needs no engine
-    from serve.engine import Engine, Spoken, Words
+    from serve.engine import Engine
+    from serve.requests import Spoken, Words
 
 PART = 8
 """Words said, or candidates scored, before looks have their turn."""
@@ -81,7 +82,7 @@ class EngineSpeaker:
                           fix="a longer timeout, fewer candidates, or a smaller policy") from None  # fmt: skip
 
     async def _score(self, picture: Picture | None, question: str, candidates: tuple[str, ...]) -> list[float]:
-        from serve.engine import Words
+        from serve.requests import Words
 
         scores: list[float] = []
         with self._parts(picture) as ask:
@@ -90,7 +91,7 @@ class EngineSpeaker:
         return scores
 
     async def _answer(self, picture: Picture | None, question: str) -> tuple[str, float]:
-        from serve.engine import Words
+        from serve.requests import Words
 
         ids: tuple[int, ...] = ()
         likely, said = 0.0, None
@@ -103,7 +104,7 @@ class EngineSpeaker:
     @contextlib.contextmanager
     def _parts(self, picture: Picture | None) -> Iterator[Any]:
         """Parts of one question, all of them to the same policy."""
-        from serve.engine import Request
+        from serve.requests import Request
 
         engine, policy, deadline = self._engine, self._engine.info.policy, time.monotonic() + self.timeout
         robot = self._robot or next(iter(engine.info.robots))

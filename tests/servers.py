@@ -1,38 +1,16 @@
-"""Servers that are to be broken, for tests: `vla serve POLICY ...` as a process, with its model's process, memory and log.
-
-    with started("null:tabletop?ms=20", "--batch", "1") as server:
-        os.kill(server.model, signal.SIGKILL)
-        ...
-        assert server.get("/readyz")[0] == 200 and not server.complaints()
-
-At the end of the block the server is asked to leave, and must end with exit code 0. `tests/serving.py` is for who only wants an
-address.
-"""
+"""A server in a thread of the test's own process, for tests that shorten what it waits for; `tests/serving.py` has real ones."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import signal
-import ssl
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from email.message import Message
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import uvicorn
 from children import LIMIT
+from serving import until
 
 from serve.backend import ThreadBackend
 from serve.engine import Engine, EngineOptions
@@ -40,105 +18,6 @@ from serve.gate import Tokens
 from serve.server import build_app, config_of
 from serve.service import Service
 from serve.settings import ServeSettings
-
-T = TypeVar("T")
-_COMPLAINTS = re.compile(r"Traceback|Exception|Fatal error|never retrieved|never awaited|was destroyed|ERROR|CRITICAL")
-
-
-@dataclass
-class Server:
-    """One that runs, or ran."""
-
-    address: str
-    process: subprocess.Popen[bytes]
-    log_file: Path
-    headers: Mapping[str, str]
-    """What `get` sends along."""
-    leave: int | None = 0
-    """Exit code it must end with; None when the test has seen to its end."""
-
-    @property
-    def port(self) -> int:
-        return int(self.address.rpartition(":")[2])
-
-    @property
-    def log(self) -> str:
-        """All it has said so far."""
-        return self.log_file.read_text(errors="replace")
-
-    def complaints(self, but: str = r"(?!)") -> list[str]:
-        """Lines of its log that speak of something broken, without those that match `but`."""
-        return [line for line in self.log.splitlines() if _COMPLAINTS.search(line) and not re.search(but, line)]
-
-    @property
-    def model(self) -> int:
-        """The process that has the model."""
-        (child,) = psutil.Process(self.process.pid).children()
-        return child.pid
-
-    def memory(self) -> dict[str, int]:
-        """Resident bytes of the server and of the model's process."""
-        both = {"server": self.process.pid, "model": self.model}
-        return {name: psutil.Process(pid).memory_info().rss for name, pid in both.items()}
-
-    @contextmanager
-    def bounded(self, most: int) -> Iterator[dict[str, int]]:
-        """Neither process may be more than `most` bytes larger at any moment of the block than it was at its beginning. How much
-        each of them was lies in the mapping afterwards."""
-        both = {"server": self.process.pid, "model": self.model}
-        for pid in both.values():
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is counted from now on
-        before, grown = self.memory(), dict.fromkeys(both, 0)
-        yield grown
-        for name, pid in both.items():
-            (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
-            grown[name] = (int(peak) << 10) - before[name]
-        assert max(grown.values()) < most, f"{grown}, allowed {most}"
-
-    def get(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
-        """(status, headers, body) of a GET."""
-        request = urllib.request.Request(self.address + path, headers=dict(self.headers))
-        try:
-            with urllib.request.urlopen(request, timeout=LIMIT, context=ssl._create_unverified_context()) as answer:
-                return answer.status, _lower(answer.headers), answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, _lower(error.headers), error.read()
-
-    def metric(self, name: str) -> float:
-        """A counter or gauge of /metrics, its labels added up."""
-        text = self.get("/metrics")[2].decode()
-        return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M))
-
-
-def _lower(headers: Message) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
-
-
-@contextmanager
-def started(
-    policy: object, *flags: object, token: str = "", wait: bool = True, env: Mapping[str, str] | None = None
-) -> Iterator[Server]:
-    """See the module. `token` goes along with every `get`; without `wait` the policy may still be loading."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        command = [sys.executable, "-m", "vla.cli", "serve", str(policy), "--port", "0", *map(str, flags)]
-        with log.open("wb") as said:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=os.environ | dict(env or {})
-            )
-        server = Server("", process, log, {"authorization": f"Bearer {token}"} if token else {})
-        try:
-            (server.address,) = until(lambda: alive(server) and re.findall(r"^(https?://\S+:\d+)  ", server.log, re.M))
-            if wait:
-                until(lambda: alive(server) and server.get("/readyz")[0] == 200)
-            yield server
-            if server.leave is not None:
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(LIMIT) == server.leave, server.log[-4000:]
-        finally:
-            process.kill()
-            process.wait(LIMIT)
 
 
 class _Ephemeral(uvicorn.Server):
@@ -171,18 +50,3 @@ def in_thread(policy: str = "null:tabletop", tokens: Tokens | None = None, **set
     finally:
         server.should_exit = server.force_exit = True
         thread.join(LIMIT)
-
-
-def alive(server: Server) -> bool:
-    """True; fails, and shows the log, when the server has ended."""
-    assert server.process.poll() is None, server.log[-4000:]
-    return True
-
-
-def until(true: Callable[[], T | bool], what: str = "") -> T:
-    """What `true()` says as soon as that is something. Gives up after `LIMIT` s."""
-    end = time.monotonic() + LIMIT
-    while not (said := true()):
-        assert time.monotonic() < end, f"not within {LIMIT} s: {what or true}"
-        time.sleep(0.02)
-    return said  # pyright: ignore[reportReturnType]

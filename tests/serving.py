@@ -72,6 +72,20 @@ class Server:
         both = {"server": self.process.pid, "model": self.model}
         return {name: psutil.Process(pid).memory_info().rss for name, pid in both.items()}
 
+    @contextmanager
+    def bounded(self, most: int) -> Iterator[dict[str, int]]:
+        """Neither process may be more than `most` bytes larger at any moment of the block than it was at its beginning. How much
+        each of them was lies in the mapping afterwards."""
+        both = {"server": self.process.pid, "model": self.model}
+        for pid in both.values():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is counted from now on
+        before, grown = self.memory(), dict.fromkeys(both, 0)
+        yield grown
+        for name, pid in both.items():
+            (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
+            grown[name] = (int(peak) << 10) - before[name]
+        assert max(grown.values()) < most, f"{grown}, allowed {most}"
+
     def get(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
         """(status, headers, body) of a GET."""
         request = urllib.request.Request(self.address + path, headers=dict(self.headers))

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from serve.backend import ProcessBackend, ThreadBackend
-from serve.engine import Answer, BackendLost, Engine, EngineOptions, Info, Request
+from serve.engine import Engine, EngineOptions
 from serve.refusal import Refusal
+from serve.requests import Answer, BackendLost, Info, Request
 from serve.robot import Robot
 from vla.config import CONFIGS
 from vla.errors import DataError, UsageError, VLAError

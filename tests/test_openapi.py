@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from mutations import valid_body
-from servers import Server, in_thread, started
+from servers import in_thread
+from serving import Server, started
 from starlette.routing import Route
 
 from serve.gate import Tokens

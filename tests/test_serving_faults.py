@@ -31,7 +31,8 @@ import pytest
 from children import LIMIT
 from mutations import FRAME, PNG, state
 from PIL import Image
-from servers import Server, in_thread, started, until
+from servers import in_thread
+from serving import Server, started, until
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect

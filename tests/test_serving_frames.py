@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 from children import LIMIT
 from mutations import mutated_body, mutated_bytes, mutated_message, valid, valid_body
-from servers import Server, started
+from serving import Server, started
 from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode, Frame, Opcode

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from children import LIMIT
 from mutations import mutated_message
-from servers import Server, started, until
+from serving import Server, started, until
 from small_policies import seen, write_policy, write_small_adapter
 from test_serving_faults import ask, body, line_to, look, request, response
 from websockets.asyncio.client import connect as connect_async

@@ -15,8 +15,9 @@ from speaking_policies import COLOURS, GOAL, NEXT, picture, write_speaking_polic
 from test_engine import Fake, engine, look
 
 from serve.backend import ProcessBackend, ThreadBackend
-from serve.engine import Answer, Engine, EngineOptions, Request, Words
+from serve.engine import Engine, EngineOptions
 from serve.refusal import Refusal
+from serve.requests import Answer, Request, Words
 from serve.speaking import PART, EngineSpeaker, LocalSpeaker
 from serve.wire import encode
 from vla.errors import UsageError, VLAError

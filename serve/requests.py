@@ -1,0 +1,134 @@
+"""What is asked of a policy behind a server, what it answers, and what a place where one lives must do (`serve/backend.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve.robot import Robot
+from serve.wire import Picture
+
+
+@dataclass(frozen=True)
+class Words:
+    """A question in words about a request's picture. One short part at a time, since looks wait for it (`serve/speaking.py`)."""
+
+    question: str
+    candidates: tuple[str, ...] = ()
+    """Answers to score; without any the question is answered."""
+    said: tuple[int, ...] = ()
+    """What was said of the answer so far."""
+    most: int = 8
+    """Words to be said now."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One look of one robot, or one question."""
+
+    images: Mapping[str, Picture]
+    """Camera -> (h, w, 3) uint8, or a file that is decoded beside the model."""
+    state: np.ndarray | None
+    """(S,) float32, robot units."""
+    instruction: str
+    robot: str
+    """Key of its embodiment."""
+    adapter: str | None = None
+    """Which of the adapters on the base; None for the policy itself."""
+    seed: int = 0
+    """What "sample" draws from."""
+    client: str = ""
+    """Whose it is: batches wait a moment for those who asked just now."""
+    deadline: float = math.inf
+    """On `time.monotonic`."""
+    words: Words | None = None
+    """Where an answer in words is wanted: about the first of the pictures, if there is one."""
+
+    @property
+    def size(self) -> int:
+        """Bytes it holds while it waits."""
+        return sum(p.nbytes if isinstance(p, np.ndarray) else len(p.data) for p in self.images.values())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One chunk, as `vla.policy.Chunk`, and how it came about."""
+
+    actions: np.ndarray  # (n, A) float32, robot units
+    confidence: np.ndarray  # (n, A) float32 in [0, 1]; NaN where numbers are said (L1)
+    symbols: np.ndarray  # int64
+    policy: str
+    """Fingerprint of the policy that answered."""
+    infer: float
+    """Seconds its batch took."""
+    wait: float
+    """Seconds it waited before that."""
+    batch: int
+    """Requests answered together."""
+    execute: int
+    """Steps to carry out before looking again."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What was said to `Words`: the answer so far, or the scores of the candidates."""
+
+    ids: tuple[int, ...]
+    likely: float
+    """Log-likelihood of what was added."""
+    ended: bool
+    text: str
+    scores: tuple[float, ...]
+    """Log-likelihood of each candidate as the whole answer."""
+    policy: str
+    """Fingerprint of the policy that said it."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a backend says of the policy it has loaded."""
+
+    policy: str
+    """Fingerprint."""
+    name: str
+    robots: Mapping[str, Robot]
+    embodiments: Mapping[str, Any]
+    """Robot -> its embodiment as JSON."""
+    steps: Mapping[str, tuple[int, int]]
+    """Robot -> (steps of a chunk, steps carried out before looking again)."""
+    adapters: tuple[str, ...]
+    instructions: tuple[str, ...]
+    symbols: int
+    """K of the codec."""
+    warm: float
+    """Seconds of one batch when it was warm."""
+
+
+class BackendLost(Exception):
+    """The process that had the model is gone, or was killed because it hung."""
+
+
+class Backend(Protocol):
+    """Where a model lives. One batch at a time."""
+
+    info: Info
+    on_lost: Callable[[], None]
+    """Called when it ends by itself, whatever it was doing."""
+
+    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
+        """The batch is with the model when this returns. What it comes to: (for each request (actions, confidence, symbols) or a
+        `VLAError`, seconds). Awaiting it raises `BackendLost`. `Words` come alone; what comes of them is a mapping, `Spoken`."""
+        ...
+
+    async def stop(self) -> None:
+        """Let it end, or end it. Idempotent."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[], Awaitable[Backend]]
