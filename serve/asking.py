@@ -102,8 +102,9 @@ def check_url(url: str) -> str:
     return url
 
 
-def bearer(key: str | Path | None, url: str) -> dict[str, str]:
-    """The header that carries a token, or what the first line of a file holds. Raises `UsageError`; never shows it."""
+def bearer(key: str | Path | None, url: str, name: str = "key") -> dict[str, str]:
+    """The header that carries a token, or what the first line of a file holds, to `url`. Raises `UsageError`; never shows it.
+    `name`: what it is called in messages."""
     if isinstance(key, Path):
         try:
             found = [line.strip() for line in key.read_text().splitlines()]
@@ -115,10 +116,10 @@ def bearer(key: str | Path | None, url: str) -> dict[str, str]:
     if key is None:
         return {}
     if not (key.isascii() and key.isprintable() and key and " " not in key):
-        raise UsageError("key", found="characters that no key has", expected="one line of ASCII", fix="look at the file")
-    host = urlsplit(url).hostname or ""
-    if url.startswith("http:") and host not in ("localhost", "::1") and not host.startswith("127."):
-        logger.warning("%s: whoever listens on the network can read the key; https:// hides it", url)
+        raise UsageError(name, found=f"characters that no {name} has", expected="one line of ASCII", fix="look at the file")
+    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
+    if scheme in ("http", "ws") and host not in ("localhost", "::1") and not host.startswith("127."):
+        logger.warning("%s: whoever listens on the network can read the %s; %ss:// hides it", url, name, scheme)
     return {"Authorization": f"Bearer {key}"}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from serve.asking import bearer
 from serve.connection import uri_of
 from serve.refusal import Refusal
 from serve.robot import Robot, differences
@@ -104,9 +105,4 @@ def address_of(address: str, token: str | None) -> tuple[str, str, dict[str, str
         raise UsageError("address", found="a query", expected="ws://HOST:PORT", fix="leave out what begins with '?'")
     host = f"[{uri.host}]" if ":" in uri.host else uri.host
     short = f"{scheme}://{host}:{uri.port}{uri.path.rstrip('/').removesuffix('/v1/ws')}"
-    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
-        raise UsageError("token", found="characters that no token has", expected="a line of the server's --token-file",
-                         fix="token=path.read_text().strip()")  # fmt: skip
-    if token and not uri.secure and not (uri.host in ("localhost", "::1") or uri.host.startswith("127.")):
-        logger.warning("%s: whoever listens on the network can read the token; wss:// hides it", short)
-    return short, f"{short}/v1/ws?protocol={PROTOCOL}", {} if token is None else {"Authorization": f"Bearer {token}"}
+    return short, f"{short}/v1/ws?protocol={PROTOCOL}", bearer(token, short, "token")
