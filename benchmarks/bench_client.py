@@ -40,17 +40,18 @@ def measure(address: str, looks: int, size: int) -> dict[str, object]:
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (4, 2, size, size, 3)).astype(np.uint8)
     state = np.zeros(4, np.float32)
-    took: dict[str, list[float]] = {"ours": [], "masked": [], "websockets": [], "server": []}
-    busy: dict[str, list[float]] = {"ours": [], "masked": [], "websockets": []}
+    took: dict[str, list[float]] = {"ours": [], "socket": [], "masked": [], "websockets": [], "server": []}
+    busy: dict[str, list[float]] = {"ours": [], "socket": [], "masked": [], "websockets": []}
     url = address.replace("http://", "ws://") + "/v1/ws?protocol=1"
     with (
         Client(address, robot="tabletop_wrist") as ours,
-        Client(address, robot="tabletop_wrist", mask=True) as masked,
+        Client(address, robot="tabletop_wrist", shared=False) as plain,
+        Client(address, robot="tabletop_wrist", shared=False, mask=True) as masked,
         connect(url, max_size=None, compression=None, proxy=None) as theirs,
     ):
         for n in range(-20, looks):
             images = dict(zip(("front", "wrist"), frames[n % 4], strict=True))
-            order = [("ours", ours), ("masked", masked), ("websockets", None)]
+            order = [("ours", ours), ("socket", plain), ("masked", masked), ("websockets", None)]
             for name, client in order if n % 2 else reversed(order):
                 began, worked = time.perf_counter(), time.process_time()
                 if client is not None:

@@ -29,6 +29,7 @@ import numpy as np
 
 from serve.requests import BackendLost, Info, Request
 from serve.robot import Robot
+from serve.shared import Region
 from vla.errors import CheckpointError, DataError, MachineError, UsageError, VLAError
 
 _KINDS = {kind.__name__: kind for kind in (CheckpointError, DataError, MachineError, UsageError)}
@@ -44,6 +45,8 @@ class ProcessBackend:
     def __init__(self, process: asyncio.subprocess.Process, line: _Line, shared: int) -> None:
         self._process, self._line, self._file = process, line, shared
         self._room, self._memory = 0, np.zeros(0, np.uint8)
+        self._regions: dict[int, Region] = {}
+        """Shared memory of clients that the process has open."""
         self._stopped = False
         self.info: Info
         self.on_lost: Callable[[], None] = lambda: None
@@ -94,9 +97,14 @@ class ProcessBackend:
     def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
         """See `serve.requests.Backend`."""
         at, items, places = 0, [], []
+        regions: dict[int, Region] = {}
         for request in batch:
-            pictures = []
+            pictures: list[Any] = []
             for camera, picture in request.images.items():
+                if (place := getattr(picture, "place", None)) is not None and not place[0].closed:  # the model sees it as well
+                    regions[place[0].number] = place[0]
+                    pictures.append((camera, "shared", place[1], place[0].number, picture.shape))
+                    continue
                 data = picture if isinstance(picture, np.ndarray) else picture.data
                 size = data.nbytes if isinstance(data, np.ndarray) else len(data)
                 kind = "raw" if isinstance(picture, np.ndarray) else picture.format
@@ -109,8 +117,17 @@ class ProcessBackend:
         for start, size, data in places:
             raw = np.ascontiguousarray(data).reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
             self._memory[start : start + size] = raw.view(np.uint8)
-        self._send({"batch": items, "room": self._room, **_words_of(batch)})
+        self._send({"batch": items, "room": self._room, **self._named(regions), **_words_of(batch)})
         return self._results()
+
+    def _named(self, regions: dict[int, Region]) -> dict[str, Any]:
+        """What the model's process is to open of its clients' shared memory, and what to let go."""
+        gone = [number for number, region in self._regions.items() if region.closed]
+        for number in gone:
+            del self._regions[number]
+        fresh = {number: (one.file, one.size) for number, one in regions.items() if number not in self._regions}
+        self._regions |= regions
+        return {"regions": fresh, "gone": gone} if fresh or gone else {}
 
     async def _results(self) -> tuple[list[Any], float]:
         said = await self._receive()

@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from serve.connection import Connection
+from serve.connection import Connection, near_by
 from serve.heard import Chunk, Hello, address_of, chunk_of, hello_of
 from serve.refusal import Refusal
 from serve.robot import Robot, is_file
+from serve.shared import attach, room_for
 from serve.wire import Picture, WireError, encode, pack, pieces, unpack
 from vla.errors import DataError, UsageError, VLAError
 
@@ -48,6 +49,7 @@ class Client:
         adapter: str | None = None, expect: Robot | Mapping[str, Any] | None = None,
         pictures: Literal["raw", "png", "jpeg"] = "raw", timeout: float = 2.0, wait: float = 5.0,
         reconnect: tuple[float, float] | None = (0.1, 2.0), tls: ssl.SSLContext | None = None, mask: bool = False,
+        shared: bool = True,
     ) -> None:  # fmt: skip
         """Connect to `ws://HOST:PORT`, or `wss://` (with `tls`, or what this machine trusts), within `wait` s.
 
@@ -55,7 +57,8 @@ class Client:
         JSON; a server whose robot is another is refused with all that differs, now and after every change of its policy.
         `pictures`: as they are, or as files of which `png` loses nothing; pictures that are `Encoded` are sent as such.
         `timeout` s of one `act`. `reconnect`: first and longest pause in s between attempts, None for never. `mask`: with a
-        random key, for a `ws://` through proxies of strangers (`serve/connection.py`).
+        random key, for a `ws://` through proxies of strangers (`serve/connection.py`). `shared`: to a server on this computer
+        pictures go through memory where the system allows it (`serve/shared.py`).
 
         Raises `Refusal` when there is no server, or it will not have us, `UsageError` for an address that is none, and for
         another robot.
@@ -69,6 +72,7 @@ class Client:
             raise UsageError("client", found=f"pictures={pictures!r}, timeout={timeout}, reconnect={reconnect}",
                              expected="raw, png or jpeg; seconds; a first and a longest pause", fix="leave them out")  # fmt: skip
         self._open: dict[str, Any] = {"headers": headers, "tls": tls, "mask": mask}
+        self._near = shared and near_by(self._url)
         self.connections = 0
         """How often it connected; above 1, the connection was lost."""
         self._hello: Hello
@@ -111,6 +115,8 @@ class Client:
             except (TypeError, ValueError, OverflowError) as error:
                 raise DataError("observation", found=f"{type(error).__name__}: {error}"[:300], expected="RGB frames by camera, "
                                 "a time in seconds, words", fix="look at what the driver gives") from None  # fmt: skip
+            if self._near:
+                images = self._laid(link, images, deadline)
             look["deadline"] = max(0.0, _SHARE * (deadline - time.monotonic()))
             said = self._ask(link, look, "chunk", deadline, images)
             chunk = self._chunk_of(link, said, name, 1e3 * (time.monotonic() - began))
@@ -266,6 +272,22 @@ class Client:
             kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
             raise DataError(f"camera {camera!r}", found=kind, expected="(h, w, 3) uint8", fix="give the camera's own frame")
         return frame if self.pictures == "raw" else encode(frame, self.pictures)
+
+    def _laid(self, link: Connection, images: Mapping[str, Picture], deadline: float) -> Mapping[str, Any]:
+        """Where pictures lie that went to the server's memory instead of the socket; themselves where that cannot be."""
+        raw = {camera: frame for camera, frame in images.items() if isinstance(frame, np.ndarray)}
+        if not raw or link.shared is False:
+            return images
+        if link.shared is None or link.shared.size < room_for(raw):
+            try:
+                link.shared = attach(self._ask(link, {"type": "share", "size": room_for(raw)}, "shared", deadline)) or False
+            except Refusal:
+                if self._link is not link:
+                    raise
+                link.shared = False
+            if link.shared is False:
+                return images
+        return {**images, **link.shared.put(raw)}
 
     def _chunk_of(self, link: Connection, said: Mapping[str, Any], robot: str | None, total: float) -> Chunk:
         robots = self._hello.robots

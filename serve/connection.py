@@ -22,7 +22,7 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidURI
@@ -32,6 +32,7 @@ from websockets.protocol import State
 from websockets.uri import WebSocketURI, parse_uri
 
 from serve.refusal import Refusal
+from serve.shared import Attached
 from serve.wire import LIMITS
 from vla.errors import UsageError
 
@@ -67,6 +68,8 @@ class Connection:
         self._view = memoryview(self._buffer)
         self._start = self._filled = self._need = 0
         self._fragments: list[bytes] = []
+        self.shared: Attached | Literal[False] | None = None
+        """Memory that both ends see; False where there can be none, None before anybody asked."""
         self._socket: Any = _dial(uri.host, uri.port, deadline)  # or an SSLSocket
         self._gathers = not uri.secure and hasattr(self._socket, "sendmsg")
         try:
@@ -254,6 +257,12 @@ def uri_of(address: str) -> WebSocketURI:
         found = str(error)
     raise UsageError("address", found=found.replace(address, "the address")[:200], expected="ws://HOST:PORT or wss://HOST:PORT",
                      fix="ws://127.0.0.1:8000; a token goes into token=") from None  # fmt: skip
+
+
+def near_by(address: str) -> bool:
+    """Whether it is this computer's own, by its name."""
+    host = uri_of(address).host
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _left(deadline: float) -> float:

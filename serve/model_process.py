@@ -22,6 +22,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from serve.shared import Regions
 from serve.wire import Encoded
 from vla.errors import MachineError, UsageError, VLAError
 
@@ -216,21 +217,26 @@ def main(conversation: int, pictures: int) -> None:
                                                   fix="a smaller policy, or a larger machine"))})  # fmt: skip
         return
     _send(line, actor.describe())
-    memory = np.zeros(0, np.uint8)
+    memory, regions = np.zeros(0, np.uint8), Regions(os.getppid())
     while (said := _receive(line)) is not None:
         if len(memory) != said["room"]:
             memory = np.frombuffer(mmap.mmap(pictures, said["room"]), np.uint8) if said["room"] else memory
         began = time.perf_counter()
-        items = [_item(one, memory) for one in said["batch"]]
+        if "regions" in said:
+            regions.named(said["regions"], said["gone"])
+        items = [_item(one, memory, regions) for one in said["batch"]]
         results = actor.answer(items) if said.get("words") is None else actor.speak(items, said["words"])
         seconds = time.perf_counter() - began
         _send(line, {"results": [_result(one) for one in results], "seconds": seconds})
 
 
-def _item(said: Any, memory: np.ndarray) -> Item:
+def _item(said: Any, memory: np.ndarray, regions: Regions) -> Item:
     robot, adapter, instruction, seed, pictures, state = said
     images: dict[str, Any] = {}
     for camera, kind, at, size, shape in pictures:
+        if kind == "shared":  # `size` is the number of its region
+            images[camera] = regions.picture(size, at, shape)
+            continue
         data = memory[at : at + size]
         images[camera] = data.reshape(shape) if kind == "raw" else Encoded(data.tobytes(), kind, shape[0], shape[1])
     return robot, adapter, instruction, seed, images, None if state is None else np.frombuffer(state, np.float32)
@@ -273,7 +279,7 @@ def _receive(line: socket.socket) -> Any:
         if not part:
             return None
         heard += part
-    return msgpack.unpackb(memoryview(heard)[4:], use_list=True)
+    return msgpack.unpackb(memoryview(heard)[4:], use_list=True, strict_map_key=False)
 
 
 def _die_with_the_server() -> None:

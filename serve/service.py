@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import mmap
 import os
 import time
 import uuid
@@ -21,10 +22,12 @@ import numpy as np
 from serve.engine import Engine
 from serve.guard import Guard
 from serve.metrics import Metrics
+from serve.patience import ROOM
 from serve.refusal import Refusal
 from serve.requests import Info, Request, Start
 from serve.robot import Robot
 from serve.settings import ServeSettings
+from serve.shared import Region
 from serve.wire import Encoded, Limits, Picture, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
@@ -155,6 +158,8 @@ class Session:
         self._guards: dict[str, Guard] = {}
         self._ok = service.metrics.requests.labels(wire, "ok")
         self._seq = -math.inf
+        self.region: Region | None = None
+        """Where a client on this computer lays its pictures."""
         self._said, self._words = None, ""
         """An instruction and what is left of it when it is cleaned; the next look's is mostly the same."""
 
@@ -163,6 +168,32 @@ class Session:
         self._seq = -math.inf
         for guard in self._guards.values():
             guard.reset()
+
+    def share(self, size: int) -> Region:
+        """Memory of at least `size` bytes that this computer's processes see, in place of what there was.
+
+        Raises `Refusal` for more than a message may hold, and where there is none to be had: then pictures come as before.
+        """
+        most = self.service.settings.limits.message
+        if not 0 < size <= most:
+            raise Refusal("too_large", where="share", found=f"{size:,} bytes", expected=f"at most {most:,}", fix="send them")
+        self.close()
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        if not ROOM.take(size):
+            raise Refusal("busy", where="share", found="no room", expected=f"{size:,} bytes", fix="send them", retry_after=1.0)
+        try:
+            self.region = Region(size)
+        except OSError as error:
+            ROOM.give(size)
+            raise Refusal("unavailable", where="share", found=str(error), expected="memory to share", fix="send them") from None
+        return self.region
+
+    def close(self) -> None:
+        """It has left. Idempotent."""
+        if self.region is not None:
+            ROOM.give(self.region.size)
+            self.region.close()
+            self.region = None
 
     def resume(self) -> None:
         """Help was given."""

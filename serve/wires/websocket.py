@@ -7,6 +7,8 @@
     server: {"type": "chunk", "seq": 7, "actions": (n, A), "confidence": (n, A), "symbols", "execute", "hold", "reason",
              "needs_help", "policy", "timing", "batch"}
          or {"type": "refusal", "seq": 7, "error": {"code", "where", "found", "expected", "fix", "retry_after"?}}
+    client: {"type": "share", "size": bytes} for pictures through memory (`serve/shared.py`), on the server's own computer
+    server: {"type": "shared", "seq", "pid", "file", "number", "size", "key"}; from then on pictures may be {"__shared__", ...}
     client: {"type": "reset"} when an episode begins, {"type": "resume"} when help was given; both answer {"type": "ok", "seq"}
 
 A client says which protocol it speaks in the address (`/v1/ws?protocol=1`); another one is refused before the socket opens.
@@ -23,10 +25,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from serve.gate import refuse
 from serve.refusal import Refusal
 from serve.service import SHORTEST, Look, Reply, Service, Session
+from serve.shared import MARK, Region
 from serve.sockets import messages, send
-from serve.wire import PROTOCOL, pack, unpack
+from serve.wire import PROTOCOL, Limits, pack, unpack
 from vla.errors import VLAError
 
+_NEAR = ("127.0.0.1", "::1")
 _LOOK = {"type", "seq", "images", "state", "instruction", "robot", "adapter", "age", "executed", "deadline", "seed"}
 
 
@@ -41,9 +45,13 @@ def routes(service: Service) -> list[BaseRoute]:
             return
         await socket.accept()
         session = Session(service, "websocket")
-        with service.metrics.sessions.labels("websocket").track_inprogress():
-            async for data in messages(socket):
-                await send(socket, await _answer(service, session, data))
+        near = socket.client is not None and socket.client.host in _NEAR
+        try:
+            with service.metrics.sessions.labels("websocket").track_inprogress():
+                async for data in messages(socket):
+                    await send(socket, await _answer(service, session, data, near))
+        finally:
+            session.close()
 
     async def greeted(socket: WebSocket) -> None:
         try:
@@ -54,7 +62,7 @@ def routes(service: Service) -> list[BaseRoute]:
     return [WebSocketRoute("/v1/ws", greeted)]
 
 
-async def _answer(service: Service, session: Session, data: bytes | memoryview) -> bytes:
+async def _answer(service: Service, session: Session, data: bytes | memoryview, near: bool = False) -> bytes:
     seq = None
     try:
         message = unpack(data, service.settings.limits)
@@ -67,7 +75,13 @@ async def _answer(service: Service, session: Session, data: bytes | memoryview) 
             case "hello":
                 return pack({"type": "hello", "protocol": PROTOCOL, **service.describe()})
             case "look":
+                if session.region is not None:
+                    _place(message.get("images"), session.region, service.settings.limits)
                 return pack({"type": "chunk", "seq": seq, **said(await session.act(look_of(message)))})
+            case "share":
+                if not near or type(size := message.get("size")) is not int:
+                    raise _wrong("share", "no whole number" if near else "another computer", "bytes, of this one")
+                return pack({"type": "shared", "seq": seq, **session.share(size).offer()})
             case "reset":
                 session.reset()
                 return pack({"type": "ok", "seq": seq})
@@ -102,6 +116,16 @@ def look_of(message: Mapping[str, Any]) -> Look:
         adapter=message.get("adapter"), seq=message.get("seq"), age=float(message.get("age") or 0.0),
         executed=message.get("executed"), deadline=message.get("deadline"), seed=message.get("seed") or 0,
     )  # fmt: skip
+
+
+def _place(images: Any, region: Region, limits: Limits) -> None:
+    """Pictures that lie in `region` instead of where they are said to be."""
+    if isinstance(images, dict):
+        shared = {camera: entry for camera, entry in images.items() if isinstance(entry, dict) and MARK in entry}
+        if len(shared) > limits.pictures:
+            raise _wrong("images", f"{len(shared)} pictures", f"at most {limits.pictures}")
+        for camera, entry in shared.items():
+            images[camera] = region.picture(entry, limits)
 
 
 def said(reply: Reply) -> dict[str, Any]:
