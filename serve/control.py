@@ -8,6 +8,9 @@ what it saw. Then the robot holds ("expired") until there is another; whatever b
 an instruction that has expired. The planner is asked every second, and at once when something happens: the instruction is
 finished, nothing moves any more, the policy is unsure, help is called for, a person speaks. What it says of a moment before that
 is thrown away. After a finished instruction, and after a person's word, the robot waits for what the planner makes of it.
+
+Somebody who watches may make it stand still (`hold`, until `release`), or command in the policy's place (`command`): through the
+same loop and the same guard, and the planner is not asked meanwhile. `serve/station.py` does both.
 """
 
 from __future__ import annotations
@@ -47,6 +50,19 @@ class Tick(NamedTuple):
     valid_until: float
     hold: str
     """Why nothing moved; empty when the instruction was followed."""
+    by: str = ""
+    """Who commanded in the policy's place."""
+
+
+class Looked(NamedTuple):
+    """A look of the student's at the instruction in force."""
+
+    tick: int
+    """Control tick its chunk begins at."""
+    begun: int
+    """Instructions begun so far: another number, another instruction, be it the same in words."""
+    observation: Any
+    chunk: Any
 
 
 @dataclass
@@ -91,6 +107,8 @@ class TwoSpeed:
         doubt: Callable[[Mapping[str, Any], Any], str] | None = None, least: float = 0.0, asynchronous: bool = True,
         clock: Clock | None = None, execute: int | None = None, ensemble: float | None = None,
         on_verdict: Callable[[Verdict], None] | None = None, on_plan: Callable[[Plan], None] | None = None,
+        on_look: Callable[[Looked], None] | None = None, on_event: Callable[[str], None] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """`student`, `robot_io`, `hz`, `guard`, `execute`, `ensemble`: as `serve.loop.ControlLoop`. The robot may be looked at
         between two looks of the student's.
@@ -98,7 +116,9 @@ class TwoSpeed:
         `every` s between questions where nothing happens; `patience` s an answer is waited for. `progress` says when an
         instruction is finished or stalled; `doubt(observation, chunk)` why the policy is not to be trusted just now, "" if it is;
         so does a mean confidence of `window` chunks below `unsure`. A plan less certain than `least` is not followed.
-        `on_plan` is told each plan that is, from the loop's thread.
+        `on_plan` is told each plan that is; `on_look` each look at the instruction in force that has not finished it, before what
+        was said of it is played on; `on_event` what the planner is asked at once for. `before` is called when a tick begins. All
+        from the loop's thread; any of them may call `hold`, `release` or `command`, which then count for this very tick.
 
         Not `asynchronous`: planner and student think inside the tick, which takes no time on the clock of a simulator; a
         `serve.planner.Delayed` planner's answers are heard as much later. Raises `UsageError`.
@@ -109,6 +129,7 @@ class TwoSpeed:
         self.planner, self.goal, self.every, self.patience = planner, goal, every, patience
         self.progress, self.doubt, self.unsure, self.least = progress, doubt, unsure, least
         self.asynchronous, self._on_verdict, self.on_plan = asynchronous, on_verdict, on_plan
+        self.on_look, self.on_event, self.before = on_look, on_event, before
         self._student, self._io = _Heard(student), _Seen(robot_io)
         self._loop = ControlLoop(self._student, self._io, hz, guard, execute=execute, ensemble=ensemble, clock=clock,
                                  asynchronous=asynchronous, on_verdict=self._judged, orders=self._orders)  # fmt: skip
@@ -123,6 +144,7 @@ class TwoSpeed:
         self._status, self._words, self._wait = "new", "", "a plan"
         self._epoch = self._accepted = self._tick = 0
         self._event, self._next, self._help = "begin", -np.inf, ""
+        self._held, self._by, self._commands, self._anew = "", "", None, False
         self._sure.clear()
         self._student.heard.clear()
         self._io.fresh, self._at = False, 0.0
@@ -151,6 +173,35 @@ class TwoSpeed:
         """End the run before its next tick."""
         self._loop.stop()
 
+    @property
+    def live(self) -> Report:
+        """The loop's own report of the run that goes on, for callbacks."""
+        return self._loop.report
+
+    @property
+    def valid_until(self) -> float:
+        """s on the loop's clock: as long as the instruction may be followed."""
+        return self._valid_until
+
+    # ------------------------------------------------------------------------------------------------ from callbacks
+
+    def hold(self, why: str) -> None:
+        """Stand still from now on, whatever is planned, until `release`. From a callback."""
+        self._held, self._by, self._commands = why, "", None
+
+    def command(self, by: str, act: Callable[[Mapping[str, Any]], np.ndarray | None]) -> None:
+        """From now on `by` commands in the policy's place, until `hold` or `release`: `act(observation)` says the action (A,) of
+        each tick, None to hold it; it has to answer at once. From a callback."""
+        self._held, self._by, self._commands = "", by, act
+
+    def release(self, anew: bool = True) -> None:
+        """The policy goes on, with the last plan as far as that is valid. `anew`: nothing that was seen of the instruction before
+        counts for its progress. From a callback."""
+        self._held, self._by, self._commands = "", "", None
+        self._student.begun += 1
+        if anew and self.progress is not None and self._plan is not None:
+            self.progress.begin(self.instruction, self._loop.clock.now())
+
     # ------------------------------------------------------------------------------------------------ the run
 
     def run(self, steps: int | None = None) -> TwoSpeedReport:
@@ -164,14 +215,21 @@ class TwoSpeed:
     def _orders(self) -> Order:
         """Asked by the loop before each tick: what to follow now. Never waits for anybody."""
         now = self._at = self._loop.clock.now()
+        self._student.tick = self._tick
+        if self.before is not None:
+            self.before()
         self._listen()
         while self._student.heard:
             self._looked(*self._student.heard.popleft(), now)
         self._hear(now)
-        if self._event or now + ROUNDING >= self._next:
+        if not (self._held or self._by) and (self._event or now + ROUNDING >= self._next):
             self._ask(now)
             self._hear(now)  # an answer may be there at once
-        if self.report.done:
+        if self._commands is not None:
+            return Order(self.instruction, "", self._student.begun, self._commands)
+        if self._held:
+            pause = f"asked: {self._held}"
+        elif self.report.done:
             self._loop.stop()
             pause = "waiting: the goal is reached"
         elif self._wait:
@@ -197,9 +255,9 @@ class TwoSpeed:
             self._words = text if what == "words" else ""
             self._happened(what, wait="what the planner makes of a person's words" if what == "words" else "a plan")
 
-    def _looked(self, observation: Any, chunk: Any, begun: int, now: float) -> None:
+    def _looked(self, observation: Any, chunk: Any, begun: int, tick: int, now: float) -> None:
         """The student has looked."""
-        if begun != self._student.begun or self._plan is None or self._wait:
+        if begun != self._student.begun or self._plan is None or self._wait or self._held or self._by:
             return
         told = Told() if self.progress is None else self.progress.saw(observation, chunk, now)
         confidence = np.asarray(chunk.confidence, np.float64)
@@ -214,10 +272,14 @@ class TwoSpeed:
         elif (doubt or unsure) and self._status == "running":
             self._sure.clear()
             self._happened("unsure")
+        if self.on_look is not None and not self._wait:
+            self.on_look(Looked(tick, begun, observation, chunk))
 
     def _happened(self, event: str, wait: str = "") -> None:
         """The planner has to know at once. Where the robot waits for what it says, it is not said of the time before."""
         self.report.events[event] += 1
+        if self.on_event is not None:
+            self.on_event(event)
         if event not in ("words", "goal"):
             self._status = event
         self._event = event
@@ -278,7 +340,7 @@ class TwoSpeed:
 
     def _judged(self, verdict: Verdict) -> None:
         """The loop has acted, or held."""
-        self.report.ticks.append(Tick(self._tick, self._at, self.instruction, self._valid_until, verdict.reason))
+        self.report.ticks.append(Tick(self._tick, self._at, self.instruction, self._valid_until, verdict.reason, self._by))
         self._tick += 1
         if verdict.needs_help and verdict.needs_help != self._help:
             self._happened("help")
@@ -293,17 +355,17 @@ class _Heard:
 
     def __init__(self, policy: Acts) -> None:
         self.policy: Any = policy
-        self.heard: deque[tuple[Any, Any, int]] = deque(maxlen=100)
-        self.begun = 0
+        self.heard: deque[tuple[Any, Any, int, int]] = deque(maxlen=100)
+        self.begun = self.tick = 0
         """Instructions begun so far: what was seen under one says nothing of the next, be it the same in words."""
         if (reset := getattr(policy, "reset", None)) is not None:
             self.reset = reset
 
     def act(self, observation: Any, instruction: str, robot: str | None = None) -> Any:
-        begun = self.begun
+        begun, tick = self.begun, self.tick
         chunk = self.policy.act(observation, instruction, robot)
         if not getattr(chunk, "hold", False):
-            self.heard.append((observation, chunk, begun))
+            self.heard.append((observation, chunk, begun, tick))
         return chunk
 
     def steps(self, robot: str) -> tuple[int, int]:

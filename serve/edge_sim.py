@@ -18,7 +18,7 @@ import numpy as np
 
 from serve.edge import EdgePolicy
 from serve.guard import Guard
-from serve.loop import Clock, ControlLoop, Hurried, Report
+from serve.loop import Acts, Clock, ControlLoop, Hurried, Report
 from serve.robot import Robot, differences
 from vla.errors import MachineError, UsageError
 from vla.resample import rotations_of
@@ -129,7 +129,7 @@ def _about(policy: EdgePolicy | Client) -> dict[str, Any]:
     return {"policy": policy.policy, "server": policy.address, "connections": policy.connections}
 
 
-def make_guard(policy: EdgePolicy | Client, robot: Robot, settings: Settings) -> Guard:
+def make_guard(policy: Acts, robot: Robot, settings: Settings) -> Guard:
     """Limits from the embodiment; where nobody gave a jump, a quarter of the range of a target, half a radian of a rotation."""
     turned = {dims[0] for dims, _ in rotations_of(robot)}
     jump: dict[str, Any] = {}

@@ -234,8 +234,8 @@ def refusal_response(refusal: Refusal) -> JSONResponse:
     return response
 
 
-def check_bind(host: str, tokens: Any) -> None:
+def check_bind(host: str, tokens: Any, what: str = "vla serve") -> None:
     """Raise `UsageError` for a server that everyone could reach and nobody has to prove anything to."""
     if not tokens and not is_loopback(host):
-        raise UsageError("vla serve", found=f"--host {host} without tokens", expected="loopback, or a token",
+        raise UsageError(what, found=f"--host {host} without tokens", expected="loopback, or a token",
                          fix="--token-file FILE, or leave --host out")  # fmt: skip

@@ -32,8 +32,9 @@ from vla.resample import standstill
 _MOTION = ("eef_delta", "joint_delta", "joint_velocity")
 _FEW = 4
 """Faults of a chunk that are put into words."""
-PAUSES = ("expired", "waiting")
-"""Kinds of `why` that are nobody's fault: for the moment there is nothing to follow. Such ticks hold and are not counted."""
+PAUSES = ("expired", "waiting", "asked")
+"""Kinds of `why` that are nobody's fault: for the moment there is nothing to follow, or somebody was asked. Such ticks hold and
+are not counted."""
 SETTINGS = ("max_age", "repeats", "deadline", "longest", "window", "most_holds", "confidence")
 """Attributes of a guard that may be changed while it judges."""
 
@@ -159,6 +160,14 @@ class Guard:
         self._all = np.ones_like(self._motion)
         self._seams, self._stops = bool(self._seam.any()), bool((self._seam & self._motion).any())
         self._rest = standstill(self.robot, np.zeros(self.robot.action_dim, np.float32))
+
+    def reach(self, target: np.ndarray) -> np.ndarray:
+        """As far towards the action `target` (A,) as one tick may go after what was sent last: inside the limits and within a
+        jump of it. Rotations are left as they are."""
+        last, jump = self._last.astype(np.float64), np.nan_to_num(self._bounds.jump, nan=np.inf)
+        for dims, _ in self._bounds.rotations:
+            jump[dims] = np.inf
+        return self._bounds.clip(last + np.clip(np.asarray(target, np.float64) - last, -jump, jump)).astype(np.float32)
 
     # ------------------------------------------------------------------------------------------------ judging
 

@@ -63,6 +63,9 @@ class Order(NamedTuple):
     """Why to hold instead, as a reason of `serve.guard.PAUSES`; empty to go on."""
     number: int = 0
     """Another one, and it is begun anew, be it the same in words."""
+    command: Callable[[Mapping[str, Any]], np.ndarray | None] | None = None
+    """Somebody else's hand in the policy's place: told what is seen, it says the action (A,) of this tick, None to hold. Guarded
+    like any other; it must answer at once, since the loop waits for it. It goes before `pause`."""
 
 
 class Clock:
@@ -246,6 +249,8 @@ class ControlLoop:
             Ensemble(ensemble)  # refuses what is no decay before anything moves
         self._stop = threading.Event()
         self.orders, self._order = orders, Order("")
+        self.report = Report(self.period)
+        """Of the run that goes on, or was the last."""
         self._pending: tuple[Future[tuple[Any, float]], int, bool] | None = None
         """What is asked, at which tick, and whether it is still of use."""
         self._forget()
@@ -269,6 +274,7 @@ class ControlLoop:
         rotations = rotations_of(self.guard.robot)
         player = Player(self.execute, None if self.decay is None else Ensemble(self.decay, rotations))
         report, began = Report(self.period), time.perf_counter()
+        self.report = report
         self._stop.clear()
         self._pending, self._order = None, Order(instruction)
         self._forget()
@@ -289,7 +295,8 @@ class ControlLoop:
 
     def _first(self, player: Player, report: Report) -> None:
         observation = self._observe()
-        if self._obey(player).pause:
+        order = self._obey(player)
+        if order.pause or order.command:
             return
         chunk, seconds = self._think(observation, self._order.instruction)
         report.thinking.append(seconds)
@@ -301,7 +308,7 @@ class ControlLoop:
         """What to do in this tick; of another instruction than before, and from before a pause, nothing is left."""
         if self.orders is not None:
             order = self.orders()
-            if order.pause or order._replace(pause="") != self._order._replace(pause=""):
+            if order.pause or order.command or (order.instruction, order.number) != (self._order.instruction, self._order.number):
                 player.drop()
                 self._pending = None if self._pending is None else (*self._pending[:2], False)
             self._order = order
@@ -314,11 +321,14 @@ class ControlLoop:
             if self._stop.is_set():
                 return
             woke = clock.now()
-            pause = self._obey(player).pause
+            order = self._obey(player)
+            pause = "" if order.command else order.pause
             why = self._collect(player, report)
-            if player.due and self._pending is None and not pause:
+            if player.due and self._pending is None and not pause and not order.command:
                 why = self._look(player, report, thinker) or why
             action, confidence = player.next()
+            if order.command:
+                action, why = self._commanded(order.command)
             verdict = self.guard.judge(action, confidence=confidence, late=clock.now() - due, why=pause or why or self._held)
             if self._help and not verdict.needs_help:
                 verdict = replace(verdict, needs_help=self._help)
@@ -342,6 +352,16 @@ class ControlLoop:
         taken = observation.get("time") if isinstance(observation, Mapping) else None
         self._why = self.guard.saw(observation, 0.0 if taken is None else time.monotonic() - float(taken))
         return observation
+
+    def _commanded(self, command: Callable[[Mapping[str, Any]], np.ndarray | None]) -> tuple[np.ndarray | None, str]:
+        """(the action of whoever commands instead of the policy, or why there is none)."""
+        observation = self._observe()
+        if self._why:
+            return None, self._why
+        action = command(observation)
+        if action is not None:
+            self.guard.said(np.asarray(action)[None])  # what was at fault with the policy's last chunk is not so any more
+        return action, "waiting: for whoever commands" if action is None else ""
 
     def _think(self, observation: Any, instruction: str) -> tuple[Any, float]:
         began = time.perf_counter()

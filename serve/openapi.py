@@ -60,8 +60,8 @@ def document() -> dict[str, Any]:
 
 
 _ASKED = ("unauthorized", "forbidden", "bad_request")
-_PLANS = tuple(code for code in STATUS if code != "internal")
-_ACTS = tuple(code for code in STATUS if code not in ("not_found", "internal", "bad_answer"))
+_PLANS = tuple(code for code in STATUS if code not in ("internal", "conflict"))
+_ACTS = tuple(code for code in STATUS if code not in ("not_found", "internal", "bad_answer", "conflict"))
 
 
 def _ref(name: str) -> dict[str, str]:

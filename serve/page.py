@@ -1,4 +1,5 @@
-"""The page at `/`: three files of `serve/web/`, as they are, with headers that let them do nothing but talk to this server.
+"""The pages at `/`, of a server and of a station: files of `serve/web/`, as they are, with headers that let them do nothing but
+talk to where they came from.
 
 Who may see it is the gate's business (`serve/gate.py`): a browser asks its user for a token, as the password of any name, and
 sends it along with what the page fetches.
@@ -7,6 +8,7 @@ sends it along with what the page fetches.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from starlette.requests import Request
@@ -19,7 +21,15 @@ FILES = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
 }
-"""Path -> (file, type). Nothing else is ever opened, whatever a path says."""
+"""Path -> (file, type), of a server's page. Nothing else is ever opened, whatever a path says."""
+OPERATOR = {
+    "/": ("operator.html", "text/html; charset=utf-8"),
+    "/operator.js": ("operator.js", "text/javascript; charset=utf-8"),
+    "/operator_views.js": ("operator_views.js", "text/javascript; charset=utf-8"),
+    "/operator.css": ("operator.css", "text/css; charset=utf-8"),
+    "/page.css": FILES["/page.css"],
+}
+"""Of a station's page."""
 
 # A word of a stranger that became HTML after all could run nothing, load nothing and send nothing anywhere else; the browser
 # itself refuses to make HTML of text (trusted types), and to show the page inside another one.
@@ -36,8 +46,17 @@ HEADERS = {
 
 
 def routes() -> list[BaseRoute]:
-    """Of the page. The files are read here, once."""
-    return [_route(path, (HERE / name).read_bytes(), kind) for path, (name, kind) in FILES.items()]
+    """Of a server's page. The files are read here, once."""
+    return _routes(FILES)
+
+
+def operator() -> list[BaseRoute]:
+    """Of a station's page."""
+    return _routes(OPERATOR)
+
+
+def _routes(files: Mapping[str, tuple[str, str]]) -> list[BaseRoute]:
+    return [_route(path, (HERE / name).read_bytes(), kind) for path, (name, kind) in files.items() if (HERE / name).is_file()]
 
 
 def _route(path: str, content: bytes, kind: str) -> Route:

@@ -9,11 +9,11 @@ from vla.errors import MachineError, VLAError
 STATUS = {
     "bad_request": 422, "unauthorized": 401, "forbidden": 403, "not_found": 404, "too_large": 413, "unsupported": 415,
     "stale": 409, "hold": 409, "needs_help": 409, "busy": 429, "unavailable": 503, "late": 504, "internal": 500,
-    "bad_answer": 502,
+    "bad_answer": 502, "conflict": 409,
 }  # fmt: skip
 """Code -> HTTP status. `busy`: more is asked than can be answered in time. `unavailable`: starting, restarting or draining.
 `late`: the deadline passed. `stale`: an observation older than allowed, or out of order. `hold`, `needs_help`: the guard's.
-`bad_answer`: what a planner said is no plan."""
+`bad_answer`: what a planner said is no plan. `conflict`: it came too late, or something else goes on (`serve/station.py`)."""
 
 
 class Refusal(VLAError):

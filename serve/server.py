@@ -197,14 +197,14 @@ async def run(service: Service, ready: Any = None) -> None:
         service.audit.close()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int, what: str = "vla serve") -> socket.socket:
     """Where to listen. Raises `UsageError` when that cannot be had."""
     try:
         (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         raise UsageError(
-            "vla serve", found=f"{host}:{port}: {error.strerror or error}", expected="an address of this machine, a free port",
+            what, found=f"{host}:{port}: {error.strerror or error}", expected="an address of this machine, a free port",
             fix="--port N, or --port 0 for any that is free",
         ) from None  # fmt: skip
 
@@ -212,7 +212,7 @@ def _bound(host: str, port: int) -> socket.socket:
 @contextlib.asynccontextmanager
 async def _listening(server: Server, ready: Any) -> AsyncIterator[asyncio.Task[None]]:
     """Probes are answered while the policy loads; a policy that cannot be loaded ends the server."""
-    where = _bound(server.config.host, server.config.port)
+    where = bound(server.config.host, server.config.port)
     serving = asyncio.create_task(server.serve([where]))
     try:
         while not server.started:

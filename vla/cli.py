@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "report": ("vla.cli", "_add_report_parser", "write a run's report again"),
     "serve": ("serve.command", "add_serve_parser", "a policy behind HTTP and WebSockets"),
     "plan": ("serve.plan_command", "add_plan_parser", "what to do next towards a goal"),
+    "operate": ("serve.operate_command", "add_operate_parser", "watch a policy at work, and answer it when it asks"),
     "handoff": ("vla.handoff.command", "add_handoff_parser", "when to stop and ask: detectors of failure with kept promises"),
     "push": ("vla.push", "add_push_parser", "share a policy or a dataset, with a card made of facts"),
     "export": ("vla.export", "add_export_parser", "a policy in another program's layout"),

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from serve.reading import read_json
 from serve.refusal import Refusal
 from serve.service import SHORTEST, Look, Reply, Service, Session
-from serve.wire import PROTOCOL, picture_of
+from serve.wire import LIMITS, PROTOCOL, Limits, picture_of
 from vla.config import Config
 
 T = TypeVar("T")
@@ -95,12 +95,17 @@ def routes(service: Service) -> list[BaseRoute]:
 
 async def parsed(request: Request, model: type[T], service: Service) -> T:
     """The body as `model`. Raises `Refusal` naming every field that is wrong."""
+    return await model_of(request, model, service.settings.limits)
+
+
+async def model_of(request: Request, model: type[T], limits: Limits = LIMITS) -> T:
+    """As `parsed`, without a service."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(
             "unsupported", where="content-type", found=kind[:80] or "none", expected="application/json", fix="send JSON"
         )
-    content = read_json(await request.body(), limits=service.settings.limits)
+    content = read_json(await request.body(), limits=limits)
     try:
         return model.model_validate(content)  # pyright: ignore[reportAttributeAccessIssue]
     except ValidationError as error:

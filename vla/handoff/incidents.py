@@ -85,7 +85,7 @@ class Recorder:
                 expected="seconds, and longest at least as many as the others together",
                 fix="leave them out",
             )
-        self.spec, hz = spec, spec.control_hz
+        self.spec, self.root, hz = spec, Path(root), spec.control_hz
         self._after, self._longest = round(after * hz), max(2, round(longest * hz))
         self._ring: deque[Tick] = deque(maxlen=max(1, round(before * hz)))
         head = {"incidents": True, **(header or {})}
