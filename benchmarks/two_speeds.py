@@ -18,73 +18,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from serve.control import TwoSpeed
 from serve.edge import EdgePolicy
-from serve.edge_sim import Settings, SimulatedRobot, make_guard
+from serve.edge_sim import Settings, make_guard
 from serve.loop import Clock, ControlLoop, Hurried, Report
 from serve.planner import Delayed, ScriptedPlanner
-from serve.progress import Told
 from serve.robot import Robot
+from serve.station_sim import Expert, Judged, World
 from vla.embodiment import load_embodiment
 from vla.evaluate.results import proportion
 from vla.prompt import clean_instruction
 from vla.sims import make_sim
-from vla.sims.suites import TABLETOP_TASKS, find_suite, tabletop_instruction
+from vla.sims.suites import find_suite
 from vla.sims.tabletop_goals import GOALS
-from vla.sims.tabletop_tasks import expert
 
 SUITE = "tabletop-long"
-
-
-class World(SimulatedRobot):
-    """A simulated robot whose simulator also says which subtasks are done."""
-
-    def __init__(self, sim: Any, observation: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-        super().__init__(sim, observation, film=False)
-        self.done, self.plan = len(info["done"]), [find_suite(SUITE).subtask(task) for task in info["plan"]]  # pyright: ignore
-
-    def act(self, action: Any) -> bool:
-        observation, _, terminated, truncated, info = self.sim.step(action, render=False)
-        self.state, self.success, self.done = observation["state"], bool(info["success"]), len(info["done"])
-        return bool(terminated or truncated)
-
-
-class Judged:
-    """Done when the simulator counts one more subtask than when the instruction was begun."""
-
-    def __init__(self, world: World) -> None:
-        self._world, self._before = world, 0
-
-    def begin(self, instruction: str, now: float) -> None:
-        self._before = self._world.done
-
-    def saw(self, observation: Any, chunk: Any, now: float) -> Told:
-        return Told(done=float(self._world.done > self._before))
-
-
-class Expert:
-    """Follows one instruction at a time as the tabletop's scripted expert does, a step a look; it sees the cubes themselves."""
-
-    instructions = tuple(tabletop_instruction(task) for task in TABLETOP_TASKS)
-
-    def __init__(self) -> None:
-        self.sim: Any = None
-
-    def act(self, observation: Any, instruction: str, robot: str | None = None) -> Any:
-        task = "-".join(word for word in instruction.split() if word not in ("the", "cube"))
-        hand, cubes = self.sim.places()
-        action = expert(task, hand, float(observation["state"][3]), np.array(list(cubes.values())))
-        return SimpleNamespace(actions=action[None], confidence=np.ones((1, 4), np.float32))
-
-    def steps(self, robot: str) -> tuple[int, int]:
-        return 1, 1
 
 
 class Bench:

@@ -105,7 +105,7 @@ class Station:
         """`student`, `guard`, `hz` (default: the robot's), `asynchronous`, `execute`: as `TwoSpeed`; `two_speed`: more of
         its options. `gate`: `vla.handoff.gate.Gate`, or None for nobody to ask for doubt; a student's chunk carries `features`
         and `samples` where the gate's detector needs them. `recorder`: of the robot's spec, closed here; `answers`: file of every
-        answer. `back` s of motion a retreat undoes; `grace` s after an answer in which the gate is not listened to, so that a
+        answer. `back` s of an instruction's motion a retreat undoes; `grace` s after an answer in which the gate is not listened to, so that a
         person who says go on is not asked the same at the next look. `clock(asking)`: of a run, for simulators.
         Raises `UsageError`.
         """

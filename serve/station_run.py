@@ -128,7 +128,7 @@ class Run:
             raise Refusal("bad_request", where="instruction", found=f"one beside {answer!r}", expected="one with 'instruct'",
                           fix="leave it out")  # fmt: skip
         said = Answer(question, answer, clean_instruction(instruction) if answer == "instruct" else "", by)
-        self.question, self.state = None, "running"
+        self.question, self.state, self._hold = None, "running", "waiting: for the next tick"
         self._word.append(said)
         return said
 
@@ -203,6 +203,11 @@ class Run:
             recorder.end(success=state == "done")
         if self._scene is not None:
             self.io.publish(always=True)
+        if self._loop is not None:
+            self.loop_facts = facts_of(self._gaps, self._thinking, self._loop.live.missed, self._loop.live.ticks)
+        if state == "done" and (last := self._plan["now"]):  # the robot said that it is over before the planner was asked again
+            self._plan = {**self._plan, "done": [*self._plan["done"], last], "now": "", "reason": ""}
+            self._board.say("plan", **self._plan)
         with self.station.lock:
             self.question, self.state, self._hold, self.by, self._valid = None, state, "", "", None
         told = {} if self.success is None else {"success": self.success}
@@ -236,7 +241,7 @@ class Run:
             return
         if gate is not None:
             gate.answered()
-        if question.say == "help":
+        if question.say == "help" or self._guard.needs_help:
             loop.resume()
         self._calm, self._begun = self._clock.now() + self.station.grace, None
         if said.answer != "go_on" and (helped := getattr(scene.io, "helped", None)) is not None:
@@ -318,12 +323,14 @@ class Run:
     # ------------------------------------------------------------------------------------------------ what the loop tells
 
     def _looked(self, look: Looked) -> None:
-        gate = self.station.gate
+        gate, another = self.station.gate, look.begun != self._begun and self._begun is not None
+        self._begun = look.begun
+        if another:
+            self._trail.clear()  # no way back leads to before the instruction: it might undo the one before
         if gate is None:
             return
-        if look.begun != self._begun and self._begun is not None:
+        if another:
             gate.reset()
-        self._begun = look.begun
         try:
             ruling = gate.look(look.chunk, look.tick, getattr(look.chunk, "features", None), getattr(look.chunk, "samples", None))
         except Exception as error:  # a gate that cannot judge is no reason to go on
@@ -385,11 +392,12 @@ class Run:
         if bad and not self._bad:
             self._incident("hold", verdict.reason)
         self._bad = bad
-        if verdict.needs_help and self.question is None and not self._word:
+        now = self._clock.now()
+        # A server that asked for help says so until it has heard of it.
+        if verdict.needs_help and self.question is None and not self._word and now >= self._calm:
             self._ask("help", verdict.needs_help)
         sure = live.confidence[-1] if moved and not self.by and live.confidence else None
         self._step, self._hold = live.ticks, verdict.reason
-        now = self._clock.now()
         self._seconds = now - self._began
         left = loop.valid_until - now
         self._valid = round(max(0.0, left), 3) if np.isfinite(left) else None

@@ -16,7 +16,7 @@ import numpy as np
 
 from serve.edge_sim import SimulatedRobot
 from serve.loop import Clock, Hurried
-from serve.planner import Planner, ScriptedPlanner
+from serve.planner import Asked, Plan, Planner
 from serve.progress import Progress, Several, Stillness, Told
 from serve.robot import Robot
 from serve.station_run import Scene
@@ -42,8 +42,12 @@ class World(SimulatedRobot):
         subtask = find_suite(sim.suite).subtask
         self.done = len(info.get("done", ()))
         """Subtasks, or 1 for a task that is."""
-        self.plan: list[str] = [subtask(task) for task in info["plan"]] if subtask else [sim.instruction]
-        """Instructions that reach the goal, in the order that is easiest from here."""
+        self._subtask = subtask or (lambda task: sim.instruction)
+        self.plan: list[str] = self._said(info, "plan", not info["success"])
+        """Instructions that reach the goal, in the order that is easiest from where it begins."""
+        self.left: tuple[str, ...] = tuple(self.plan)
+        """Those still to be done now, and those done."""
+        self.reached: tuple[str, ...] = ()
         self.verdict = ""
         self.trouble, self._step = trouble, 0
         self._moves = standstill(sim.spec, np.ones(sim.spec.action_dim, np.float32)) == 0
@@ -59,9 +63,35 @@ class World(SimulatedRobot):
         self._step += 1
         observation, _, terminated, truncated, info = self.sim.step(action, render=False)
         self.state, self.success = observation["state"], bool(info["success"])
-        self.done = len(info["done"]) if "done" in info else int(self.success)
+        self.left = tuple(self._said(info, "plan", not self.success))
+        self.reached = tuple(self._said(info, "done", self.success))
+        self.done = len(self.reached)
         self.verdict = "spoilt: the goal cannot be reached any more" if info["failure"] else ""
         return bool(terminated or truncated)
+
+
+    def _said(self, info: Mapping[str, Any], what: str, otherwise: bool) -> list[str]:
+        """Instructions of `info`; `otherwise`: whether the only one of a suite without subtasks is among them."""
+        return [self._subtask(task) for task in info.get(what, [""] if otherwise else [])]
+
+
+class Foreseen:
+    """The simulator's own plan as a planner: it always knows what is left, whoever did the rest."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def plan(self, asked: Asked) -> Plan:
+        left, memory = self._world.left, "\n".join(self._world.reached)
+        if asked.words:
+            return Plan(clean_instruction(asked.words), left, memory, confidence=1.0, reason="a person said so")
+        if not left:
+            return Plan("", (), memory, True, 1.0, reason="all of it is done")
+        now = asked.last if asked.last in left and asked.status != "done" else left[0]
+        rest = list(left)
+        rest.remove(now)
+        done = len(self._world.reached)
+        return Plan(now, tuple(rest), memory, False, 1.0, reason=f"{done + 1} of {done + len(left)}")
 
 
 class Judged:
@@ -165,7 +195,7 @@ class SimStage:
         """
         self.suite, self.robot, self.seed, self.size, self.on_sim = suite, robot, seed, size, on_sim
         (self.trouble,) = check_troubles([trouble], suite)
-        self._planner = planner or (lambda world: ScriptedPlanner(world.plan))
+        self._planner = planner or Foreseen
         self._progress = progress or (lambda world: Several(Judged(world), Stillness(robot)))
         own = find_suite(suite)
         related = [find_suite(name) for name in same_scenes(suite) if find_suite(name).embodiment == own.embodiment]
