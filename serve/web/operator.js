@@ -163,9 +163,9 @@ function show(snapshot) {
   plots.describe();
   const facts = [["jitter p50, p99", `${milliseconds(loop.jitter_ms_p50)}, ${milliseconds(loop.jitter_ms_p99)} ms`], ["missed ticks", `${loop.missed} of ${loop.ticks}`],
     ["planner p50", `${milliseconds(loop.planner_ms_p50)} ms`], ["incidents", `${incidents.written}${incidents.lost ? `, ${incidents.lost} lost!` : ""}`],
-    ["corrections", String(incidents.corrections)], ["kept in", incidents.folder]];
+    ["corrections", String(incidents.corrections)], ["kept in", incidents.folder.split("/").slice(-3).join("/"), incidents.folder]];
   if ($("facts").children.length !== facts.length) $("facts").replaceChildren(...facts.map(([term]) => make("div", {}, make("dt", {}, term), make("dd"))));
-  facts.forEach(([, text], i) => { put($("facts").children[i].lastElementChild, text); $("facts").children[i].lastElementChild.title = text; });
+  facts.forEach(([, text, whole], i) => { put($("facts").children[i].lastElementChild, text); $("facts").children[i].lastElementChild.title = whole ?? text; });
   title();
 }
 
@@ -186,7 +186,8 @@ function title() {
 }
 
 function showPlan({ plan, instruction, valid_for: valid }) {
-  const all = [...list(plan.done).map((text) => ["done", "\u2713", text]), ...plan.now ? [["now", "\u25b6", plan.now]] : [], ...list(plan.remaining).map((text) => ["next", "\u25cb", text])];
+  const left = now.run.state === "done" ? ["done", "\u2713"] : active() ? ["now", "\u25b6"] : ["left off", "\u25a0"];
+  const all = [...list(plan.done).map((text) => ["done", "\u2713", text]), ...plan.now ? [[...left, plan.now]] : [], ...list(plan.remaining).map((text) => ["next", "\u25cb", text])];
   const key = JSON.stringify(all);
   if ($("steps").dataset.key !== key) {
     $("steps").dataset.key = key;
@@ -196,7 +197,7 @@ function showPlan({ plan, instruction, valid_for: valid }) {
     if (at) $("steps").scrollTop = at.offsetTop - $("steps").offsetTop - 30;
   }
   const told = active() && instruction && instruction !== plan.now ? `told: ${instruction}` : "";
-  put($("plan-facts"), [all.length && `${list(plan.done).length} of ${all.length} done`, isNumber(plan.confidence) && `${Math.round(100 * plan.confidence)} % sure`,
+  put($("plan-facts"), [all.length && `${all.filter(([part]) => part === "done").length} of ${all.length} done`, isNumber(plan.confidence) && `${Math.round(100 * plan.confidence)} % sure`,
     active() && isNumber(valid) && `valid ${tenth(Math.max(0, valid))} s`].filter(Boolean).join(", "));
   put($("plan-why"), [now.run.goal ? `Goal: ${now.run.goal}` : "No goal yet.", told, plan.reason].filter(Boolean).join(" \u00b7 "));
 }
@@ -240,7 +241,13 @@ $("speak").addEventListener("submit", async (event) => {
 /** Whether it arrived and was accepted. */
 async function tell(path, body) {
   try {
-    await look(path, body);
+    try {
+      await look(path, body);
+    } catch (error) {  // a run that has ended a moment ago may still be putting its things away
+      if (error.said?.code !== "conflict" || body.goal === undefined || active()) throw error;
+      await sleep(400);
+      await look(path, body);
+    }
     $("trouble").replaceChildren();
     return true;
   } catch (error) {
@@ -304,8 +311,7 @@ addEventListener("keydown", (event) => {
 const ANSWERS = { go_on: ["1", "Go on", "it may do as it meant to"], instruct: ["2", "Tell it", "another instruction, then it goes on"],
                   take_over: ["3", "Take over", "a demonstrator does this part"], retreat: ["4", "Move back", "to where it is safe, then ask again"],
                   stop: ["5", "End run", "the robot holds"] };
-const SAYS = { ask: "The robot is unsure and asks you", hold: "The robot stands still and asks you", retreat: "The robot moved back and asks you",
-               help: "The guard calls for help" };
+const SAYS = { ask: "The robot asks you", hold: "The robot stands still", retreat: "The robot moved back", help: "The guard calls for help" };
 /** What a score that is too high means, for whoever has not read how it is made. */
 const WHY = { entropy: "It is much less certain of its next moves than in runs that went well.", entropy_max: "Of one part of its next moves it is much less certain than in runs that went well.",
               overlap: "It keeps changing its mind about what to do next.", spread: "Asked several times, it wants to do different things.", stac: "Its plans from one look to the next do not fit together.",
@@ -340,6 +346,7 @@ function opened(question, key) {
     put($("ask-value"), `${question.score} ${short(question.value)}, asks above ${short(question.threshold)}`);
   }
   $("answers").replaceChildren(...offers(list(question.answers)));
+  $("question").dataset.number = question.number;
   $("question").hidden = false;
   const words = `${$("ask-title").textContent}. ${plain || question.reason}`;
   put($("call"), busy ? `${words} Your typing is kept; Tab leads to the answers.` : words);

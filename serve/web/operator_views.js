@@ -155,7 +155,7 @@ export class Plots {
     this.moment = draw("path", { class: "moment" });
     for (const one of this.#strips) {
       one.parts = { frame: draw("path", { class: "frame" }), zero: draw("path", { class: "zero" }), limit: draw("path", { class: "threshold" }), line: draw("path", { class: one.limit ? "line doubt" : "line" }),
-                    name: draw("text", {}, one.name), value: draw("text", { class: "value", "text-anchor": "end" }) };
+                    name: draw("text", { class: "name" }, one.name), unit: draw("text", { class: "unit" }, one.unit), value: draw("text", { class: "value", "text-anchor": "end" }) };
     }
     this.svg.append(this.held, ...this.#strips.flatMap(({ parts }) => Object.values(parts)), this.axis, this.moment);
     this.node.replaceChildren(this.svg);
@@ -199,7 +199,7 @@ export class Plots {
 
   #paint() {
     const width = this.node.clientWidth, points = this.#points, { names, values } = this.#sides(), count = this.#strips.length;
-    const room = Math.max(this.node.clientHeight, count * 22 + AXIS), high = (room - AXIS) / count, end = points.at(-1)?.t ?? 0;
+    const room = Math.max(Math.floor(this.node.getBoundingClientRect().height), count * 22 + AXIS), high = (room - AXIS) / count, end = points.at(-1)?.t ?? 0;
     const x = (t) => names + (1 - (end - t) / SPAN) * (width - names - values), inside = points.filter((point) => point.t >= end - SPAN);
     for (const [name, value] of [["width", width], ["height", room], ["viewBox", `0 0 ${width} ${room}`]]) this.svg.setAttribute(name, value);
     let at = inside.at(-1);
@@ -231,9 +231,11 @@ export class Plots {
     parts.zero.setAttribute("d", least < 0 && most > 0 ? across(0) : "");
     parts.limit.setAttribute("d", isNumber(bound) ? across(bound) : "");
     const middle = top + tall / 2 + 4, value = at ? of(at) : undefined;
-    for (const [name, spot] of [["name", 0], ["value", width - LEFT / 2]]) { parts[name].setAttribute("x", spot); parts[name].setAttribute("y", middle); }
+    const both = unit && tall > 34 ? 7 : 0;  // name and unit, where there is room
+    for (const [name, spot, by] of [["name", 0, -both], ["unit", 0, both], ["value", width - LEFT / 2, 0]]) { parts[name].setAttribute("x", spot); parts[name].setAttribute("y", middle + by); }
+    parts.unit.setAttribute("visibility", both ? "visible" : "hidden");
     if (limit) put(parts.name, at?.score ? `doubt: ${at.score}` : "doubt");
-    put(parts.value, isNumber(value) ? `${limit && isNumber(bound) && value > bound ? "! " : ""}${rounded(value, most - least)}${unit ? ` ${unit}` : ""}` : "\u2013");
+    put(parts.value, isNumber(value) ? `${limit && isNumber(bound) && value > bound ? "! " : ""}${rounded(value, most - least)}` : "\u2013");
   }
 }
 
@@ -274,24 +276,27 @@ export class Timeline {
     if (other) for (const row of this.#rows) this.#stamp(row);
   }
 
+  /** A plan that is said again is no second row: a planner is asked every second. */
   add(event) {
-    const [mark, words] = (WORDS[event.kind] ?? (() => ["\u2022", ""]))(event);
-    this.#insert(event, mark, words);
+    const [mark, words] = (WORDS[event.kind] ?? (() => ["\u2022", ""]))(event), newest = this.#rows[0];
+    if (event.kind !== "plan" || newest?.event.kind !== "plan" || newest.words !== words) { this.#insert(event, mark, words); return; }
+    newest.event = event;
+    newest.again += 1;
+    put(newest.count, ` \u00d7 ${newest.again}`);
+    this.#stamp(newest);
+    if (newest.details.open) this.#fields(newest);
   }
 
   /** Something that the page itself saw. */
   local(words) { this.#insert({ kind: "page", at: Date.now() / 1000 }, "\u2013", words); }
 
   #insert(event, mark, words) {
-    const time = make("time"), summary = make("summary", { tabindex: "-1" }, time, make("span", { class: "mark", "aria-hidden": "true" }, mark),
-      make("span", { class: "what" }, make("span", { class: "kind" }, event.kind), " ", words));
+    const time = make("time"), count = make("small"), summary = make("summary", { tabindex: "-1" }, time, make("span", { class: "mark", "aria-hidden": "true" }, mark),
+      make("span", { class: "what" }, make("span", { class: "kind" }, event.kind), " ", words, count));
     const details = make("details", {}, summary), node = make("li", { "data-kind": event.kind }, details);
-    const row = { event, node, time, summary, fixed: event.at !== undefined, text: `${event.kind} ${words} ${JSON.stringify(event)}`.toLowerCase() };
+    const row = { event, words, node, time, count, details, summary, again: 1, fixed: event.at !== undefined, text: `${event.kind} ${words} ${JSON.stringify(event)}`.toLowerCase() };
     if (row.fixed) put(time, clock(event.at));
-    details.addEventListener("toggle", () => {
-      if (details.open && !details.querySelector("dl")) details.append(make("dl", {}, ...Object.entries(event).map(([key, value]) =>
-        make("div", {}, make("dt", {}, key), make("dd", {}, typeof value === "string" ? value : JSON.stringify(value))))));
-    });
+    details.addEventListener("toggle", () => { if (details.open) this.#fields(row); });
     this.#stamp(row);
     this.#rows.unshift(row);
     this.node.prepend(node);
@@ -299,6 +304,12 @@ export class Timeline {
     this.#sift(row);
     this.#count();
     this.#reach();
+  }
+
+  #fields(row) {
+    row.details.querySelector("dl")?.remove();
+    row.details.append(make("dl", {}, ...Object.entries(row.event).map(([key, value]) =>
+      make("div", {}, make("dt", {}, key), make("dd", {}, typeof value === "string" ? value : JSON.stringify(value))))));
   }
 
   #stamp(row) {
