@@ -276,7 +276,7 @@ class Client:
     def _laid(self, link: Connection, images: Mapping[str, Picture], deadline: float) -> Mapping[str, Any]:
         """Where pictures lie that went to the server's memory instead of the socket; themselves where that cannot be."""
         raw = {camera: frame for camera, frame in images.items() if isinstance(frame, np.ndarray)}
-        if not raw or link.shared is False:
+        if not raw or link.shared is False or self._hello.said.get("shares") is not True:
             return images
         if link.shared is None or link.shared.size < room_for(raw):
             try:

@@ -1,13 +1,13 @@
 """Our own WebSocket, `/v1/ws`: msgpack (`serve/wire.py`), one look and one chunk at a time; `serve/client.py` is its other end.
 
     client: {"type": "hello"}        as often as it likes: first, and when a chunk comes from another `policy` than the last
-    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", ...}
+    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", "shares", ...}
     client: {"type": "look", "seq": 7, "images": {camera: picture}, "state": (S,), "instruction", "robot"?, "adapter"?, "age"?,
              "executed"?, "deadline"?, "seed"?}
     server: {"type": "chunk", "seq": 7, "actions": (n, A), "confidence": (n, A), "symbols", "execute", "hold", "reason",
              "needs_help", "policy", "timing", "batch"}
          or {"type": "refusal", "seq": 7, "error": {"code", "where", "found", "expected", "fix", "retry_after"?}}
-    client: {"type": "share", "size": bytes} for pictures through memory (`serve/shared.py`), on the server's own computer
+    client: {"type": "share", "size": bytes} where it `shares`: pictures through memory (`serve/shared.py`), on one computer
     server: {"type": "shared", "seq", "pid", "file", "number", "size", "key"}; from then on pictures may be {"__shared__", ...}
     client: {"type": "reset"} when an episode begins, {"type": "resume"} when help was given; both answer {"type": "ok", "seq"}
 
@@ -25,9 +25,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from serve.gate import refuse
 from serve.refusal import Refusal
 from serve.service import SHORTEST, Look, Reply, Service, Session
-from serve.shared import MARK, Region
+from serve.shared import AVAILABLE, MARK, Region
 from serve.sockets import messages, send
-from serve.wire import PROTOCOL, Limits, pack, unpack
+from serve.wire import PROTOCOL, Limits, WireError, pack, unpack
 from vla.errors import VLAError
 
 _NEAR = ("127.0.0.1", "::1")
@@ -73,7 +73,7 @@ async def _answer(service: Service, session: Session, data: bytes | memoryview, 
         kind = message.get("type")
         match kind if isinstance(kind, str) else type(kind).__name__:
             case "hello":
-                return pack({"type": "hello", "protocol": PROTOCOL, **service.describe()})
+                return pack({"type": "hello", "protocol": PROTOCOL, **service.describe(), "shares": near and AVAILABLE})
             case "look":
                 if session.region is not None:
                     _place(message.get("images"), session.region, service.settings.limits)
@@ -125,7 +125,11 @@ def _place(images: Any, region: Region, limits: Limits) -> None:
         if len(shared) > limits.pictures:
             raise _wrong("images", f"{len(shared)} pictures", f"at most {limits.pictures}")
         for camera, entry in shared.items():
-            images[camera] = region.picture(entry, limits)
+            try:
+                images[camera] = region.picture(entry, limits)
+            except WireError as error:
+                error.where = f"camera {camera!r}"[:80]
+                raise
 
 
 def said(reply: Reply) -> dict[str, Any]:
