@@ -272,6 +272,22 @@ def test_a_hand_off_is_answered_by_key_by_button_and_by_words(drilled: Server, v
     assert {key: fields[key] if isinstance(event[key], str) else json.loads(fields[key]) for key in fields} == event
 
 
+def test_who_took_over_hands_back_by_key(operate: Operate, visit: Visit):
+    address = operate("--speed", 0.1, "--handoff", "drill=1").address  # a step a second: the demonstrator takes a while
+    page = visit(address)
+    run(page)
+    asked(page)
+    page.keyboard.press("3")
+    expect(page.locator("#hold")).to_contain_text("A demonstrator drives: touch the")
+    back = page.get_by_role("button", name="Hand back")
+    expect(back).to_be_focused()
+    assert snapshot(address)["run"]["by"] == "person"
+    page.keyboard.press("h")
+    expect(page.locator("#timeline")).to_contain_text("the policy drives again: taken back")
+    expect(back).to_be_hidden()
+    assert snapshot(address)["run"]["by"] != "person"
+
+
 def test_another_person_may_answer(drilled: Server, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address)

@@ -155,11 +155,11 @@ function show(snapshot) {
   const [kind, why] = doing(run);
   put($("hold"), why);
   $("hold").dataset.kind = kind;
-  $("back").hidden = !(active() && run.by === "person");
   if (JSON.stringify(before?.robot) !== JSON.stringify(robot)) { cameras.place(list(robot.cameras)); plots.place(list(robot.action), robot.hz); }
   showForm();
   showPlan(run);
   showQuestion(now.question);
+  offerBack(active() && run.by === "person");
   plots.describe();
   const facts = [["jitter p50, p99", `${milliseconds(loop.jitter_ms_p50)}, ${milliseconds(loop.jitter_ms_p99)} ms`], ["missed ticks", `${loop.missed} of ${loop.ticks}`],
     ["planner p50", `${milliseconds(loop.planner_ms_p50)} ms`], ["incidents", `${incidents.written}${incidents.lost ? `, ${incidents.lost} lost!` : ""}`],
@@ -285,9 +285,17 @@ async function stop() {
 }
 $("stop").addEventListener("click", stop);
 
+/** The key for it is no text, so the focus must not be where text goes, unless something is being typed. */
+function offerBack(possible) {
+  if ($("back").hidden === !possible) return;
+  const at = document.activeElement, free = at === document.body || (at === $("words") && at.value === "");
+  $("back").hidden = !possible;
+  if (possible && free) $("back").focus();
+  if (!possible && at === $("back")) $("words").focus();
+}
+
 async function handBack() {
   if (await tell("v1/station/hand_back", {})) say("Handed back: the policy goes on.");
-  $("words").focus();
 }
 $("back").addEventListener("click", handBack);
 
@@ -315,7 +323,7 @@ const SAYS = { ask: "The robot asks you", hold: "The robot stands still", retrea
 /** What a score that is too high means, for whoever has not read how it is made. */
 const WHY = { entropy: "It is much less certain of its next moves than in runs that went well.", entropy_max: "Of one part of its next moves it is much less certain than in runs that went well.",
               overlap: "It keeps changing its mind about what to do next.", spread: "Asked several times, it wants to do different things.", stac: "Its plans from one look to the next do not fit together.",
-              fused: "Taken together, its signs of doubt look like those of runs that failed.", distance: "What it sees is unlike what it has learned from.", learned: "This looks to it like runs that failed.",
+              fused: "Its signs of doubt together look like those of the runs that failed.", distance: "What it sees is unlike what it has learned from.", learned: "To it this looks like the runs that failed.",
               drill: "A drill: it asks every so many looks, for you to practise." };
 
 let asked = null, came = null;  // the open question as it is shown, and what had the focus before

@@ -170,7 +170,8 @@ export class Plots {
     ticks.forEach((tick, i) => {
       const doubts = Object.entries(tick.doubt ?? {}).filter(([, value]) => isNumber(value));
       const [score, doubt] = doubts.find(([name]) => name === tick.score) ?? doubts[0] ?? ["", null];
-      this.#points.push({ t: tick.t ?? event.t - (ticks.length - 1 - i) / this.hz, action: tick.action, confidence: tick.confidence, score, doubt,
+      const t = tick.t ?? event.t - (ticks.length - 1 - i) / this.hz, before = this.#points.at(-1)?.t ?? -Infinity;
+      this.#points.push({ t, first: t - before > Math.max(1, 5 / this.hz), action: tick.action, confidence: tick.confidence, score, doubt,
                           limit: tick.threshold, hold: tick.hold || "", step: tick.step });
     });
     const newest = this.#points.at(-1)?.t ?? 0;
@@ -208,7 +209,7 @@ export class Plots {
 
     let held = "";
     inside.forEach((point, i) => {
-      if (point.hold) held += `M${x(Math.max(end - SPAN, inside[i - 1]?.t ?? point.t))} 0H${x(point.t)}V${room - AXIS}H${x(Math.max(end - SPAN, inside[i - 1]?.t ?? point.t))}Z`;
+      if (point.hold && !point.first) held += `M${x(inside[i - 1]?.t ?? end - SPAN)} 0H${x(point.t)}V${room - AXIS}H${x(inside[i - 1]?.t ?? end - SPAN)}Z`;
     });
     this.held.setAttribute("d", held);
     this.#strips.forEach((one, i) => this.#strip(one, i * high, high, { inside, x, at, width, names, values }));
@@ -224,6 +225,7 @@ export class Plots {
     let path = "", pen = "M";
     for (const point of inside) {
       const value = of(point);
+      if (point.first) pen = "M";
       if (isNumber(value)) { path += `${pen}${x(point.t).toFixed(1)} ${y(value).toFixed(1)}`; pen = "L"; } else pen = "M";
     }
     parts.line.setAttribute("d", path);
@@ -251,7 +253,7 @@ const WORDS = {
     `${event.state}${event.success === true ? ", goal reached" : event.success === false ? ", goal not reached" : ""}: ${event.error || event.goal}`],
   plan: (event) => ["\u2192", `${event.now || "nothing more"}${percent(event.confidence)}${list(event.remaining).length ? `, then ${event.remaining.length} more` : ""}`],
   event: (event) => ["\u2022", `${EVENTS[event.what] ?? event.what}${event.reason ? `: ${event.reason}` : ""}`],
-  question: (event) => ["?", `${event.say}: ${event.reason}`],
+  question: (event) => ["?", `${event.say}: ${isNumber(event.value) ? `${event.score} ${short(event.value)}, above ${short(event.threshold)}` : event.reason}`],
   answer: (event) => ["\u21b5", `${String(event.answer).replaceAll("_", " ")}${event.instruction ? `: ${event.instruction}` : ""}${event.by ? `, by ${event.by}` : ""}`],
   incident: (event) => ["\u25c6", `${event.what}: ${event.reason}`],
 };
