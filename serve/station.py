@@ -102,12 +102,12 @@ class Station:
         execute: int | None = None, back: float = 2.0, grace: float = 3.0,
         clock: Callable[[Callable[[], bool]], Clock] | None = None, two_speed: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """`student`, `guard`, `hz` (default: the robot's), `asynchronous`, `execute`: as `TwoSpeed`; `two_speed`: more of
-        its options. `gate`: `vla.handoff.gate.Gate`, or None for nobody to ask for doubt; a student's chunk carries `features`
-        and `samples` where the gate's detector needs them. `recorder`: of the robot's spec, closed here; `answers`: file of every
-        answer. `back` s of an instruction's motion a retreat undoes; `grace` s after an answer in which the gate is not listened to, so that a
-        person who says go on is not asked the same at the next look. `clock(asking)`: of a run, for simulators.
-        Raises `UsageError`.
+        """`student`, `guard`, `hz` (default: the robot's), `asynchronous`, `execute`: as `TwoSpeed`; `two_speed`: more of its
+        options. `gate`: `vla.handoff.gate.Gate`, or None for nobody to ask for doubt; a student's chunk carries `features` and
+        `samples` where the gate's detector needs them. `recorder`: of the robot's spec, closed here; `answers`: the file every
+        answer is appended to. `back` s of an instruction's motion a retreat undoes; `grace` s after an answer in which the gate
+        is not listened to, so that a person who says go on is not asked the same at the next look. `clock(asking)`: of a run,
+        for simulators. Raises `UsageError`.
         """
         if not (back > 0 and grace >= 0):
             raise UsageError("station", found=f"back {back}, grace {grace}", expected="seconds", fix="leave them out")

@@ -69,7 +69,6 @@ class World(SimulatedRobot):
         self.verdict = "spoilt: the goal cannot be reached any more" if info["failure"] else ""
         return bool(terminated or truncated)
 
-
     def _said(self, info: Mapping[str, Any], what: str, otherwise: bool) -> list[str]:
         """Instructions of `info`; `otherwise`: whether the only one of a suite without subtasks is among them."""
         return [self._subtask(task) for task in info.get(what, [""] if otherwise else [])]

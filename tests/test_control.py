@@ -522,3 +522,72 @@ def test_what_cannot_be_is_refused():
             two(Robot(), ScriptedPlanner(SCRIPT), **wrong)
     with pytest.raises(DataError):
         TwoSpeed(Robot(), Robot(), ScriptedPlanner(SCRIPT), "", 10, guard())
+
+
+# --- somebody above ----------------------------------------------------------------------------------------------------
+
+
+def test_who_watches_makes_it_hold_and_it_goes_on_where_the_plan_is_still_good():
+    robot, planner = Robot(), Planner(lambda n, asked: Plan(SCRIPT[0], valid_for=4.0))
+    told = list[Any]()
+
+    def before() -> None:
+        if len(robot.sent) == 10:
+            loop.hold("is that right?")
+        if len(robot.sent) == 25:
+            loop.release()
+
+    loop = two(robot, planner, before=before, on_look=told.append, on_event=told.append)
+    report = loop.run(40)
+    assert runs(sound(report, robot)) == [(SCRIPT[0], 10), ("(asked)", 15), (SCRIPT[0], 15)]
+    assert report.ticks[12].hold == "asked: is that right?" and not report.loop.needs_help
+    looks = [look for look in told if not isinstance(look, str)]
+    assert not [look for look in looks if 10 <= look.tick < 25] and {look.tick for look in looks} >= {0, 4, 8, 25}
+    assert [asked.status for asked in planner.asked] == ["new", "running", "running"], "at 0, 2.5 and 3.5 s: not while it is held"
+
+
+def test_a_hold_outlasts_what_was_planned_and_no_expired_plan_is_followed_after_it():
+    robot = Robot()
+    planner = Delayed(Planner(lambda n, asked: Plan(SCRIPT[0], valid_for=2.0)), 300)
+
+    def before() -> None:
+        if len(robot.sent) == 12:
+            loop.hold("is that right?")
+        if len(robot.sent) == 60:
+            loop.release()
+
+    loop = two(robot, planner, before=before)
+    names = runs(sound(loop.run(80), robot))
+    assert names == [("(waiting)", 3), (SCRIPT[0], 9), ("(asked)", 48), ("(expired)", 3), (SCRIPT[0], 17)]
+
+
+def test_who_commands_goes_through_the_guard_and_needs_no_plan():
+    robot, planner = Robot(), Planner(lambda n, asked: Plan(SCRIPT[0], valid_for=1.5))
+    given: list[Any] = [np.array([0.5, 0, 0, 1], np.float32), np.array([9, 0, 0, 1], np.float32), None]
+
+    def before() -> None:
+        if len(robot.sent) == 10:
+            loop.command("person", lambda seen: given[min(2, (len(robot.sent) - 10) // 10)])
+        if len(robot.sent) == 35:
+            loop.release(anew=False)
+
+    loop = two(robot, planner, before=before, guard=guard(most_holds=100))
+    report = loop.run(50)
+    driven = [tick for tick in report.ticks if tick.by == "person"]
+    assert [tick.number for tick in driven] == list(range(10, 35))
+    assert [tick.hold.split(":")[0] for tick in driven] == [""] * 10 + ["limit"] * 10 + ["waiting"] * 5
+    assert all(robot.sent[n].tolist() == [0.5, 0, 0, 1] for n in range(10, 20))
+    assert all(robot.sent[n][:3].tolist() == [0, 0, 0] for n in range(20, 35)), "what the guard refuses is not sent"
+    assert [tick.instruction for tick in report.ticks][35:] == [SCRIPT[0]] * 15 and not any(
+        t.hold for t in list(report.ticks)[35:]
+    )
+    assert report.loop.looks < 20 and planner.asked[-1].status == "running"
+
+
+def test_a_person_may_drive_before_there_is_any_plan():
+    robot = Robot()
+    planner = Planner(lambda n, asked: OSError("gone"))
+    loop = two(robot, planner, before=lambda: loop.command("person", lambda seen: np.array([0.5, 0, 0, 1], np.float32)))
+    report = loop.run(5)
+    assert [tick.by for tick in report.ticks] == ["person"] * 5 and not any(tick.hold for tick in report.ticks)
+    assert not robot.told and report.loop.looks == 0

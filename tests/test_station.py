@@ -328,8 +328,8 @@ def test_the_robot_may_be_taken_back_from_who_drives(tmp_path: Path):
 
         def endless(goal: str, scene: int | None) -> Scene:
             made = begin(goal, scene)
-            made.demonstrator = SimpleNamespace(begin=lambda instruction: None,  # pyright: ignore[reportAttributeAccessIssue]
-                                                act=lambda seen: slow.wait(0.01) or np.array([0, 0, 0.01, 1], np.float32))  # fmt: skip
+            drive = lambda seen: slow.wait(0.01) or np.array([0, 0, 0.01, 1], np.float32)  # noqa: E731
+            made.demonstrator = SimpleNamespace(begin=lambda instruction: None, act=drive)  # pyright: ignore
             return made
 
         one.stage.begin = endless

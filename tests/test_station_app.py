@@ -1,0 +1,270 @@
+"""`vla operate`, a real process: its API, who may call it, a stream that resumes, clients that do not read, and its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from children import LIMIT
+from serving import until
+
+pytest.importorskip("starlette", reason="the extra serve is not installed")
+
+from serve.station_run import ENDED  # noqa: E402
+from serve.wire import picture_of  # noqa: E402
+from vla.episodes import EpisodeStore  # noqa: E402
+
+EVERY, RED = "touch every cube", "touch the red cube"
+TOKEN = "a-token-of-the-tests"
+SCENE = 900_000
+
+
+@dataclass
+class Operated:
+    """A `vla operate` that runs."""
+
+    address: str
+    process: subprocess.Popen[str]
+    log: Path
+    folder: Path
+    token: str = ""
+
+    def get(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, bytes]:
+        """(status, headers, body); a POST where there is something to say."""
+        data = None if body is None else json.dumps(body).encode()
+        given = {} if body is None else {"content-type": "application/json"}
+        given |= {"authorization": f"Bearer {self.token}"} if self.token else {}
+        request = urllib.request.Request(f"{self.address}{path}", data, given | (headers or {}))
+        try:
+            with urllib.request.urlopen(request, timeout=LIMIT) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+    def post(self, what: str, **body: Any) -> tuple[int, Any]:
+        status, _, said = self.get(f"/v1/station/{what}", body)
+        return status, json.loads(said)
+
+    def snapshot(self) -> dict[str, Any]:
+        status, _, said = self.get("/v1/station")
+        assert status == 200, said
+        return json.loads(said)
+
+    def asked(self, number: int = 1) -> dict[str, Any]:
+        until(lambda: (self.snapshot()["question"] or {}).get("number") == number, f"question {number}")
+        return self.snapshot()
+
+    def ended(self) -> dict[str, Any]:
+        until(lambda: self.snapshot()["run"]["state"] in ENDED, "the end")
+        return self.snapshot()
+
+    def events(self, after: int, last: int, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        """What a stream says until event `last`."""
+        found = list[dict[str, Any]]()
+        request = urllib.request.Request(f"{self.address}/v1/station/events?after={after}" if after >= 0 else
+                                         f"{self.address}/v1/station/events", headers=headers or {})  # fmt: skip
+        with urllib.request.urlopen(request, timeout=LIMIT) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            number = 0
+            while not found or found[-1]["number"] < last:
+                line = stream.readline().decode()
+                assert line, "the stream has ended"
+                if line.startswith("id: "):
+                    number = int(line[4:])
+                if line.startswith("data: "):
+                    found.append(json.loads(line[6:]))
+                    assert found[-1]["number"] == number
+        return found
+
+
+@contextmanager
+def operated(folder: Path, *flags: object, student: object = "expert", suite: str = "tabletop-long", token: str = "",
+             leave: int | None = 0) -> Iterator[Operated]:  # fmt: skip
+    """The process; at the end of the block it is asked to leave, and must, with exit code `leave` and no traceback."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out, log = folder / "out", folder / "log"
+    command = [sys.executable, "-m", "vla.cli", "operate", str(student), "--sim", suite, "--port", "0", "--json",
+               "--incidents", str(folder / "kept"), *map(str, flags)]  # fmt: skip
+    with out.open("w") as said, log.open("w") as logged:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=logged, text=True)
+    try:
+
+        def address() -> str:
+            assert process.poll() is None, log.read_text()[-3000:]
+            return "".join(re.findall(r'"address": "(\S+)"', out.read_text()))
+
+        yield Operated(until(address), process, log, folder / "kept", token)
+        if leave is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(LIMIT) == leave, log.read_text()[-3000:]
+        assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
+    finally:
+        process.kill()
+        process.wait(LIMIT)
+
+
+@pytest.fixture(scope="module")
+def drilled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    """One that asks every 4 looks, as fast as it goes."""
+    with operated(tmp_path_factory.mktemp("drilled"), "--speed", 0, "--handoff", "drill=4", "--task", "touch-every") as one:
+        yield one
+
+
+def test_the_api_from_a_goal_to_its_end(drilled: Operated):
+    idle = drilled.snapshot()
+    assert idle["goals"][0] == EVERY and idle["robot"]["cameras"] == ["front"] and idle["run"]["state"] == "idle"
+    assert [dim["name"] for dim in idle["robot"]["action"]] == ["eef.dx", "eef.dy", "eef.dz", "gripper.close"]
+    status, begun = drilled.post("run", goal=EVERY, scene=SCENE)
+    assert (status, begun["run"]["state"], begun["run"]["number"]) == (200, "running", 1)
+    first = drilled.asked()
+    assert first["run"]["state"] == "asking" and first["question"]["say"] == "ask"
+    assert drilled.post("run", goal=RED)[0] == 409
+    assert drilled.post("answer", question=1, answer="go_on")[1]["question"] is None
+    late, refused = drilled.post("answer", question=1, answer="stop")
+    assert late == 409 and refused["error"]["code"] == "conflict" and refused["error"]["fix"]
+    number = 1
+    while True:
+        until(lambda: drilled.snapshot()["question"] is not None or drilled.snapshot()["run"]["state"] in ENDED)
+        if (question := drilled.snapshot()["question"]) is None:
+            break
+        number = question["number"]
+        assert drilled.post("answer", question=number, answer="take_over" if number == 2 else "go_on")[0] == 200
+    over = drilled.ended()
+    assert over["run"]["success"] is True and over["run"]["state"] == "done" and number >= 2
+    until(lambda: drilled.snapshot()["incidents"]["corrections"] == 1)
+    answers = [json.loads(line) for line in (drilled.folder / "answers.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in answers][:2] == ["go_on", "take_over"]
+
+    # What happened can be read from any point on.
+    last = drilled.snapshot()["last"]
+    whole = drilled.events(0, last)
+    assert [event["number"] for event in whole] == list(range(1, last + 1))
+    assert {"run", "plan", "event", "question", "answer", "incident", "tick"} == {event["kind"] for event in whole}
+    assert (
+        drilled.events(last - 5, last) == whole[-5:] and drilled.events(-1, last, {"last-event-id": str(last - 2)}) == whole[-2:]
+    )
+    assert drilled.events(last + 1000, last)[0]["number"] == 1, "of a station before this one"
+
+
+@pytest.mark.parametrize(
+    ("what", "body", "status", "code"),
+    [
+        ("run", {"goal": "dance"}, 400, "bad_request"), ("run", {"goal": RED, "speed": 3}, 400, "bad_request"),
+        ("run", {}, 400, "bad_request"), ("run", {"goal": RED, "scene": -1}, 400, "bad_request"),
+        ("run", {"goal": 3}, 400, "bad_request"), ("say", {"words": " "}, 400, "bad_request"),
+        ("say", {"words": "x" * 5000}, 400, "bad_request"), ("answer", {"question": 99, "answer": "go_on"}, 409, "conflict"),
+        ("answer", {"question": 1}, 400, "bad_request"), ("stop", {"now": True}, 400, "bad_request"),
+        ("hand_back", {}, 409, "conflict"), ("dance", {}, 404, "not_found"),
+    ],
+)  # fmt: skip
+def test_what_is_nothing_to_ask_is_refused_in_words(drilled: Operated, what: str, body: Any, status: int, code: str):
+    found, said = drilled.post(what, **body)
+    assert (found, said["error"]["code"]) == (status, code) and set(said["error"]) >= {"where", "found", "expected", "fix"}
+
+
+def test_the_newest_picture_comes_and_a_newer_one_is_waited_for(drilled: Operated):
+    status, headers, content = drilled.get("/v1/station/frame/front")
+    assert (status, headers["content-type"], headers["cache-control"]) == (200, "image/jpeg", "no-store")
+    picture = picture_of(content).decode()
+    assert picture.shape[0] == picture.shape[1] >= 64 and np.std(picture) > 5
+    number = int(headers["x-frame"])
+    assert drilled.get(f"/v1/station/frame/front?after={number}")[0] == 204, "nothing moves: there is no newer one"
+    assert drilled.get("/v1/station/frame/wrist")[0] == 404 and drilled.get("/v1/station/frame/front?after=x")[0] == 400
+    drilled.post("run", goal=RED, scene=SCENE)
+    until(lambda: int(drilled.get(f"/v1/station/frame/front?after={number}")[1].get("x-frame", 0)) > number)
+    drilled.post("stop")
+
+
+def test_a_page_elsewhere_may_not_call(drilled: Operated):
+    body = {"goal": RED}
+    assert drilled.get("/v1/station/run", body, {"origin": "https://elsewhere.example"})[0] == 403
+    assert drilled.get("/v1/station", headers={"host": "robot.example"})[0] == 403
+    assert drilled.get("/livez")[0] == 200
+
+
+def test_clients_that_do_not_read_change_nothing(tmp_path: Path):
+    """The same scene with and without them: the loop played the same ticks, and missed none."""
+    with operated(tmp_path, "--speed", 0, "--handoff", "off", "--task", "touch-every") as one:
+        played = list[tuple[Any, ...]]()
+        deaf = list[socket.socket]()
+        for run in range(2):
+            begun = one.snapshot()["last"]
+            assert one.post("run", goal=EVERY, scene=SCENE)[0] == 200
+            over = one.ended()
+            ticks = [tick for event in one.events(begun, over["last"]) if event["kind"] == "tick" for tick in event["ticks"]]
+            played.append((over["run"]["step"], over["run"]["success"], over["loop"]["missed"],
+                           [(tick["step"], tick["action"], tick["hold"]) for tick in ticks]))  # fmt: skip
+            for _ in range(12 * (run == 0)):
+                client = socket.create_connection(("127.0.0.1", int(one.address.rpartition(":")[2])))
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.sendall(b"GET /v1/station/events?after=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                deaf.append(client)
+        assert played[0] == played[1] and played[0][1:3] == (True, 0) and len(played[0][3]) == played[0][0]
+        for client in deaf:
+            client.close()
+
+
+def test_tokens_are_wanted_where_there_are_tokens(tmp_path: Path):
+    (tmp_path / "tokens").write_text(f"# operators\n{TOKEN}\n")
+    with operated(tmp_path, "--token-file", tmp_path / "tokens", token=TOKEN) as one:
+        assert one.snapshot()["run"]["state"] == "idle"
+        one.token = ""
+        for path in ("/v1/station", "/v1/station/events", "/v1/station/frame/front"):
+            status, headers, _ = one.get(path)
+            assert status == 401 and "Bearer" in headers["www-authenticate"]
+        assert one.get("/v1/station/stop", {})[0] == 401 and one.get("/livez")[0] == 200
+
+
+def test_sigterm_in_the_middle_of_a_run_ends_it_well(tmp_path: Path):
+    with operated(tmp_path, "--handoff", "drill=6", "--start", leave=None) as one:
+        one.asked()
+        one.process.send_signal(signal.SIGTERM)
+        assert one.process.wait(LIMIT) == 0, one.log.read_text()
+        done = json.loads((tmp_path / "out").read_text().splitlines()[-1])
+        assert done["runs"] == 1 and done["questions"] == 1 and done["incidents"]["written"] == 1
+        store = EpisodeStore.open(one.folder / "incidents", tmp_path / "cache", progress=False)
+        assert store.num_episodes == 1
+    (line,) = [json.loads(line) for line in (one.folder / "incidents" / "meta" / "incidents.jsonl").read_text().splitlines()]
+    assert line["success"] is False and line["incidents"][0]["reason"].startswith("ask: a drill")
+
+
+def test_a_real_policy_is_watched_at_its_own_rate(tmp_path: Path, checkout: Path):
+    with operated(tmp_path, "--handoff", "off", "--trouble", "noise", student=checkout / "models" / "nano-base",
+                  suite="tabletop") as one:  # fmt: skip
+        assert one.snapshot()["name"] == "nano-base" and RED in one.snapshot()["goals"]
+        one.post("run", goal=RED, scene=SCENE)
+        run = one.ended()["run"]
+        assert run["state"] in ("done", "failed") and run["step"] > 3
+        ticks = [tick for event in one.events(0, one.snapshot()["last"]) if event["kind"] == "tick" for tick in event["ticks"]]
+        assert any(tick["confidence"] is not None and 0 < tick["confidence"] < 1 for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["expert", "--sim", "aloha"], "a tabletop"), (["expert", "--sim", "tabletop", "--host", "0.0.0.0"], "--token-file"),
+        (["expert", "--sim", "tabletop", "--planner", "policy"], "does not speak"),
+        (["expert", "--sim", "tabletop", "--handoff", "ask=0.1"], "--handoff-folder"),
+        (["expert", "--sim", "tabletop", "--handoff", "drill=x"], "drill=x"),
+        (["expert", "--sim", "metaworl"], "no such suite"), (["expert", "--sim", "tabletop", "--trouble", "rain"], "occlusion"),
+        (["expert", "--sim", "tabletop", "--planner", "guess"], "scripted:FILE"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_operated_is_said_before_anything_moves(flags: list[str], words: str, tmp_path: Path):
+    command = [sys.executable, "-m", "vla.cli", "operate", *flags, "--port", "0", "--incidents", str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
