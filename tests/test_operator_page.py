@@ -189,12 +189,12 @@ def test_an_instruction_is_typed_and_the_arm_follows_it(operate: Operate, visit:
     # And the newest numbers stand beside their lines.
     tick = [event for event in events(server.address) if event["kind"] == "tick"][-1]["ticks"][-1]
     names = [dim["name"] for dim in now["robot"]["action"]]
-    assert page.locator("#strips text.name").all_text_contents()[: len(names)] == names
+    assert page.locator("#strips text.name").all_text_contents() == ["doubt", "confidence", *names]
     shown = tick["action"] or [None] * len(names)
     values = ["\u2013" if v is None else f"{v:.2f}".replace("-0.00", "0.00").replace("-", "\u2212") for v in shown]
-    for i, value in enumerate(values):
+    for i, value in enumerate(values, 2):
         expect(page.locator("#strips text.value").nth(i)).to_have_text(value)
-    assert all(page.locator("#strips path.line").evaluate_all("(all) => all.slice(0, 5).map((p) => p.getAttribute('d'))"))
+    assert all(page.locator("#strips path.line").evaluate_all("(all) => all.slice(1).map((p) => p.getAttribute('d'))"))
 
 
 KEYS = {"go_on": "1", "instruct": "2", "take_over": "3", "retreat": "4", "stop": "5"}
@@ -267,6 +267,7 @@ def test_a_hand_off_is_answered_by_key_by_button_and_by_words(drilled: Server, v
     page.get_by_label("Kinds shown").select_option(label="everything")
     row = page.locator("#timeline [data-kind=answer]").filter(has_text="instruct: touch the red cube")
     row.locator("summary").click()
+    expect(row.locator("dl")).to_be_visible()
     fields = dict(zip(row.locator("dt").all_inner_texts(), row.locator("dd").all_inner_texts(), strict=True))
     event = next(one for one in events(address) if one["kind"] == "answer" and one["question"] == third)
     assert {key: fields[key] if isinstance(event[key], str) else json.loads(fields[key]) for key in fields} == event

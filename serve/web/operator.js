@@ -163,7 +163,7 @@ function show(snapshot) {
   plots.describe();
   const facts = [["jitter p50, p99", `${milliseconds(loop.jitter_ms_p50)}, ${milliseconds(loop.jitter_ms_p99)} ms`], ["missed ticks", `${loop.missed} of ${loop.ticks}`],
     ["planner p50", `${milliseconds(loop.planner_ms_p50)} ms`], ["incidents", `${incidents.written}${incidents.lost ? `, ${incidents.lost} lost!` : ""}`],
-    ["corrections", String(incidents.corrections)], ["kept in", incidents.folder.split("/").slice(-3).join("/"), incidents.folder]];
+    ["corrections", String(incidents.corrections)], ["kept in", incidents.folder.split("/").slice(-2).join("/"), incidents.folder]];
   if ($("facts").children.length !== facts.length) $("facts").replaceChildren(...facts.map(([term]) => make("div", {}, make("dt", {}, term), make("dd"))));
   facts.forEach(([, text, whole], i) => { put($("facts").children[i].lastElementChild, text); $("facts").children[i].lastElementChild.title = whole ?? text; });
   title();

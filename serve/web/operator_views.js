@@ -116,7 +116,7 @@ export class Cameras {
 
 // ---------------------------------------------------------------------------------------------------- plots
 
-const LEFT = 8, GAP = 5, AXIS = 16;
+const EDGE = 4, AXIS = 16;
 
 /** Actions, confidence and doubt of the last seconds, a strip each, over one axis of time. */
 export class Plots {
@@ -144,10 +144,10 @@ export class Plots {
     this.hz = hz;
     this.clear();
     const strip = (name, unit, of, low, high) => ({ name, unit, of, low, high });
-    this.#strips = [
-      ...action.map(({ name, unit, low, high }, i) => strip(name, unit === "1" ? "" : unit ?? "", (point) => point.action?.[i], low, high)),
-      strip("confidence", "", (point) => point.confidence, 0, 1),
+    this.#strips = [  // what matters most on top: on a small screen the last ones need scrolling
       { ...strip("doubt", "", (point) => point.doubt, 0, undefined), limit: true },
+      strip("confidence", "", (point) => point.confidence, 0, 1),
+      ...action.map(({ name, unit, low, high }, i) => strip(name, unit === "1" ? "" : unit ?? "", (point) => point.action?.[i], low, high)),
     ];
     this.svg = draw("svg", { role: "img" });
     this.held = draw("path", { fill: "url(#hatch)" });
@@ -200,7 +200,7 @@ export class Plots {
 
   #paint() {
     const width = this.node.clientWidth, points = this.#points, { names, values } = this.#sides(), count = this.#strips.length;
-    const room = Math.max(Math.floor(this.node.getBoundingClientRect().height), count * 22 + AXIS), high = (room - AXIS) / count, end = points.at(-1)?.t ?? 0;
+    const room = Math.max(Math.floor(this.node.getBoundingClientRect().height), count * 15 + AXIS), high = (room - AXIS) / count, end = points.at(-1)?.t ?? 0;
     const x = (t) => names + (1 - (end - t) / SPAN) * (width - names - values), inside = points.filter((point) => point.t >= end - SPAN);
     for (const [name, value] of [["width", width], ["height", room], ["viewBox", `0 0 ${width} ${room}`]]) this.svg.setAttribute(name, value);
     let at = inside.at(-1);
@@ -221,7 +221,7 @@ export class Plots {
     const known = inside.map(of).filter(isNumber), bound = limit ? at?.limit : undefined;
     let least = isNumber(low) ? low : Math.min(0, ...known), most = isNumber(high) ? high : Math.max(1e-9, ...known);
     if (limit) { least = Math.min(least, ...known); most = 1.15 * Math.max(1e-9, ...known, ...inside.map((point) => point.limit).filter(isNumber)); }
-    const y = (value) => top + tall - GAP - Math.min(1, Math.max(0, (value - least) / (most - least || 1))) * (tall - 2 * GAP), across = (value) => `M${names} ${y(value)}H${width - values}`;
+    const gap = Math.min(5, tall / 8), y = (value) => top + tall - gap - Math.min(1, Math.max(0, (value - least) / (most - least || 1))) * (tall - 2 * gap), across = (value) => `M${names} ${y(value)}H${width - values}`;
     let path = "", pen = "M";
     for (const point of inside) {
       const value = of(point);
@@ -234,7 +234,7 @@ export class Plots {
     parts.limit.setAttribute("d", isNumber(bound) ? across(bound) : "");
     const middle = top + tall / 2 + 4, value = at ? of(at) : undefined;
     const both = unit && tall > 34 ? 7 : 0;  // name and unit, where there is room
-    for (const [name, spot, by] of [["name", 0, -both], ["unit", 0, both], ["value", width - LEFT / 2, 0]]) { parts[name].setAttribute("x", spot); parts[name].setAttribute("y", middle + by); }
+    for (const [name, spot, by] of [["name", 0, -both], ["unit", 0, both], ["value", width - EDGE, 0]]) { parts[name].setAttribute("x", spot); parts[name].setAttribute("y", middle + by); }
     parts.unit.setAttribute("visibility", both ? "visible" : "hidden");
     if (limit) put(parts.name, at?.score ? `doubt: ${at.score}` : "doubt");
     put(parts.value, isNumber(value) ? `${limit && isNumber(bound) && value > bound ? "! " : ""}${rounded(value, most - least)}` : "\u2013");
