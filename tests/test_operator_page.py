@@ -130,12 +130,12 @@ def idle() -> Iterator[Callable[[Server], str]]:
     """The address of a station where nothing runs, before and after the test."""
     used: list[str] = []
 
-    def at_rest(server: Server) -> str:
+    def stopped(server: Server) -> str:
         used.append(server.address)
         post(server.address, "stop")
         return server.address
 
-    yield at_rest
+    yield stopped
     for address in used:
         post(address, "stop")
 
@@ -143,8 +143,14 @@ def idle() -> Iterator[Callable[[Server], str]]:
 Idle = Callable[[Server], str]
 
 
-def run(page: Page, goal: str = GOAL) -> None:
+def at_rest(page: Page) -> None:
+    """Waits until the page knows that nothing runs."""
+    expect(page.locator("#how")).to_have_attribute("data-state", re.compile("idle|done|stopped|failed"))
     expect(page.locator("#send")).to_have_text("Run")
+
+
+def run(page: Page, goal: str = GOAL) -> None:
+    at_rest(page)
     page.get_by_label("Goal", exact=True).fill(goal)
     page.keyboard.press("Enter")
 
@@ -439,7 +445,7 @@ FOCUSED = """() => {
 def test_the_keyboard_is_enough(drilled: Server, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address)
-    expect(page.locator("#send")).to_have_text("Run")
+    at_rest(page)
 
     def tab() -> str:
         page.keyboard.press("Tab")

@@ -263,7 +263,7 @@ function complain(error, before = "") {
   const close = make("button", { type: "button", "aria-label": "Dismiss" }, "\u00d7");
   close.addEventListener("click", () => { $("trouble").replaceChildren(); $("words").focus(); });
   $("trouble").replaceChildren(make("div", { class: "banner bad" }, close, make("strong", {}, `${before || "Refused"}: ${found}`),
-    make("span", { class: "muted" }, `${code}, ${where}; expected ${expected}. ${fix}.`)));
+    make("span", { class: "muted" }, `${code}, ${where}; expected ${expected}; ${fix}`)));
 }
 
 let stopWanted = false;
@@ -280,6 +280,7 @@ async function stop() {
   } catch (error) {
     stopWanted = error.said?.code === "unreachable";
     complain(error, "The stop did not arrive. Use the robot's own emergency stop");
+    say(stopWanted ? "Not stopped: it is sent again as soon as the station answers." : "Not stopped.");
     soon();
   }
 }
