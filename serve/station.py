@@ -18,79 +18,30 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from serve.answering import AnswerLog, Judge
 from serve.board import Board
 from serve.guard import Guard
-from serve.loop import Acts, Clock, RobotIO
-from serve.planner import LONGEST, Asked, Planner
-from serve.progress import Progress
+from serve.loop import Acts, Clock
+from serve.planner import LONGEST, Asked
 from serve.refusal import Refusal
-from serve.station_run import ENDED, Demonstrator, Run, Scene, facts_of
+from serve.stage import OneRobot, Stage
+from serve.station_run import ENDED, Run, facts_of
 from vla.errors import UsageError
 from vla.handoff.incidents import Recorder
 
-__all__ = ["Demonstrator", "OneRobot", "Scene", "Stage", "Station"]
+__all__ = ["OneRobot", "Stage", "Station"]
 logger = logging.getLogger(__name__)
 
 _IDLE = 0.25
 """Seconds between two pictures while nothing runs."""
+_REST = 20.0
+"""Seconds a run may take to end when the station is closed."""
 _PATIENCE = 2.0
 """Seconds whoever stops a run waits for its end."""
-
-
-class Stage(Protocol):
-    """What a station runs on. `check` from any thread; `begin`, `idle` and `close` from the station's."""
-
-    @property
-    def goals(self) -> Sequence[str]: ...
-
-    @property
-    def instructions(self) -> Sequence[str]:
-        """What an operator is offered."""
-        ...
-
-    def check(self, goal: str, scene: int | None) -> None:
-        """Raise `VLAError` for a goal, or a scene, that cannot be had here."""
-        ...
-
-    def begin(self, goal: str, scene: int | None) -> Scene:
-        """A run begins."""
-        ...
-
-    def idle(self, watched: bool) -> Mapping[str, Any] | None:
-        """Pictures while nothing runs, None for no newer ones."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class OneRobot:
-    """The stage of a real robot: one driver, one planner, no scenes."""
-
-    def __init__(
-        self, robot_io: RobotIO, planner: Planner, progress: Progress | None = None, demonstrator: Demonstrator | None = None,
-        retreat: Callable[[Mapping[str, Any]], Any] | None = None, goals: Sequence[str] = (), instructions: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """As `Scene`; `goals`, `instructions`: what an operator is offered. `robot_io` may have what a `Scene`'s may."""
-        self._scene = Scene(robot_io, planner, progress, demonstrator, retreat)
-        self.goals, self.instructions = tuple(goals), tuple(instructions)
-
-    def check(self, goal: str, scene: int | None) -> None:
-        if scene is not None:
-            raise UsageError("scene", found=scene, expected="none: the robot stands in the only one", fix="leave it out")
-
-    def begin(self, goal: str, scene: int | None) -> Scene:
-        return self._scene
-
-    def idle(self, watched: bool) -> Mapping[str, Any] | None:
-        return self._scene.io.observe().get("images") if watched else None
-
-    def close(self) -> None:
-        """The driver is its owner's."""
 
 
 class Station:
@@ -137,7 +88,7 @@ class Station:
         self.close()
 
     def close(self) -> None:
-        """End the run, with the robot still; write what is left. Waits for both."""
+        """End the run, with the robot still; write what is left. Waits for both, for a driver that hangs twenty seconds."""
         with self.lock:
             first, self._closing, run = not self._closing, True, self._run
         if run is not None:
@@ -145,7 +96,9 @@ class Station:
         if first:
             self._wanted.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_REST)
+            if self._thread.is_alive():
+                logger.warning("a driver, or a policy, has not come back for %g s: it is left behind", _REST)
         if first and self.recorder is not None:
             self.recorder.close()
         self.board.close()

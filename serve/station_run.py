@@ -11,9 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +20,11 @@ from serve.answering import ANSWERS, Answer, Led, Question, Say
 from serve.board import Board
 from serve.control import Looked, TwoSpeed
 from serve.guard import PAUSES, Guard, Verdict
-from serve.loop import RobotIO, percentiles
-from serve.planner import Plan, Planner, lines
-from serve.progress import Progress
+from serve.loop import percentiles
+from serve.planner import Plan, lines
 from serve.refusal import Refusal
 from serve.retreat import Trail
+from serve.stage import Scene
 from vla.errors import VLAError
 from vla.handoff.incidents import POLICY
 from vla.prompt import clean_instruction
@@ -40,34 +39,6 @@ _RECENT = 600
 """Ticks that the loop's figures are about."""
 _EVERY = 5
 """Ticks after which they are reckoned again."""
-
-
-class Demonstrator(Protocol):
-    """Drives the robot in the policy's place, through the same loop and guard: a person's device, or a scripted expert."""
-
-    def begin(self, instruction: str) -> None:
-        """It is asked to do this from now on."""
-        ...
-
-    def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
-        """The action (A,) of this tick, None when it is finished. The loop waits for it: at once."""
-        ...
-
-
-@dataclass
-class Scene:
-    """What a run is made of."""
-
-    io: RobotIO
-    """May also have `success` (bool or None: its word for it), `verdict` (why it failed), `show()` (pictures for people, by
-    camera) and `helped()` (told when a person helps)."""
-    planner: Planner
-    progress: Progress | None = None
-    demonstrator: Demonstrator | None = None
-    retreat: Callable[[Mapping[str, Any]], np.ndarray | None] | None = None
-    """The driver's own way back to where it is safe, an action a tick, None when it is there. Else the last seconds undone."""
-    task: str = ""
-    seed: int | None = None
 
 
 class Run:
@@ -162,12 +133,16 @@ class Run:
         except Exception as error:  # drivers, planners and policies are written by others as well
             logger.exception("run %d", self.number)
             self.error = f"{type(error).__name__}: {error}"[:500]
+        state = "failed" if self.error else "done" if over else "stopped"
         try:
-            self._end(over)
+            self._end(state)
         except Exception:
             logger.exception("the end of run %d", self.number)
-        finally:
-            self.ended.set()
+        with self.station.lock:
+            self.question, self.state, self._hold, self.by, self._valid = None, state, "", "", None
+        told = {} if self.success is None else {"success": self.success}
+        self._board.say("run", state=state, goal=self.goal, **told, **({"error": self.error} if self.error else {}))
+        self.ended.set()
 
     def _play(self) -> bool:
         """Whether it came to an end by itself."""
@@ -194,24 +169,19 @@ class Run:
             self.error = getattr(scene.io, "verdict", "") or "it ended without success"
         return report.done or report.loop.over
 
-    def _end(self, over: bool) -> None:
-        recorder = self.station.recorder
-        state = "failed" if self.error else "done" if over else "stopped"
-        if recorder is not None:
-            if state == "failed":
-                self._incident("failure", self.error)
+    def _end(self, state: str) -> None:
+        """What is left to keep and to show; a camera or a disk may fail at it."""
+        if state == "failed":
+            self._incident("failure", self.error)
+        if (recorder := self.station.recorder) is not None:
             recorder.end(success=state == "done")
-        if self._scene is not None:
-            self.io.publish(always=True)
         if self._loop is not None:
             self.loop_facts = facts_of(self._gaps, self._thinking, self._loop.live.missed, self._loop.live.ticks)
         if state == "done" and (last := self._plan["now"]):  # the robot said that it is over before the planner was asked again
             self._plan = {**self._plan, "done": [*self._plan["done"], last], "now": "", "reason": ""}
             self._board.say("plan", **self._plan)
-        with self.station.lock:
-            self.question, self.state, self._hold, self.by, self._valid = None, state, "", "", None
-        told = {} if self.success is None else {"success": self.success}
-        self._board.say("run", state=state, goal=self.goal, **told, **({"error": self.error} if self.error else {}))
+        if self._scene is not None:
+            self.io.publish(always=True)
 
     # ------------------------------------------------------------------------------------------------ between two ticks
 
@@ -431,18 +401,25 @@ class _Shown:
         self._seen: Mapping[str, Any] | None = None
         self.state: np.ndarray | None = None
         self._last = -np.inf
+        self._failed = ""
+        """Why the first step that could not be kept was not."""
 
     def observe(self) -> Mapping[str, Any]:
         seen = self._seen = self.io.observe()
         return seen
 
     def act(self, action: np.ndarray) -> bool | None:
-        seen = self.io.observe() if self._seen is None else self._seen
+        try:
+            seen = self.io.observe() if self._seen is None else self._seen
+            state = seen.get("state")
+            self.state = None if state is None else np.array(state, np.float32)
+            self.run.recorded(seen, action)
+            self.publish(seen)
+        except Exception as error:  # whatever becomes of pictures and records: the command is sent
+            if not self._failed:
+                logger.exception("a step is neither kept nor shown")
+            self._failed = self._failed or f"{type(error).__name__}: {error}"
         self._seen = None
-        state = seen.get("state")
-        self.state = None if state is None else np.array(state, np.float32)
-        self.run.recorded(seen, action)
-        self.publish(seen)
         return self.io.act(action)
 
     def publish(self, seen: Mapping[str, Any] | None = None, always: bool = False) -> None:

@@ -19,7 +19,7 @@ from serve.loop import Clock, Hurried
 from serve.planner import Asked, Plan, Planner
 from serve.progress import Progress, Several, Stillness, Told
 from serve.robot import Robot
-from serve.station_run import Scene
+from serve.stage import Scene
 from vla.errors import DataError, UsageError
 from vla.handoff.trouble import Trouble, check_troubles
 from vla.prompt import clean_instruction

@@ -25,8 +25,9 @@ from serve.planner import Asked, ScriptedPlanner
 from serve.refusal import Refusal
 from serve.retreat import Trail
 from serve.robot import Robot
-from serve.station import OneRobot, Station
-from serve.station_run import ENDED, Scene
+from serve.stage import OneRobot, Scene
+from serve.station import Station
+from serve.station_run import ENDED
 from serve.station_sim import Expert, SimStage, clock_of
 from vla.embodiment import load_embodiment
 from vla.episodes import EpisodeStore
@@ -563,6 +564,56 @@ def test_what_is_undone_is_the_opposite_rotations_as_well():
     for n in range(25):
         trail.add(None, turn * n)
     assert len(trail) == 10
+
+
+def test_a_camera_that_fails_never_keeps_a_command_from_the_robot():
+    """Not even the last one, to stand still."""
+    arm = Arm()
+    look = arm.observe
+
+    def failing() -> dict[str, Any]:
+        if len(arm.sent) >= 12:
+            raise OSError("the camera is gone")
+        return look()
+
+    arm.observe = failing
+
+    class Onwards:
+        def act(self, observation: Any, instruction: str, robot: str | None = None) -> Any:
+            steps = np.repeat(observation["state"][None], 4, 0) + np.array([[0.02], [0.04], [0.06], [0.08]], np.float32)
+            return SimpleNamespace(actions=np.clip(steps, -1, 1), confidence=np.ones((4, 4), np.float32))
+
+        def steps(self, robot: str) -> tuple[int, int]:
+            return 4, 4
+
+    stage = OneRobot(arm, ScriptedPlanner(["wave"]))
+    guard = Guard(joints(), jump={"arm": 0.05}, repeats=None)
+    with Station(Onwards(), stage, guard, asynchronous=False, clock=clock_of(0)) as one:
+        one.run("wave")
+        run = ended(one)["run"]
+        assert run["state"] == "failed" and "the camera is gone" in run["error"]
+        assert len(arm.sent) >= 13 and arm.sent[-1].tolist() == arm.sent[-2].tolist(), "it was told to stay where it is"
+
+
+def test_another_suite_is_driven_by_its_own_expert(tmp_path: Path):
+    pytest.importorskip("metaworld")
+    robot = Robot.from_json(load_embodiment("metaworld_sawyer").model_dump(mode="json"), "sawyer")
+
+    class Still:
+        def act(self, observation: Any, instruction: str, robot: str | None = None) -> Any:
+            return SimpleNamespace(actions=np.zeros((4, 4), np.float32), confidence=np.ones((4, 4), np.float32))
+
+        def steps(self, robot: str) -> tuple[int, int]:
+            return 4, 4
+
+    stage = SimStage("metaworld", robot, tasks=["button-press-topdown-v3"])
+    guard = make_guard(Still(), robot, Settings("metaworld"))
+    with Station(Still(), stage, guard, gate=Asks(2), asynchronous=False, clock=clock_of(0)) as one:
+        one.run("press the button from above")
+        asked(one)
+        one.answer(1, "take_over")
+        run = ended(one)["run"]
+        assert run["success"] is True and run["plan"]["done"] == ["press the button from above"]
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
