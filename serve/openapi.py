@@ -6,6 +6,7 @@ from typing import Any
 
 import vla
 from serve.refusal import STATUS
+from serve.wires.chat import ChatBody, ChatReply
 from serve.wires.planning import AskBody, AskReply, PlanBody, PlanReply
 from serve.wires.rest import ActBody, ActReply, SwapBody
 
@@ -31,7 +32,7 @@ _OPENVLA = {"type": "object", "properties": {
 def document() -> dict[str, Any]:
     """OpenAPI 3.1. WebSockets are not part of that language: they are told of in the description."""
     schemas: dict[str, Any] = {"Refusal": _REFUSAL}
-    for model in (ActBody, ActReply, SwapBody, PlanBody, PlanReply, AskBody, AskReply):
+    for model in (ActBody, ActReply, SwapBody, PlanBody, PlanReply, AskBody, AskReply, ChatBody, ChatReply):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
@@ -49,6 +50,10 @@ def document() -> dict[str, Any]:
             for path in ("/v1/plan", "/plan")
         },
         "/v1/ask": {"post": post("A question to the policy", {200: _ref("AskReply")}, _ref("AskBody"), _ACTS)},
+        "/v1/chat/completions": {
+            "post": post("A plan or an answer, as OpenAI's clients ask", {200: _ref("ChatReply")}, _ref("ChatBody"), _PLANS)
+        },
+        "/v1/models": {"get": get("The one that is served", {200: _OBJECT}, codes=(*_ASKED, "unavailable"))},
         "/act": {"post": post("OpenVLA's and OFT's", {200: {}}, _OPENVLA, _ACTS)},
     }
     return {

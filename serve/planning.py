@@ -99,4 +99,4 @@ def planner_of(settings: PlannerSettings, known: Callable[[], tuple[str, ...]]) 
     if kind == "scripted":
         return ScriptedPlanner.load(where, settings.valid_for)
     return OpenAIPlanner(where, settings.model, settings.key_file, timeout=settings.timeout, valid_for=settings.valid_for,
-                         known=known, form=settings.form)  # fmt: skip
+                         known=known, form=settings.form, picture=settings.picture)  # fmt: skip

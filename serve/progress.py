@@ -91,11 +91,11 @@ class Asking:
     answer, nothing is known.
     """
 
-    def __init__(self, speaker: Speaker, *, every: float = 0.5, agree: int = 2, camera: str | None = None,
+    def __init__(self, speaker: Speaker, *, every: float = 0.5, agree: int = 2, sure: float = 0.5, camera: str | None = None,
                  threaded: bool = True) -> None:  # fmt: skip
-        """`agree`: how many answers in a row are needed; the least of them is told. Without `threaded` each look waits for its
-        answer, for loops whose time is counted in steps."""
-        self.speaker, self.every, self.camera, self.threaded = speaker, every, camera, threaded
+        """`agree`: how many answers in a row must say yes with a probability of `sure`; the least of them is told. Without
+        `threaded` each look waits for its answer, for loops whose time is counted in steps."""
+        self.speaker, self.every, self.sure, self.camera, self.threaded = speaker, every, sure, camera, threaded
         self._answers: deque[float] = deque(maxlen=agree)
         self._heard: queue.SimpleQueue[tuple[int, float | None]] = queue.SimpleQueue()
         self._number, self._busy, self._next = 0, False, 0.0
@@ -120,8 +120,8 @@ class Asking:
             else:
                 self._ask(self._number, self._instruction, picture)
                 self._listen()
-        full = len(self._answers) == self._answers.maxlen
-        return Told(done=min(self._answers), why="the policy says so") if full else Told()
+        yes = len(self._answers) == self._answers.maxlen and min(self._answers) >= self.sure
+        return Told(done=min(self._answers), why="the policy says so") if yes else Told()
 
     def _ask(self, number: int, instruction: str, picture: Any) -> None:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ _STATUS = {
     "stalled": "the robot does not get on with it", "unsure": "the policy is not sure of itself",
     "help": "the robot asked for help",
 }  # fmt: skip
+_KNOWN = "The policy knows these instructions, say one of them word for word: "
 Form = Literal["json_schema", "json_object", "none"]
 """How the answer's form is asked for: by a schema (vLLM, llama.cpp), as any JSON, or in words alone."""
 
@@ -99,7 +101,7 @@ class OpenAIPlanner:
         if asked.words:
             told.append(f"The person beside the robot says: {asked.words}")
         if known:
-            told.append("The policy knows these instructions, say one of them word for word: " + json.dumps(known))
+            told.append(_KNOWN + json.dumps(known))
         content: list[dict[str, Any]] = [{"type": "text", "text": "\n".join(told)}]
         for camera, picture in asked.images.items():
             content.append({"type": "text", "text": f"Camera {camera}:"})
@@ -114,6 +116,30 @@ class OpenAIPlanner:
         elif self.form == "json_object":
             body["response_format"] = {"type": "json_object"}
         return body
+
+
+_QUESTION = re.compile(
+    r"Goal: (?P<goal>.+?)\nYour memory: (?P<memory>.*?)\nLast instruction: (?P<last>[^\n]*) \((?P<status>"
+    + "|".join(map(re.escape, _STATUS.values())) + r")\)(?:\nState of the robot: (?P<state>[^\n]*))?"
+    r"(?:\nThe person beside the robot says: (?P<words>.*?))?(?:\n" + re.escape(_KNOWN) + r"(?P<known>\[.*\]))?",
+    re.DOTALL,
+)  # fmt: skip
+
+
+def asked_of(text: str, images: Mapping[str, Picture]) -> Asked | None:
+    """What `OpenAIPlanner` asks in `text`, for a planner that answers it; None for any other text."""
+    found = _QUESTION.fullmatch(text)
+    if found is None:
+        return None
+    try:
+        known = json.loads(found["known"] or "[]")
+        state = [float(word) for word in found["state"].split(", ")] if found["state"] else None
+        status = next(status for status, words in _STATUS.items() if words == found["status"])
+        memory, last = ("" if found[name] == empty else found[name] for name, empty in (("memory", "empty"), ("last", "none")))
+        return Asked(found["goal"], images, memory, None if state is None else np.array(state, np.float32), last, status,
+                     found["words"] or "", tuple(map(str, known)))  # fmt: skip
+    except (ValueError, VLAError):
+        return None
 
 
 def answer_schema(known: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ GET  /v1/info          policy, robots (cameras, state, actions, units, limits), 
 POST /v1/act           one look as JSON -> one chunk
 POST /v1/plan          what to do next (also /plan)
 POST /v1/ask           a question in words about a picture, to the policy
+POST /v1/chat/completions  either of them, for clients of OpenAI's protocol (GET /v1/models)
 POST /v1/swap          another policy, without dropping accepted work (admin tokens)
 WS   /v1/ws            our own wire: serve/wires/websocket.py
 and /act (OpenVLA, OFT), /openpi, /vla-eval, GR00T's ZeroMQ on a port of its own: serve/wires/
@@ -37,11 +38,12 @@ from serve.gate import Gate, Tokens, check_bind, refusal_response
 from serve.openapi import document
 from serve.page import routes as page
 from serve.patience import PatientHTTP
+from serve.planning import Planning
 from serve.refusal import Refusal
 from serve.service import Service
 from serve.settings import ServeSettings
 from serve.sockets import FastWebSocket
-from serve.wires import gr00t, openpi, openvla, planning, rest, vla_eval, websocket
+from serve.wires import chat, gr00t, openpi, openvla, planning, rest, vla_eval, websocket
 from vla.errors import UsageError, VLAError
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,12 @@ def build_app(service: Service, tokens: Tokens) -> Starlette:
     async def openapi(request: HTTPRequest) -> Response:
         return JSONResponse(document())
 
+    plans = Planning(service)
     routes: list[BaseRoute] = [
         Route("/livez", livez), Route("/readyz", readyz), Route("/healthz", readyz), Route("/metrics", metrics),
         Route("/openapi.json", openapi), *rest.routes(service), *websocket.routes(service), *openvla.routes(service),
-        *planning.routes(service), *openpi.routes(service), *vla_eval.routes(service), *page(),
+        *planning.routes(service, plans), *chat.routes(service, plans), *openpi.routes(service), *vla_eval.routes(service),
+        *page(),
     ]  # fmt: skip
     settings = service.settings
     gate = Middleware(

@@ -45,6 +45,8 @@ class PlannerSettings(Config):
     """Of `openai`: the file whose first line is the key."""
     form: Literal["json_schema", "json_object", "none"] = "json_schema"
     """Of `openai`: how the form of an answer is asked for."""
+    picture: Literal["jpeg", "png"] = "jpeg"
+    """Of `openai`: how pictures are sent; `png` loses nothing."""
     timeout: float = Field(default=10.0, gt=0)
     """Seconds of one plan."""
     valid_for: float = Field(default=5.0, gt=0, le=3600)

@@ -76,9 +76,8 @@ class AskReply(Config):
     ms: float
 
 
-def routes(service: Service) -> list[BaseRoute]:
+def routes(service: Service, planning: Planning) -> list[BaseRoute]:
     """Of this wire."""
-    planning = Planning(service)
 
     async def plan(request: Request) -> Response:
         body = await parsed(request, PlanBody, service)
@@ -89,26 +88,28 @@ def routes(service: Service) -> list[BaseRoute]:
             images = dict(sorted(images.items(), key=lambda pair: cameras.index(pair[0]) if pair[0] in cameras else len(cameras)))
         state = np.array(body.state, np.float32) if body.state else None
         asked = Asked(body.goal, images, body.memory, state, body.last, body.status, body.words, tuple(body.known))
-        found, seconds = await counted("plan", request, planning.plan(asked))
+        found, seconds = await counted(service, "plan", request, planning.plan(asked))
         return JSONResponse({**found.to_json(), "planner": planning.kind, "ms": round(1e3 * seconds, 3)})
 
     async def ask(request: Request) -> Response:
         body = await parsed(request, AskBody, service)
         picture = None if body.image is None else _picture(body.image, "image", service)
-        return JSONResponse(await counted("ask", request, planning.ask(picture, body.question, tuple(body.candidates))))
-
-    async def counted(wire: str, request: Request, work: Awaitable[T]) -> T:
-        try:
-            said = await while_connected(request, work)
-        except VLAError as error:
-            refusal = Refusal.of(error)
-            service.metrics.requests.labels(wire, refusal.code).inc()
-            raise refusal from None
-        service.metrics.requests.labels(wire, "ok").inc()
-        return said
+        return JSONResponse(await counted(service, "ask", request, planning.ask(picture, body.question, tuple(body.candidates))))
 
     return [Route("/v1/plan", plan, methods=["POST"]), Route("/plan", plan, methods=["POST"]),
             Route("/v1/ask", ask, methods=["POST"])]  # fmt: skip
+
+
+async def counted(service: Service, wire: str, request: Request, work: Awaitable[T]) -> T:
+    """What `work` comes to, or its `Refusal`, counted under `wire`; a client that goes away ends it."""
+    try:
+        said = await while_connected(request, work)
+    except VLAError as error:
+        refusal = Refusal.of(error)
+        service.metrics.requests.labels(wire, refusal.code).inc()
+        raise refusal from None
+    service.metrics.requests.labels(wire, "ok").inc()
+    return said
 
 
 def _picture(text: str, name: str, service: Service) -> Picture:
