@@ -1,6 +1,6 @@
 """Questions about what a policy sees when it acts itself: is it finished, and what comes next, answered by the simulator.
 
-    python benchmarks/plan_on_policy.py runs/planner/policy --episodes 300 --out data/long-seen.json
+    python benchmarks/plan_on_policy.py runs/planner/policy --beside data/long-plans.json --out data/long-seen.json
     vla train configs/train/planner_seen.yaml
 
 Demonstrations show how a subtask looks while an expert does it, and for a frame or two when it is done. A policy slow to be
@@ -73,13 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", help="a policy folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="pictures go to a folder beside it")
-    parser.add_argument("--episodes", type=int, default=300, help="goals in turn (default %(default)s)")
+    parser.add_argument("--beside", type=Path, metavar="FILE.json", help="questions of the same folder that go into it as well")
+    parser.add_argument("--times", type=int, default=4, help="how often its own stand in the file (default %(default)s)")
+    parser.add_argument("--episodes", type=int, default=400, help="goals in turn (default %(default)s)")
     parser.add_argument("--seed", type=int, default=500_000, help="of the first scene (default %(default)s)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.expert, args.flat, args.export = False, None, None
     policies, robot = load(args)
     bench, rng = Watched(policies, robot, None, {}), np.random.default_rng(args.seed)
+    before = [] if args.beside is None else json.loads(args.beside.read_text())
     goals, folder = list(GOALS), args.out.with_name(f"{args.out.stem}-pictures")
     folder.mkdir(parents=True)
     entries, answers = [], Counter[str]()
@@ -96,7 +99,7 @@ def main() -> None:
             answers.update(answer for _, answer in pairs)
             entries.append({"id": f"{SUITE}-{goal}-{args.seed + n}-{k}", "image": name, "episode": n, "frame": k,
                             "kind": "seen", "conversations": turns})  # fmt: skip
-    replace_file(args.out, json.dumps(entries, indent=0))
+    replace_file(args.out, json.dumps([*before, *entries * args.times], indent=0))
     print(f"{args.out}: {2 * len(entries)} questions about {len(entries)} looks of {args.episodes} episodes; {dict(answers)}")
 
 

@@ -157,6 +157,8 @@ class Station:
         if len(goal) > LONGEST:
             raise UsageError("goal", found=f"{len(goal):,} characters", expected=f"at most {LONGEST:,}", fix="say it shorter")
         self.stage.check(goal, scene)
+        if (before := self._run) is not None and before.state in ENDED:
+            before.ended.wait(_PATIENCE)  # it is over, and about to have put away its things
         with self.lock:
             if self._closing:
                 raise Refusal(

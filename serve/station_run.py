@@ -171,6 +171,9 @@ class Run:
 
     def _end(self, state: str) -> None:
         """What is left to keep and to show; a camera or a disk may fail at it."""
+        while self._word:  # an answer that ended the run, between its last tick and here
+            if (word := self._word.popleft()) is not None:
+                self._heard(word)
         if state == "failed":
             self._incident("failure", self.error)
         if (recorder := self.station.recorder) is not None:
@@ -202,10 +205,7 @@ class Run:
         loop, scene, gate = self._loop, self._scene, self.station.gate
         assert loop is not None and scene is not None
         question = said.question
-        told = {"instruction": said.instruction} if said.instruction else {}
-        self._board.say("answer", **{"question": question.number, "answer": said.answer, "by": said.by, **told})
-        self._incident("handoff", f"answered: {said.answer}", quiet=True, question=question.number, answer=said.answer,
-                       asked=question.reason, by=said.by, **told)  # fmt: skip
+        self._heard(said)
         if said.answer == "stop":
             self.stop()
             return
@@ -230,6 +230,13 @@ class Run:
                 self._go_back(_ASKED, question)
             case _:
                 loop.release()
+
+    def _heard(self, said: Answer) -> None:
+        """An answer is shown and kept."""
+        told = {"instruction": said.instruction} if said.instruction else {}
+        self._board.say("answer", **{"question": said.question.number, "answer": said.answer, "by": said.by, **told})
+        self._incident("handoff", f"answered: {said.answer}", quiet=True, question=said.question.number, answer=said.answer,
+                       asked=said.question.reason, by=said.by, **told)  # fmt: skip
 
     def _demonstrate(self, observation: Mapping[str, Any]) -> np.ndarray | None:
         assert self._loop is not None and self._scene is not None and self._scene.demonstrator is not None

@@ -25,6 +25,7 @@ from vla.handoff.trouble import Trouble, check_troubles
 from vla.prompt import clean_instruction
 from vla.resample import standstill
 from vla.sims import find_suite, make_sim
+from vla.sims.render import draw_in_any_thread
 from vla.sims.suites import TABLETOP_TASKS, same_scenes, tabletop_instruction
 from vla.sims.tabletop_tasks import expert
 
@@ -192,6 +193,7 @@ class SimStage:
         `planner`, `progress`: of a world; default: its own plan, and the simulator's word beside stillness. `known`: instructions
         the policy knows. `on_sim` is told the simulator of each run. Raises `UsageError` for a trouble this suite does not know.
         """
+        draw_in_any_thread()  # the station's, of which there may be several in a process
         self.suite, self.robot, self.seed, self.size, self.on_sim = suite, robot, seed, size, on_sim
         (self.trouble,) = check_troubles([trouble], suite)
         self._planner = planner or Foreseen

@@ -125,3 +125,30 @@ def test_a_forked_process_is_told_to_spawn(table):
     """OpenGL does not survive a fork; without the check the child dies deep inside the driver."""
     table.reset(seed=0)
     assert "spawn" in call(multiprocessing.get_context("fork"), _draw, 0)
+
+
+def test_pictures_of_any_thread_are_the_same():
+    """In a process of its own: it is for good."""
+    code = """
+import threading
+from vla.sims import make_sim
+from vla.sims.render import draw_in_any_thread
+
+pictures = []
+
+def draw():
+    sim = make_sim("tabletop", "touch-red", image_size=64)
+    sim.reset(seed=3)
+    pictures.append(sim.view("front", 64).copy())
+
+draw()
+draw_in_any_thread()
+for _ in range(3):
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+draw()
+assert len(pictures) == 5 and pictures[0].std() > 10
+assert all((picture == pictures[0]).all() for picture in pictures), [picture.std() for picture in pictures]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT)

@@ -380,6 +380,8 @@ def test_a_gate_that_says_retreat_finds_the_robot_moved_back_first(tmp_path: Pat
         assert order[:6] == ["policy"] * 6 and "retreat" in order
         one.answer(1, "stop")
         assert one.snapshot()["run"]["state"] == "stopped"
+        assert [event["answer"] for event in one.board.after(0) if event["kind"] == "answer"][-1:] == ["stop"]
+        assert one.run(EVERY, SCENE)["run"]["number"] == 2  # at once: the one before is over
     assert opened(tmp_path / "incidents").num_episodes == 1
 
 

@@ -8,11 +8,13 @@ Anti-aliasing, shadows and reflections are off: on a CPU they cost 13 to 19 time
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Hashable
+import threading
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ MAX_SIZE = 480
 """Largest side of a picture, in pixels."""
 _MAX_GEOM = 2000
 _gl: tuple[int, Any] | None = None  # (pid, GLContext): a context does not survive a fork
+_turn, _shared = threading.RLock(), False
 _eyes: dict[tuple[int, Hashable, int], Eye] = {}
 
 
@@ -92,9 +95,11 @@ def _egl_starts() -> bool:
 
 
 def _context() -> Any:
-    """This process's GL context, made at the first call and current from then on."""
+    """This process's GL context, made at the first call and current from then on; see `draw_in_any_thread`."""
     global _gl
     if _gl is not None and _gl[0] == os.getpid():
+        if _shared:
+            _gl[1].make_current()
         return _gl[1]
     if _gl is not None:
         raise MachineError("offscreen renderer", found="a process forked after its parent drew",
@@ -111,6 +116,29 @@ def _context() -> Any:
     _gl = (os.getpid(), context)
     atexit.register(_close)  # after MuJoCo registered the end of the display, hence run before it
     return context
+
+
+def draw_in_any_thread() -> None:
+    """From now on this process may draw in any thread, one at a time, for about a fifteenth of a small picture's time. Called in
+    the thread that drew so far, if one did: a context belongs to a thread until it is let go, and elsewhere OpenGL does nothing
+    and says nothing."""
+    global _shared
+    with _drawing():
+        _shared = True
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """The context is current here."""
+    with _turn:
+        _context()
+        try:
+            yield
+        finally:
+            if _shared and "mujoco.egl" in sys.modules:  # OSMesa lets itself be taken
+                egl: Any = sys.modules["mujoco.egl"]
+                nothing = egl.EGL.EGL_NO_SURFACE
+                egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, nothing, nothing, egl.EGL.EGL_NO_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -133,11 +161,11 @@ class Eye:
         if not 8 <= size <= MAX_SIZE:
             raise UsageError("image size", found=size, expected=f"8 to {MAX_SIZE} pixels", fix="choose another size")
         self._mujoco = mujoco
-        _context()
         kept = (model.vis.global_.offwidth, model.vis.global_.offheight, model.vis.quality.offsamples)
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         model.vis.quality.offsamples = 0
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        with _drawing():
+            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         model.vis.global_.offwidth, model.vis.global_.offheight, model.vis.quality.offsamples = kept
         self._scene = mujoco.MjvScene(model, _MAX_GEOM)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
@@ -149,6 +177,10 @@ class Eye:
 
     def picture(self, model: Any, data: Any, camera: int | View) -> np.ndarray:
         """(size, size, 3) uint8 RGB, upright, of `data` (already forwarded) through the model's `camera` or a view of ours."""
+        with _drawing():
+            return self._picture(model, data, camera)
+
+    def _picture(self, model: Any, data: Any, camera: int | View) -> np.ndarray:
         mujoco = self._mujoco
         if isinstance(camera, View):
             self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
@@ -164,7 +196,8 @@ class Eye:
 
     def free(self) -> None:
         """Give the OpenGL objects back; the context must still be alive."""
-        self._context.free()
+        with _drawing():
+            self._context.free()
 
 
 def eye_for(kind: Hashable, model: Any, size: int, hide: int | None = None) -> Eye:
