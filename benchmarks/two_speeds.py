@@ -119,10 +119,12 @@ class Row:
 class Bench:
     """Policies on the long goals."""
 
-    def __init__(self, policies: Mapping[str, Any], robot: Robot, execute: int | None, asking: Mapping[str, Any]) -> None:
-        """`policies`: who of a `Row` -> policy; `asking`: options of `serve.progress.Asking`."""
+    def __init__(self, policies: Mapping[str, Any], robot: Robot, execute: int | None, asking: Mapping[str, Any],
+                 sure: float = 0.5) -> None:  # fmt: skip
+        """`policies`: who of a `Row` -> policy; `asking`: options of `serve.progress.Asking`; `sure`: from which
+        probability a subtask is finished."""
         self.policies, self.robot, self.execute = policies, robot, execute
-        self.asking = asking
+        self.asking, self.sure = asking, sure
         self.speaker = LocalSpeaker(policies["vla"]) if "vla" in policies else None
         self.size = max(max(sizes) for sizes in robot.sizes.values())
         self.sims: dict[str, Any] = {}
@@ -155,7 +157,7 @@ class Bench:
                 loop.stop()
 
         loop = TwoSpeed(policy, world, planner, world.sim.instruction, self.robot.control_hz, guard, progress=progress,
-                        on_verdict=judged, **options)  # fmt: skip
+                        finished=self.sure, on_verdict=judged, **options)  # fmt: skip
         return loop.run().loop
 
     def _planner(self, row: Row, world: World, realtime: bool) -> tuple[Planner, Progress]:
@@ -240,14 +242,14 @@ def main() -> None:
     add("--json", action="store_true")
     args = parser.parse_args()
     policies, robot = load(args)
-    asking = {"every": args.every, "agree": args.agree, "sure": args.sure}
-    bench = Bench(policies, robot, args.execute, asking)
+    asking = {"every": args.every, "agree": args.agree}
+    bench = Bench(policies, robot, args.execute, asking, args.sure)
     goals = args.goal or known_goals(policies.get("vla") or policies["expert"])
     rows = [bench.row(row, goals, episodes, args.seed, realtime)
             for realtime, episodes in ((False, args.episodes), (True, 0 if args.expert else args.realtime)) if episodes
             for row in rows_of(args, policies)]  # fmt: skip
     named = {"policy": "the expert" if args.expert else str(args.policy), "flat": args.flat, "export": str(args.export or "")}
-    result = {**named, "goals": goals, "seed": args.seed, "asking": asking, "rows": rows}
+    result = {**named, "goals": goals, "seed": args.seed, "asking": asking, "sure": args.sure, "rows": rows}
     if args.json:
         print(json.dumps(result))
         return

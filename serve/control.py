@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 100_000
 """Ticks that are remembered."""
-_SURE = 0.5
-"""Probability from which an instruction counts as finished."""
 
 
 class Tick(NamedTuple):
@@ -103,8 +101,9 @@ class TwoSpeed:
 
     def __init__(
         self, student: Acts, robot_io: RobotIO, planner: Planner, goal: str, hz: float, guard: Guard, *, every: float = 1.0,
-        patience: float = 15.0, progress: Progress | None = None, unsure: float = 0.0, window: int = 5,
-        doubt: Callable[[Mapping[str, Any], Any], str] | None = None, least: float = 0.0, asynchronous: bool = True,
+        patience: float = 15.0, progress: Progress | None = None, finished: float = 0.5, unsure: float = 0.0,
+        window: int = 5, doubt: Callable[[Mapping[str, Any], Any], str] | None = None, least: float = 0.0,
+        asynchronous: bool = True,
         clock: Clock | None = None, execute: int | None = None, ensemble: float | None = None,
         on_verdict: Callable[[Verdict], None] | None = None, on_plan: Callable[[Plan], None] | None = None,
         on_look: Callable[[Looked], None] | None = None, on_event: Callable[[str], None] | None = None,
@@ -114,8 +113,9 @@ class TwoSpeed:
         between two looks of the student's.
 
         `every` s between questions where nothing happens; `patience` s an answer is waited for. `progress` says when an
-        instruction is finished or stalled; `doubt(observation, chunk)` why the policy is not to be trusted just now, "" if it is;
-        so does a mean confidence of `window` chunks below `unsure`. A plan less certain than `least` is not followed.
+        instruction is finished (from a probability of `finished` on) or stalled; `doubt(observation, chunk)` why the policy is
+        not to be trusted just now, "" if it is; so does a mean confidence of `window` chunks below `unsure`. A plan less certain
+        than `least` is not followed.
         `on_plan` is told each plan that is; `on_look` each look at the instruction in force that has not finished it, before what
         was said of it is played on; `on_event` what the planner is asked at once for. `before` is called when a tick begins. All
         from the loop's thread; any of them may call `hold`, `release` or `command`, which then count for this very tick.
@@ -127,7 +127,7 @@ class TwoSpeed:
             raise UsageError("TwoSpeed", found=f"every={every}, patience={patience}, window={window}",
                              expected="seconds more than 0, at least one chunk", fix="leave them out")  # fmt: skip
         self.planner, self.goal, self.every, self.patience = planner, goal, every, patience
-        self.progress, self.doubt, self.unsure, self.least = progress, doubt, unsure, least
+        self.progress, self.finished, self.doubt, self.unsure, self.least = progress, finished, doubt, unsure, least
         self.asynchronous, self._on_verdict, self.on_plan = asynchronous, on_verdict, on_plan
         self.on_look, self.on_event, self.before = on_look, on_event, before
         self._student, self._io = _Heard(student), _Seen(robot_io)
@@ -265,7 +265,7 @@ class TwoSpeed:
             self._sure.append(float(np.nanmean(confidence)))
         doubt = "" if self.doubt is None else self.doubt(observation, chunk)
         unsure = len(self._sure) == self._sure.maxlen and float(np.mean(self._sure)) < self.unsure
-        if told.done >= _SURE:
+        if told.done >= self.finished:
             self._happened("done", wait="what comes next")
         elif told.stalled and self._status != "stalled":
             self._happened("stalled")

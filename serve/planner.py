@@ -26,7 +26,7 @@ from serve.refusal import Refusal
 from serve.speaking import Speaker
 from serve.wire import Picture
 from vla.errors import DataError, UsageError
-from vla.prompt import DONE, clean_instruction, plan_prompt
+from vla.prompt import DONE, clean_instruction, plan_prompt, progress_prompt
 
 STATUSES = ("new", "running", "done", "stalled", "unsure", "help")
 """How the last instruction goes: there is none yet; it is followed; it is finished; nothing moves any more, or it takes too long;
@@ -206,21 +206,22 @@ class PolicyPlanner:
 
     def __init__(
         self, speaker: Speaker, known: Sequence[str] | Callable[[], Sequence[str]] = (), *, valid_for: float = VALID_FOR,
-        camera: str | None = None,
+        camera: str | None = None, finished: float = 0.8,
     ) -> None:  # fmt: skip
         """`known`: instructions the fast policy knows, or what says them; empty: anything may be said. `camera`: which picture
-        it is asked about (default: the first)."""
-        self.speaker, self.valid_for, self.camera = speaker, valid_for, camera
+        it is asked about (default: the first). `finished`: how likely it has to hold it that an instruction is finished before
+        it goes on by itself, from one look."""
+        self.speaker, self.valid_for, self.camera, self.finished = speaker, valid_for, camera, finished
         self._known = known if callable(known) else lambda: known
 
     def plan(self, asked: Asked) -> Plan:
         done = lines(asked.memory)
         if asked.status == "done" and asked.last:
             done.append(clean_instruction(asked.last))
-        memory, known = "\n".join(done), [clean_instruction(text) for text in asked.known or self._known()]
+        known = [clean_instruction(text) for text in asked.known or self._known()]
         said = clean_instruction(asked.words) if asked.words.strip() else ""
         if said and said in known:
-            return Plan(said, (), memory, confidence=1.0, valid_for=self.valid_for, reason="a person said so")
+            return Plan(said, (), "\n".join(done), confidence=1.0, valid_for=self.valid_for, reason="a person said so")
         # Its prompt has no place for what a person says beside the goal; the newer of the two counts.
         question = plan_prompt(said or asked.goal, done, asked.last)
         picture = self._picture(asked.images)
@@ -230,8 +231,15 @@ class PolicyPlanner:
         else:
             text, likely = self.speaker.answer(picture, question)
             best, sure, shares, reason = text, math.exp(min(0.0, likely)), [], "its own words"
+        if asked.status == "running" and asked.last and not said and best != (last := clean_instruction(asked.last)):
+            # It means to go on before anybody told it that the last one is finished: then that has to be so, and is remembered.
+            yes = dict(ranked(self.speaker, picture, progress_prompt(last), ["yes", "no"]))["yes"]
+            if yes >= self.finished:
+                done.append(last)
+            else:
+                best, sure, reason = last, 1 - yes, f"{best!r} comes next, but {last!r} is not finished"[:200]
         done_now = best.strip().lower() == DONE
-        entry = {"instruction": best, "memory": memory, "done": done_now, "confidence": sure, "reason": reason}
+        entry = {"instruction": best, "memory": "\n".join(done), "done": done_now, "confidence": sure, "reason": reason}
         return replace(plan_of(entry, "policy", valid_for=self.valid_for), considered=tuple(shares[:5]))
 
     def _picture(self, images: Mapping[str, Picture]) -> Picture | None:

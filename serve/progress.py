@@ -88,21 +88,23 @@ class Asking:
     """The learned judge: a policy that speaks is asked whether it is finished, and its yes is weighed against its no.
 
     In a thread of its own, every `every` seconds; what it said of an instruction that is over is thrown away. While it does not
-    answer, nothing is known.
+    answer, nothing is known. Of an instruction that repeats the one before (touch it again) a yes counts only after a no: at its
+    beginning the picture shows what was done before.
     """
 
-    def __init__(self, speaker: Speaker, *, every: float = 0.5, agree: int = 2, sure: float = 0.5, camera: str | None = None,
+    def __init__(self, speaker: Speaker, *, every: float = 0.5, agree: int = 2, camera: str | None = None,
                  threaded: bool = True) -> None:  # fmt: skip
-        """`agree`: how many answers in a row must say yes with a probability of `sure`; the least of them is told. Without
-        `threaded` each look waits for its answer, for loops whose time is counted in steps."""
-        self.speaker, self.every, self.sure, self.camera, self.threaded = speaker, every, sure, camera, threaded
+        """`agree`: how many answers in a row are needed; the least of them is told. Without `threaded` each look waits for its
+        answer, for loops whose time is counted in steps."""
+        self.speaker, self.every, self.camera, self.threaded = speaker, every, camera, threaded
         self._answers: deque[float] = deque(maxlen=agree)
         self._heard: queue.SimpleQueue[tuple[int, float | None]] = queue.SimpleQueue()
         self._number, self._busy, self._next = 0, False, 0.0
-        self._instruction = ""
+        self._instruction, self._again = "", False
         self.asked = self.failed = 0
 
     def begin(self, instruction: str, now: float) -> None:
+        self._again = instruction == self._instruction
         self._instruction, self._next = instruction, now
         self._number += 1
         self._answers.clear()
@@ -120,8 +122,8 @@ class Asking:
             else:
                 self._ask(self._number, self._instruction, picture)
                 self._listen()
-        yes = len(self._answers) == self._answers.maxlen and min(self._answers) >= self.sure
-        return Told(done=min(self._answers), why="the policy says so") if yes else Told()
+        full = len(self._answers) == self._answers.maxlen
+        return Told(done=min(self._answers), why="the policy says so") if full else Told()
 
     def _ask(self, number: int, instruction: str, picture: Any) -> None:
         try:
@@ -143,7 +145,9 @@ class Asking:
             self._busy = False
             self.failed += yes is None
             if number == self._number and yes is not None:
-                self._answers.append(yes)
+                self._again = self._again and yes >= 0.5
+                if not self._again:
+                    self._answers.append(yes)
 
 
 class Several:

@@ -117,3 +117,35 @@ def test_several_judges_are_one():
     assert both.saw({}, None, 0.0) == Told(0.7, False, "b")
     assert Several(Says(Told(0.0, True, "c")), one).saw({}, None, 0.0) == Told(0.3, True, "c")
     assert Several().saw({}, None, 0.0) == Told()
+
+
+def test_what_is_to_be_done_again_is_not_done_before_it_was_undone():
+    class Says:
+        def __init__(self) -> None:
+            self.yes = 0.9
+
+        def score(self, picture: object, question: str, candidates: object) -> list[float]:
+            return np.log([self.yes, 1 - self.yes]).tolist()
+
+        def answer(self, picture: object, question: str) -> tuple[str, float]:
+            raise AssertionError
+
+    says = Says()
+    asking = Asking(says, every=0.1, agree=2, threaded=False)
+    look = {"images": {"front": np.zeros((4, 4, 3), np.uint8)}}
+
+    def told(*answers: float) -> list[bool]:
+        found = []
+        for yes in answers:
+            says.yes = yes
+            told.now += 1.0
+            found.append(asking.saw(look, None, told.now).done > 0.5)
+        return found
+
+    told.now = 0.0
+    asking.begin("touch it", 0.0)
+    assert told(0.9, 0.9) == [False, True], "the first time there is nothing to be undone"
+    asking.begin("touch it", told.now)
+    assert told(0.9, 0.9, 0.9, 0.2, 0.9, 0.9) == [False, False, False, False, False, True]
+    asking.begin("touch another", told.now)
+    assert told(0.9, 0.9) == [False, True]
