@@ -13,12 +13,15 @@ from typing import Any
 
 from vla.errors import MachineError, UsageError
 
+_ASKED = 0.3
+"""Seconds between two questions whether it is finished, where a policy is asked."""
 _EXAMPLES = """\
 examples:
   vla operate models/nano-base --sim tabletop-long                 then open the address it prints
   vla operate runs/demo --sim tabletop --handoff ask=0.1,hold=0.02 --trouble occlusion
   vla operate expert --sim tabletop-long --handoff drill=20        nothing to load; asks every 20 looks, to practise
-  vla operate http://gpu-box:8000 --student-token-file token --sim tabletop --planner server
+  vla operate http://gpu-box:8000 --student-token-file token --sim tabletop-long --planner server --progress policy
+  vla operate exports/student --sim tabletop-long --planner http://gpu-box:8000 --progress policy       plans there, acts here
   vla operate exports/student --sim tabletop --host 0.0.0.0 --token-file tokens --incidents data/incidents
 
 A robot of your own: a few lines of Python around serve.station.Station, docs/operating.md
@@ -39,11 +42,12 @@ def add_operate_parser(subparsers: Any) -> None:
     add(
         "--seed", type=int, default=900_000, metavar="K", help="of the first scene; each run takes the next (default %(default)s)"
     )
-    add("--planner", metavar="KIND", help="simulator (its own plan of the scene, the default), policy, server, scripted:FILE or "
-        "openai:URL")  # fmt: skip
+    add("--planner", metavar="KIND", help="simulator (its own plan of the scene, the default), policy, server (that of "
+        "STUDENT), http://HOST:PORT (a `vla serve --planner ...`), scripted:FILE or openai:URL")  # fmt: skip
     add("--planner-model", metavar="NAME", default="default", help="of openai:URL, which model is asked")
-    add("--planner-key-file", type=Path, metavar="FILE", help="of openai:URL, the key in the first line of a file")
-    add("--progress", choices=("simulator", "policy"), default="simulator", help="who says that an instruction is finished")
+    add("--planner-key-file", type=Path, metavar="FILE", help="of openai:URL or http://..., the key in the first line of a file")
+    add("--progress", choices=("simulator", "policy"), default="simulator", help="who says that an instruction is finished; "
+        "policy: whichever speaks, here or where it plans (default %(default)s)")  # fmt: skip
     add("--handoff", default="auto", metavar="HOW", help="auto (by handoff.json beside the policy), off, drill=N, or responses "
         "with their rates: ask=0.1,hold=0.02,retreat=0.005 (default %(default)s)")  # fmt: skip
     add("--handoff-folder", type=Path, metavar="DIR", help="where handoff.json lies, if not beside the policy")
@@ -154,14 +158,10 @@ def _planner(args: argparse.Namespace, student: Any) -> Any:
     kind = args.planner or "simulator"
     if kind == "simulator":
         return None
-    if kind == "server":
+    if (where := _server(args)) is not None:
         from serve.remote_planner import ServerPlanner
 
-        if "://" not in args.student:
-            raise UsageError("--planner server", found=f"STUDENT {args.student}", expected="the address of a `vla serve`",
-                             fix="--planner policy")  # fmt: skip
-        asked = ServerPlanner(args.student.replace("ws", "http", 1) if args.student.startswith("ws") else args.student,
-                              args.student_token_file, robot=args.robot)  # fmt: skip
+        asked = ServerPlanner(*where, robot=args.robot)
         return lambda world: asked
     if kind == "policy":
         from serve.planner import PolicyPlanner
@@ -185,12 +185,27 @@ def _planner(args: argparse.Namespace, student: Any) -> Any:
     return lambda world: planner
 
 
+def _server(args: argparse.Namespace) -> tuple[str, Path | None] | None:
+    """(address of the `vla serve` that plans, file of its token); None where another plans. Raises `UsageError`."""
+    if args.planner == "server":
+        if "://" not in args.student:
+            raise UsageError("--planner server", found=f"STUDENT {args.student}", expected="the address of a `vla serve`",
+                             fix="--planner policy, or --planner http://HOST:PORT")  # fmt: skip
+        return args.student, args.student_token_file
+    if (args.planner or "").startswith(("http://", "https://", "ws://", "wss://")):
+        return args.planner, args.planner_key_file
+    return None
+
+
 def _progress(args: argparse.Namespace, student: Any, robot: Any) -> Any:
     if args.progress == "simulator":
         return None
     from serve.progress import Asking, Several, Stillness
+    from serve.remote_planner import ServerSpeaker
 
-    if student.speaker is None:
-        raise UsageError("--progress policy", found=f"STUDENT {args.student}, which does not speak", expected="a policy folder",
-                         fix="leave it out")  # fmt: skip
-    return lambda world: Several(Asking(student.speaker), Stillness(robot))
+    where = _server(args)
+    speaker = student.speaker if where is None else ServerSpeaker(*where)
+    if speaker is None:
+        raise UsageError("--progress policy", found=f"STUDENT {args.student}, which does not speak", expected="a policy folder, "
+                         "or a server that plans", fix="leave it out, or --planner http://HOST:PORT")  # fmt: skip
+    return lambda world: Several(Asking(speaker, every=_ASKED), Stillness(robot))

@@ -80,9 +80,9 @@ def student_of(given: str, *, device: str | None = None, token: str | None = Non
         from serve.remote_planner import ServerSpeaker
 
         client = Client(given, token, robot=robot)
-        return Student(
-            client, f"{client.policy} at {given}", client.robots, speaker=ServerSpeaker(given, token), close=client.close
-        )
+        known = tuple(map(str, client.said.get("instructions") or ()))
+        return Student(client, f"{client.policy[:12]} at {client.address}", client.robots, known,
+                       speaker=ServerSpeaker(given, token), close=client.close)  # fmt: skip
     path = Path(given)
     if (path / "export.json").is_file():
         from serve.edge import EdgePolicy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 from children import LIMIT
-from serving import until
+from operating import operating, post, snapshot
+from serving import started, until
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
@@ -253,6 +255,28 @@ def test_a_real_policy_is_watched_at_its_own_rate(tmp_path: Path, checkout: Path
         assert any(tick["confidence"] is not None and 0 < tick["confidence"] < 1 for tick in ticks)
 
 
+def test_a_planner_elsewhere_plans_and_the_policy_here_acts(tmp_path: Path):
+    """Two real processes: the goal goes to a `vla serve`, its plan is what is done here; without it the robot holds."""
+    (tmp_path / "steps").write_text("touch the green cube\ntouch the red cube\n")
+    (tmp_path / "tokens").write_text(TOKEN)
+    flags = ("--planner", f"scripted:{tmp_path / 'steps'}", "--token-file", tmp_path / "tokens")
+    with started("null:tabletop", *flags, token=TOKEN) as planner:
+        here = ("--planner", planner.address, "--planner-key-file", tmp_path / "tokens", "--handoff", "off")
+        with operating(tmp_path, *here) as station:
+
+            def now() -> Any:
+                return snapshot(station.address)["run"]
+
+            post(station.address, "run", goal=EVERY, scene=SCENE)
+            until(lambda: now()["plan"]["done"])
+            assert now()["plan"]["done"][0] == "touch the green cube"
+            until(lambda: now()["instruction"] == RED)
+            os.kill(planner.process.pid, signal.SIGKILL)
+            planner.leave = None
+            until(lambda: now()["hold"].startswith(("expired", "waiting")))
+            assert now()["state"] == "running" and not station.complaints()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -262,6 +286,8 @@ def test_a_real_policy_is_watched_at_its_own_rate(tmp_path: Path, checkout: Path
         (["expert", "--sim", "tabletop", "--handoff", "drill=x"], "drill=x"),
         (["expert", "--sim", "metaworl"], "no such suite"), (["expert", "--sim", "tabletop", "--trouble", "rain"], "occlusion"),
         (["expert", "--sim", "tabletop", "--planner", "guess"], "scripted:FILE"),
+        (["expert", "--sim", "tabletop", "--planner", "server"], "--planner http://HOST:PORT"),
+        (["expert", "--sim", "tabletop", "--planner", "http://user:word@127.0.0.1:1"], "the key goes into a file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_operated_is_said_before_anything_moves(flags: list[str], words: str, tmp_path: Path):
