@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +40,12 @@ _STATUS = {
     "stalled": "the robot does not get on with it", "unsure": "the policy is not sure of itself",
     "help": "the robot asked for help",
 }  # fmt: skip
-_KNOWN = "The policy knows these instructions, say one of them word for word: "
+_GOAL, _MEMORY, _LAST = "Goal: ", "\nYour memory: ", "\nLast instruction: "
+_STATE, _WORDS = "\nState of the robot: ", "\nThe person beside the robot says: "
+_KNOWN = "\nThe policy knows these instructions, say one of them word for word: "
+"""Parts of a question, written by `OpenAIPlanner` and read by `asked_of`."""
+_MOST_KNOWN = 1000
+"""Instructions of a question, as of `/v1/plan`."""
 Form = Literal["json_schema", "json_object", "none"]
 """How the answer's form is asked for: by a schema (vLLM, llama.cpp), as any JSON, or in words alone."""
 
@@ -94,15 +98,14 @@ class OpenAIPlanner:
         return entry
 
     def _body(self, asked: Asked, known: list[str]) -> dict[str, Any]:
-        told = [f"Goal: {asked.goal}", f"Your memory: {asked.memory or 'empty'}"]
-        told.append(f"Last instruction: {asked.last or 'none'} ({_STATUS[asked.status]})")
+        told = f"{_GOAL}{asked.goal}{_MEMORY}{asked.memory or 'empty'}{_LAST}{asked.last or 'none'} ({_STATUS[asked.status]})"
         if asked.state is not None:
-            told.append("State of the robot: " + ", ".join(f"{value:.4g}" for value in np.ravel(asked.state)[:64]))
+            told += _STATE + ", ".join(f"{value:.4g}" for value in np.ravel(asked.state)[:64])
         if asked.words:
-            told.append(f"The person beside the robot says: {asked.words}")
+            told += _WORDS + asked.words
         if known:
-            told.append(_KNOWN + json.dumps(known))
-        content: list[dict[str, Any]] = [{"type": "text", "text": "\n".join(told)}]
+            told += _KNOWN + json.dumps(known)
+        content: list[dict[str, Any]] = [{"type": "text", "text": told}]
         for camera, picture in asked.images.items():
             content.append({"type": "text", "text": f"Camera {camera}:"})
             content.append({"type": "image_url", "image_url": {"url": data_url(picture, self.picture)}})
@@ -118,27 +121,34 @@ class OpenAIPlanner:
         return body
 
 
-_QUESTION = re.compile(
-    r"Goal: (?P<goal>.+?)\nYour memory: (?P<memory>.*?)\nLast instruction: (?P<last>[^\n]*) \((?P<status>"
-    + "|".join(map(re.escape, _STATUS.values())) + r")\)(?:\nState of the robot: (?P<state>[^\n]*))?"
-    r"(?:\nThe person beside the robot says: (?P<words>.*?))?(?:\n" + re.escape(_KNOWN) + r"(?P<known>\[.*\]))?",
-    re.DOTALL,
-)  # fmt: skip
-
-
 def asked_of(text: str, images: Mapping[str, Picture]) -> Asked | None:
-    """What `OpenAIPlanner` asks in `text`, for a planner that answers it; None for any other text."""
-    found = _QUESTION.fullmatch(text)
-    if found is None:
+    """What `OpenAIPlanner` asks in `text`, for a planner that answers it; None for any other text, and for more than `/v1/plan`
+    takes. No pattern that goes back and forth: strangers write such texts, and robots wait meanwhile."""
+    goal, memory_said, rest = text.partition(_MEMORY)
+    memory, last_said, rest = rest.partition(_LAST)
+    line, more, rest = rest.partition("\n")
+    status = next((status for status, words in _STATUS.items() if line.endswith(f" ({words})")), None)
+    if not (memory_said and last_said and status and goal.startswith(_GOAL)):
+        return None
+    goal, last, rest = goal.removeprefix(_GOAL), line.removesuffix(f" ({_STATUS[status]})"), more + rest
+    memory, last = "" if memory == "empty" else memory, "" if last == "none" else last
+    numbers = words = ""
+    if rest.startswith(_STATE):
+        numbers, more, rest = rest.removeprefix(_STATE).partition("\n")
+        rest = more + rest
+    if rest.startswith(_WORDS):
+        words, more, rest = rest.removeprefix(_WORDS).partition(_KNOWN)
+        rest = more + rest
+    listed = rest.removeprefix(_KNOWN)
+    if (rest and listed == rest) or max(map(len, (goal, memory, last, words, numbers))) > LONGEST:
         return None
     try:
-        known = json.loads(found["known"] or "[]")
-        state = [float(word) for word in found["state"].split(", ")] if found["state"] else None
-        status = next(status for status, words in _STATUS.items() if words == found["status"])
-        memory, last = ("" if found[name] == empty else found[name] for name, empty in (("memory", "empty"), ("last", "none")))
-        return Asked(found["goal"], images, memory, None if state is None else np.array(state, np.float32), last, status,
-                     found["words"] or "", tuple(map(str, known)))  # fmt: skip
-    except (ValueError, VLAError):
+        known = json.loads(listed) if rest else []
+        state = np.array([float(number) for number in numbers.split(", ")], np.float32) if numbers else None
+        if not isinstance(known, list) or len(known) > _MOST_KNOWN or not all(isinstance(one, str) for one in known):
+            return None
+        return Asked(goal, images, memory, state, last, status, words, tuple(known))
+    except (ValueError, RecursionError, VLAError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from speaking_policies import GOAL, NEXT, picture, write_speaking_policy
 
 from serve.asking import post_json
 from serve.planner import STATUSES, Asked
-from serve.remote_planner import OpenAIPlanner, ServerPlanner, asked_of, data_url
+from serve.remote_planner import _KNOWN, OpenAIPlanner, ServerPlanner, asked_of, data_url
+from serve.settings import ServeSettings
+from serve.wires.chat import ChatBody, _question
 from vla.prompt import progress_prompt
 
 TOKEN = "a-token-of-the-tests"
@@ -46,9 +49,34 @@ def test_what_a_planner_is_asked_is_read_as_it_was_meant(status: str, state: Any
         assert (said.state is None) == (state is None) and (state is None or np.allclose(said.state, state))
 
 
-@pytest.mark.parametrize("text", ["", "Goal: x", "what is it?", "Goal: x\nYour memory: y\nLast instruction: z (well)"])
+DONE = "Last instruction: z (it is finished)"
+
+
+@pytest.mark.parametrize("text", [
+    "", "Goal: x", "what is it?", "Goal: x\nYour memory: y\nLast instruction: z (well)", f"x\nYour memory: y\n{DONE}",
+    f"Goal: x\nYour memory: y\n{DONE}\nand then?", f"Goal: x\nYour memory: y\n{DONE}{_KNOWN}[1]",
+    f"Goal: x\nYour memory: y\n{DONE}{_KNOWN}", f"Goal: x\nYour memory: y\n{DONE}{_KNOWN}{'[' * 5000}",
+    f"Goal: {'x' * 4001}\nYour memory: y\n{DONE}", f"Goal: x\nYour memory: {'y' * 4001}\n{DONE}",
+    f"Goal: x\nYour memory: y\n{DONE}\nState of the robot: 1, two",
+])  # fmt: skip
 def test_other_words_are_no_planners_question(text: str):
     assert asked_of(text, {}) is None
+
+
+def test_words_that_begin_like_a_cameras_name_are_said_all_the_same():
+    png = {"type": "image_url", "image_url": {"url": data_url(np.zeros((8, 8, 3), np.uint8), "png")}}
+    service: Any = SimpleNamespace(settings=ServeSettings())
+
+    def read(*parts: Any) -> tuple[str, list[str]]:
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+        words, pictures = _question(ChatBody.model_validate({"messages": [{"role": "user", "content": content}]}), service)
+        return words, list(pictures)
+
+    asked = "Camera pictures show what?"
+    assert read(asked) == (asked, []) and read(asked, png) == read(png, asked) == (asked, ["picture 0"])
+    assert read("Camera front:") == ("Camera front:", []), "no picture follows"
+    assert read("x", "Camera front:", png, "Camera wrist:", png, png) == ("x", ["front", "wrist", "picture 2"])
+    assert read("Camera front:", "x", png) == ("Camera front:\nx", ["picture 0"])
 
 
 def test_the_same_planner_by_configuration_only(planner: Server, tmp_path: Path):
@@ -66,7 +94,8 @@ def test_the_same_planner_by_configuration_only(planner: Server, tmp_path: Path)
                 here, there = itself.plan(asked), through.plan(asked)
                 assert (here.instruction, here.done, here.memory, here.confidence, here.reason) == (
                     there.instruction, there.done, there.memory, there.confidence, there.reason)  # fmt: skip
-                assert (there.instruction or "done") == answer
+                # Of one that is being carried out it may hold that it is not finished.
+                assert (there.instruction or "done") in {answer, last if status == "running" else answer}
     assert planner.metric("tendon_requests_total") > 0 and not planner.complaints()
 
 

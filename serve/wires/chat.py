@@ -10,8 +10,10 @@ is refused; what only colours it (`temperature`, `seed`) is not looked at.
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +28,9 @@ from serve.service import Service
 from serve.wire import Picture, picture_of
 from serve.wires.planning import counted
 from serve.wires.rest import parsed, picture_bytes
+
+_CAMERA = re.compile(r"Camera ([^\n]{1,200}):")
+"""What `OpenAIPlanner` says before a picture."""
 
 
 class ImageURL(BaseModel):
@@ -106,11 +111,13 @@ def _question(body: ChatBody, service: Service) -> tuple[str, dict[str, Picture]
     words: list[str] = []
     pictures: dict[str, Picture] = {}
     camera = ""
-    for part in last.content:
+    for part, after in pairwise([*last.content, None]):
+        assert part is not None
         if part.type == "text":
-            name = part.text.removeprefix("Camera ").removesuffix(":") if part.text.startswith("Camera ") else ""
-            camera = name if name and "\n" not in name else camera
-            words += [] if camera and name == camera else [part.text]
+            # Words in front of a picture may name its camera; any others are said to the policy, whatever they begin with.
+            named = after is not None and after.type == "image_url" and _CAMERA.fullmatch(part.text)
+            camera = named[1] if named else ""
+            words += [] if named else [part.text]
             continue
         head, _, data = ("" if part.image_url is None else part.image_url.url).partition(",")
         if not head.startswith("data:image/") or not head.endswith(";base64"):
