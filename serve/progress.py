@@ -88,8 +88,8 @@ class Asking:
     """The learned judge: a policy that speaks is asked whether it is finished, and its yes is weighed against its no.
 
     In a thread of its own, every `every` seconds; what it said of an instruction that is over is thrown away. While it does not
-    answer, nothing is known. Of an instruction that repeats the one before (touch it again) a yes counts only after a no: at its
-    beginning the picture shows what was done before.
+    answer, nothing is known. Of an instruction that repeats one that was finished (touch it again) a yes counts only after a no:
+    at its beginning the picture shows what was done before.
     """
 
     def __init__(self, speaker: Speaker, *, every: float = 0.5, agree: int = 2, camera: str | None = None,
@@ -104,7 +104,9 @@ class Asking:
         self.asked = self.failed = 0
 
     def begin(self, instruction: str, now: float) -> None:
-        self._again = instruction == self._instruction
+        finished = len(self._answers) == self._answers.maxlen and min(self._answers) >= 0.5
+        # Begun again before it was finished (it stalled, a person said go on), it is the same still.
+        self._again = instruction == self._instruction and (finished or self._again)
         self._instruction, self._next = instruction, now
         self._number += 1
         self._answers.clear()

@@ -148,4 +148,6 @@ def test_what_is_to_be_done_again_is_not_done_before_it_was_undone():
     asking.begin("touch it", told.now)
     assert told(0.9, 0.9, 0.9, 0.2, 0.9, 0.9) == [False, False, False, False, False, True]
     asking.begin("touch another", told.now)
-    assert told(0.9, 0.9) == [False, True]
+    assert told(0.9) == [False]
+    asking.begin("touch another", told.now)
+    assert told(0.9, 0.9) == [False, True], "it was not finished when it was begun again: it is the same still"
