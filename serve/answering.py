@@ -7,6 +7,7 @@ led = Led(planner)                       # a planner, but a person's own instruc
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ from typing import Any, Literal, Protocol
 from serve.planner import Asked, Plan, Planner
 from vla.errors import DataError, UsageError
 from vla.prompt import clean_instruction
+
+logger = logging.getLogger(__name__)
 
 Say = Literal["ask", "hold", "retreat", "help"]
 ANSWERS = ("go_on", "instruct", "take_over", "retreat", "stop")
@@ -67,9 +70,18 @@ class Answer:
 class Judge(Protocol):
     """What a station asks of a gate; `vla.handoff.gate.Gate` is one, and `Drill`."""
 
-    def look(self, chunk: Any, step: int | None = None, features: Any = None, samples: Any = None) -> Any: ...
-    def reset(self) -> None: ...
-    def answered(self) -> None: ...
+    def look(self, chunk: Any, step: int | None = None, features: Any = None, samples: Any = None) -> Any:
+        """What to do after a look, as `vla.handoff.gate.Ruling`, in finite numbers. Whatever it raises stops the robot and calls
+        for somebody."""
+        ...
+
+    def reset(self) -> None:
+        """A run, or another instruction, begins."""
+        ...
+
+    def answered(self) -> None:
+        """Somebody has answered: what was said before counts no more."""
+        ...
 
 
 class Drill:
@@ -164,4 +176,6 @@ class AnswerLog:
                     file.flush()
                     os.fsync(file.fileno())
             except (OSError, ValueError) as error:
+                if not self.problem:
+                    logger.warning("answers are not kept in %s: %s", self.path, error)
                 self.problem = self.problem or f"{type(error).__name__}: {error}"

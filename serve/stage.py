@@ -22,7 +22,8 @@ class Demonstrator(Protocol):
         ...
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
-        """The action (A,) of this tick, None when it is finished. The loop waits for it: at once."""
+        """The action (A,) of this tick, robot units, None when it is finished: what it did is a correction then. The loop waits
+        for it: at once. Raises `VLAError` when it gives up, and a person is asked again."""
         ...
 
 

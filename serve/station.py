@@ -170,7 +170,7 @@ class Station:
                 )
             self._runs += 1
             run = self._run = Run(self, self._runs, goal, scene)
-        self._wanted.put(run)
+            self._wanted.put(run)  # under the lock: after `close` has left its word nobody would take it up
         return self.snapshot()
 
     def say(self, words: str) -> dict[str, Any]:

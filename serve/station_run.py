@@ -51,7 +51,7 @@ class Run:
         self.ended = threading.Event()
         self._stopping = False
         self._word = deque[Any]()
-        """What was left for the next tick: `Answer`s, and None to take the robot back from a demonstrator."""
+        """What was left for the next tick: `Answer`s, words to the planner, None to take the robot back from a demonstrator."""
         self._board: Board = station.board
         self._guard: Guard = station.guard
         self._loop: TwoSpeed | None = None
@@ -99,14 +99,13 @@ class Run:
             raise Refusal("bad_request", where="instruction", found=f"one beside {answer!r}", expected="one with 'instruct'",
                           fix="leave it out")  # fmt: skip
         said = Answer(question, answer, clean_instruction(instruction) if answer == "instruct" else "", by)
+        self._word.append(said)  # before the question is closed: a tick that finds neither would open another
         self.question, self.state, self._hold = None, "running", "waiting: for the next tick"
-        self._word.append(said)
         return said
 
     def say(self, words: str) -> None:
-        """A person's words to the planner."""
-        if self._loop is not None:
-            self._loop.say(words)
+        """A person's words to the planner, at the next tick: there may be no loop yet, while a scene is made."""
+        self._word.append(words)
 
     def hand_back(self) -> None:
         """Raises `Refusal` where nobody drives but the policy."""
@@ -116,6 +115,7 @@ class Run:
         self._word.append(None)
 
     def stop(self) -> None:
+        """End it at the next tick, with the robot still."""
         self._stopping = True
         if (loop := self._loop) is not None:
             loop.stop()
@@ -134,12 +134,14 @@ class Run:
             logger.exception("run %d", self.number)
             self.error = f"{type(error).__name__}: {error}"[:500]
         state = "failed" if self.error else "done" if over else "stopped"
+        with self.station.lock:  # who answers from now on is told that it is too late; who did so before is heard
+            self.question = None
         try:
             self._end(state)
         except Exception:
             logger.exception("the end of run %d", self.number)
         with self.station.lock:
-            self.question, self.state, self._hold, self.by, self._valid = None, state, "", "", None
+            self.state, self._hold, self.by, self._valid = state, "", "", None
         told = {} if self.success is None else {"success": self.success}
         self._board.say("run", state=state, goal=self.goal, **told, **({"error": self.error} if self.error else {}))
         self.ended.set()
@@ -172,7 +174,7 @@ class Run:
     def _end(self, state: str) -> None:
         """What is left to keep and to show; a camera or a disk may fail at it."""
         while self._word:  # an answer that ended the run, between its last tick and here
-            if (word := self._word.popleft()) is not None:
+            if isinstance(word := self._word.popleft(), Answer):
                 self._heard(word)
         if state == "failed":
             self._incident("failure", self.error)
@@ -195,6 +197,8 @@ class Run:
             word = self._word.popleft()
             if word is None:
                 self._take_back()
+            elif isinstance(word, str):
+                self._loop.say(word)
             else:
                 self._apply(word)
         if self._stopping:
@@ -224,6 +228,7 @@ class Run:
             case "take_over":
                 assert scene.demonstrator is not None
                 scene.demonstrator.begin(loop.instruction or self.goal)
+                self._trail.clear()  # the way back began where the policy stopped
                 self.by = PERSON
                 loop.command(PERSON, self._demonstrate)
             case "retreat":
@@ -242,6 +247,9 @@ class Run:
         assert self._loop is not None and self._scene is not None and self._scene.demonstrator is not None
         try:
             action = self._scene.demonstrator.act(observation)
+        except VLAError as error:
+            self._ask("help", f"who drives gave up: {error.found}"[:300])
+            return None
         except Exception as error:
             logger.exception("who drives")
             self._ask("help", f"who drives failed: {type(error).__name__}: {error}"[:300])

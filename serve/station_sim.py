@@ -20,7 +20,7 @@ from serve.planner import Asked, Plan, Planner
 from serve.progress import Progress, Several, Stillness, Told
 from serve.robot import Robot
 from serve.stage import Scene
-from vla.errors import DataError, UsageError
+from vla.errors import DataError, MachineError, UsageError
 from vla.handoff.trouble import Trouble, check_troubles
 from vla.prompt import clean_instruction
 from vla.resample import standstill
@@ -161,7 +161,8 @@ class Acted(World):
 
 
 class Demonstrates:
-    """The scripted expert as a demonstrator: finished when the simulator counts one more subtask, or it does not get there."""
+    """The scripted expert as a demonstrator: finished when the simulator counts one more subtask. Who does not get there gives up:
+    what it did is not for others to learn from."""
 
     def __init__(self, world: World, most: int = 120) -> None:
         """`most` steps at a time."""
@@ -174,8 +175,11 @@ class Demonstrates:
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
         self._left -= 1
-        if self._world.done > self._before or self._left < 0:
+        if self._world.done > self._before:
             return None
+        if self._left < 0:
+            raise MachineError("the expert", found=f"{self._instruction!r} not done in {self._most} steps", expected="fewer",
+                               fix="tell it something else")  # fmt: skip
         if self._instruction in _TASKS and hasattr(self._world.sim, "places"):
             return self._expert.next(self._world.state, self._instruction)
         return self._world.sim.expert()

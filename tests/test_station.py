@@ -28,7 +28,7 @@ from serve.robot import Robot
 from serve.stage import OneRobot, Scene
 from serve.station import Station
 from serve.station_run import ENDED
-from serve.station_sim import Expert, SimStage, clock_of
+from serve.station_sim import Demonstrates, Expert, SimStage, clock_of
 from vla.embodiment import load_embodiment
 from vla.episodes import EpisodeStore
 from vla.errors import DataError, UsageError
@@ -345,6 +345,28 @@ def test_the_robot_may_be_taken_back_from_who_drives(tmp_path: Path):
         assert [event["reason"] for event in said(one, "event") if event["what"] == "handed back"] == ["taken back"]
 
 
+def test_what_an_expert_did_that_gave_up_is_no_correction(tmp_path: Path):
+    with station(tmp_path, Asks(6)) as one:
+        begin = one.stage.begin
+
+        def hasty(goal: str, scene: int | None) -> Scene:
+            made = begin(goal, scene)
+            made.demonstrator = Demonstrates(made.io, most=2)  # pyright: ignore[reportArgumentType]
+            return made
+
+        one.stage.begin = hasty
+        one.run(EVERY, SCENE)
+        now = asked(one)["run"]["instruction"]
+        one.answer(1, "take_over")
+        question = asked(one, 2)["question"]
+        assert question["say"] == "help" and question["reason"] == f"who drives gave up: {now!r} not done in 2 steps"
+        assert "retreat" not in question["answers"], "the way back began elsewhere"
+        one.answer(2, "stop")
+    assert one.recorder.corrected == 0 and one.recorder.written == 1
+    (line,) = incidents(tmp_path)
+    assert line["success"] is False and "person" in {span[2] for span in line["spans"]}
+
+
 def test_a_retreat_goes_back_the_way_it_came_and_asks_again(tmp_path: Path):
     with station(tmp_path, Asks(7), back=1.0) as one:
         places = list[np.ndarray]()
@@ -399,6 +421,27 @@ def test_stop_ends_a_run_at_once_and_its_question_with_it(tmp_path: Path):
         assert not np.allclose(one.student.sim.places()[0], hand)
 
 
+def test_an_answer_that_comes_when_the_run_is_over_is_refused_and_not_lost(tmp_path: Path):
+    with station(tmp_path, Asks(9)) as one:
+        end, outcomes = one.recorder.end, list[str]()
+
+        def late(success: bool) -> None:
+            try:
+                one.answer(1, "go_on")
+                outcomes.append("taken")
+            except Refusal as refused:
+                outcomes.append(refused.code)
+            end(success)
+
+        one.recorder.end = late
+        one.run(EVERY, SCENE)
+        asked(one)
+        one.stop()
+        ended(one)
+        assert outcomes == ["conflict"] and not said(one, "answer")
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 def test_the_guards_call_for_help_is_a_question(tmp_path: Path):
     student = Student()
     student.instead = lambda look, instruction: np.full(4, np.nan, np.float32) if 5 <= look < 15 else None
@@ -449,6 +492,17 @@ def test_a_person_is_heard_by_the_planner_while_it_runs(tmp_path: Path):
         asked(one, 2)
         assert [plan["now"] for plan in said(one, "plan")][:2] == [RED, YELLOW] and YELLOW in one.student.told
         assert "words" in [event["what"] for event in said(one, "event")]
+
+
+def test_words_that_come_while_a_scene_is_made_are_not_lost(tmp_path: Path):
+    with station(tmp_path) as one:
+        begin, made = one.stage.begin, threading.Event()
+        one.stage.begin = lambda goal, scene: made.wait(60) and begin(goal, scene)
+        one.run(EVERY, SCENE)
+        one.say(YELLOW)
+        made.set()
+        assert ended(one)["run"]["success"] is True
+        assert one.student.told[0] == YELLOW and [event["what"] for event in said(one, "event")][0] == "words"
 
 
 # --- a robot of one's own --------------------------------------------------------------------------------------------
