@@ -56,7 +56,7 @@ def operator() -> list[BaseRoute]:
 
 
 def _routes(files: Mapping[str, tuple[str, str]]) -> list[BaseRoute]:
-    return [_route(path, (HERE / name).read_bytes(), kind) for path, (name, kind) in files.items() if (HERE / name).is_file()]
+    return [_route(path, (HERE / name).read_bytes(), kind) for path, (name, kind) in files.items()]
 
 
 def _route(path: str, content: bytes, kind: str) -> Route:
