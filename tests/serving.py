@@ -12,6 +12,7 @@ At the end of the block the server is asked to leave; it must, with exit code 0,
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from children import LIMIT
@@ -86,15 +87,9 @@ class Server:
             grown[name] = (int(peak) << 10) - before[name]
         assert max(grown.values()) < most, f"{grown}, allowed {most}"
 
-    def get(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
-        """(status, headers, body) of a GET."""
-        request = urllib.request.Request(self.address + path, headers=dict(self.headers))
-        try:
-            with urllib.request.urlopen(request, timeout=LIMIT, context=ssl._create_unverified_context()) as answer:
-                return answer.status, _lower(answer.headers), answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, _lower(error.headers), error.read()
+    def get(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, Mapping[str, str], bytes]:
+        """`fetch` from it, with its own headers and these."""
+        return fetch(self.address + path, body, {**self.headers, **(headers or {})})
 
     def metric(self, name: str) -> float:
         """A counter or gauge of /metrics, its labels added up."""
@@ -102,8 +97,21 @@ class Server:
         return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M))
 
 
+def fetch(url: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, Mapping[str, str], bytes]:
+    """(status, headers by their names in small letters, body) of a GET; of a POST of JSON where there is something to say."""
+    data = None if body is None else json.dumps(body).encode()
+    given = {} if body is None else {"content-type": "application/json"}
+    request = urllib.request.Request(url, data, {**given, **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=LIMIT, context=ssl._create_unverified_context()) as answer:
+            return answer.status, _lower(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, _lower(error.headers), error.read()
+
+
 def _lower(headers: Message) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
+    return {name.lower(): ", ".join(headers.get_all(name, [])) for name in headers}
 
 
 @contextmanager

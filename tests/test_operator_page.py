@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operating import events, folded, get, operating, post, snapshot
-from serving import Server, until
+from operating import Operated, events, folded, operating, post, snapshot
+from serving import fetch, until
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("playwright.sync_api", reason="the extra dev is not installed: playwright")
@@ -39,23 +39,23 @@ GOAL, LONG = "touch every cube", "push everything away"
 
 
 @pytest.fixture(scope="module")
-def drilled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def drilled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     """Asks every 12 looks; time is counted in steps, so nothing here is late, however busy the machine."""
     with operating(tmp_path_factory.mktemp("drilled"), "--speed", 0, "--handoff", "drill=12") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     """A step a second, and no questions."""
     with operating(tmp_path_factory.mktemp("slow"), "--speed", 0.1, "--handoff", "off") as server:
         yield server
 
 
-def test_the_page_is_small_files_that_may_only_talk_to_their_station(drilled: Server):
+def test_the_page_is_small_files_that_may_only_talk_to_their_station(drilled: Operated):
     total = 0
     for path, (name, kind) in OPERATOR.items():
-        status, headers, content = get(drilled.address + path)
+        status, headers, content = fetch(drilled.address + path)
         assert (status, headers["content-type"], content) == (200, kind, (HERE / name).read_bytes())
         directives = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
         assert directives["default-src"] == "'none'" and directives["frame-ancestors"] == "'none'"
@@ -87,7 +87,7 @@ def browser() -> Iterator[Browser]:
 
 
 Visit = Callable[..., Page]
-Operate = Callable[..., Server]
+Operate = Callable[..., Operated]
 
 
 @pytest.fixture()
@@ -126,11 +126,11 @@ def visit(browser: Browser, operate: Operate) -> Iterator[Visit]:
 
 
 @pytest.fixture()
-def idle() -> Iterator[Callable[[Server], str]]:
+def idle() -> Iterator[Callable[[Operated], str]]:
     """The address of a station where nothing runs, before and after the test."""
     used: list[str] = []
 
-    def stopped(server: Server) -> str:
+    def stopped(server: Operated) -> str:
         used.append(server.address)
         post(server.address, "stop")
         return server.address
@@ -140,7 +140,7 @@ def idle() -> Iterator[Callable[[Server], str]]:
         post(address, "stop")
 
 
-Idle = Callable[[Server], str]
+Idle = Callable[[Operated], str]
 
 
 def at_rest(page: Page) -> None:
@@ -207,7 +207,7 @@ KEYS = {"go_on": "1", "instruct": "2", "take_over": "3", "retreat": "4", "stop":
 """Of answers; moving back is not offered where nothing was done yet."""
 
 
-def test_a_hand_off_is_answered_by_key_by_button_and_by_words(drilled: Server, visit: Visit, idle: Idle):
+def test_a_hand_off_is_answered_by_key_by_button_and_by_words(drilled: Operated, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address)
     run(page, LONG)
@@ -257,7 +257,7 @@ def test_a_hand_off_is_answered_by_key_by_button_and_by_words(drilled: Server, v
     assert snapshot(address)["run"]["state"] == "stopped"
     said = {event["question"]: event["answer"] for event in events(address) if event["kind"] == "answer"}
     assert {said[number] for number in (first, second, third)} == {"go_on", "take_over", "instruct"} and said[third] == "instruct"
-    written = (drilled.log_file.parent / "incidents" / "answers.jsonl").read_text().splitlines()
+    written = (drilled.folder / "answers.jsonl").read_text().splitlines()
     answers = {line["question"]: (line["answer"], line["told"]) for line in map(json.loads, written)}
     assert answers[third] == ("instruct", "touch the red cube") and answers[fourth] == ("stop", "")
 
@@ -295,7 +295,7 @@ def test_who_took_over_hands_back_by_key(operate: Operate, visit: Visit):
     assert snapshot(address)["run"]["by"] != "person"
 
 
-def test_another_person_may_answer(drilled: Server, visit: Visit, idle: Idle):
+def test_another_person_may_answer(drilled: Operated, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address)
     run(page)
@@ -303,7 +303,7 @@ def test_another_person_may_answer(drilled: Server, visit: Visit, idle: Idle):
     post(address, "answer", question=number, answer="stop")
     expect(page.locator("#question")).to_be_hidden()
     expect(page.locator("#how")).to_have_text(re.compile("stopped"))
-    assert get(f"{address}/v1/station/answer", {"question": number, "answer": "go_on"})[0] == 409
+    assert fetch(f"{address}/v1/station/answer", {"question": number, "answer": "go_on"})[0] == 409
 
 
 def test_typing_is_not_lost_to_a_question(operate: Operate, visit: Visit):
@@ -330,7 +330,7 @@ def test_typing_is_not_lost_to_a_question(operate: Operate, visit: Visit):
     expect(page.locator("#how")).to_have_text(re.compile("stopped"))
 
 
-def test_stop_by_escape_by_space_and_by_button(slow: Server, visit: Visit, idle: Idle):
+def test_stop_by_escape_by_space_and_by_button(slow: Operated, visit: Visit, idle: Idle):
     address = idle(slow)
     page = visit(address, but="status of 409 ")  # a run that has just been stopped may not be quite over
     how = page.locator("#how")
@@ -362,7 +362,7 @@ def test_stop_by_escape_by_space_and_by_button(slow: Server, visit: Visit, idle:
     assert snapshot(address)["run"]["state"] == "stopped"
 
 
-def test_frames_are_not_fetched_while_nobody_looks(drilled: Server, visit: Visit, idle: Idle):
+def test_frames_are_not_fetched_while_nobody_looks(drilled: Operated, visit: Visit, idle: Idle):
     page = visit(idle(drilled))
     expect(page.locator("figure[data-camera=front]")).to_have_attribute("data-frame", re.compile(r"\d+"))
     frames: list[str] = []
@@ -378,13 +378,13 @@ def test_frames_are_not_fetched_while_nobody_looks(drilled: Server, visit: Visit
           document.dispatchEvent(new Event("visibilitychange")); }""")
 
 
-def test_a_refusal_is_shown_in_the_stations_words(drilled: Server, visit: Visit, idle: Idle):
+def test_a_refusal_is_shown_in_the_stations_words(drilled: Operated, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address, but="status of 400 ")
     run(page, SCRIPT)
     trouble = page.locator("#trouble")
     expect(trouble).to_contain_text("Refused")
-    error = json.loads(get(f"{address}/v1/station/run", {"goal": SCRIPT})[2])["error"]
+    error = json.loads(fetch(f"{address}/v1/station/run", {"goal": SCRIPT})[2])["error"]
     expect(trouble).to_contain_text(error["found"])
     expect(trouble).to_contain_text(error["fix"])
     assert page.locator("#words").input_value() == SCRIPT  # to be mended, not to be typed again
@@ -392,7 +392,7 @@ def test_a_refusal_is_shown_in_the_stations_words(drilled: Server, visit: Visit,
     expect(trouble).to_be_empty()
 
 
-def test_words_stay_words(drilled: Server, visit: Visit):
+def test_words_stay_words(drilled: Operated, visit: Visit):
     """Whatever a station says: names, goals, reasons, errors, events."""
     plan = {"done": [SCRIPT], "now": SCRIPT, "remaining": [SCRIPT], "reason": SCRIPT, "confidence": 0.5}
     question = {"number": 1, "say": SCRIPT, "reason": SCRIPT, "score": SCRIPT, "value": 2.0, "threshold": 1.0,
@@ -442,7 +442,7 @@ FOCUSED = """() => {
 """(name of what has the focus, whether one sees that it has)."""
 
 
-def test_the_keyboard_is_enough(drilled: Server, visit: Visit, idle: Idle):
+def test_the_keyboard_is_enough(drilled: Operated, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address)
     at_rest(page)
@@ -488,7 +488,7 @@ def test_the_keyboard_is_enough(drilled: Server, visit: Visit, idle: Idle):
     expect(row.locator("summary")).to_be_focused()
 
 
-def test_a_narrow_dark_screen(drilled: Server, visit: Visit, idle: Idle):
+def test_a_narrow_dark_screen(drilled: Operated, visit: Visit, idle: Idle):
     address = idle(drilled)
     page = visit(address, viewport={"width": 360, "height": 740}, color_scheme="dark")
     run(page)
@@ -502,7 +502,7 @@ def test_a_narrow_dark_screen(drilled: Server, visit: Visit, idle: Idle):
     expect(page.get_by_role("button", name="Stop")).to_be_in_viewport()  # wherever one has scrolled to
 
 
-def test_one_screen_is_enough(drilled: Server, visit: Visit, idle: Idle):
+def test_one_screen_is_enough(drilled: Operated, visit: Visit, idle: Idle):
     page = visit(idle(drilled))
     run(page)
     asked(page)
@@ -566,4 +566,4 @@ def test_a_browser_is_asked_for_the_token(operate: Operate, visit: Visit, tmp_pa
     asked(page)
     page.keyboard.press("5")
     expect(page.locator("#how")).to_have_text(re.compile("stopped"))
-    assert [get(server.address + path)[0] for path in (*OPERATOR, "/v1/station")] == [401] * (len(OPERATOR) + 1)
+    assert [fetch(server.address + path)[0] for path in (*OPERATOR, "/v1/station")] == [401] * (len(OPERATOR) + 1)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from children import LIMIT
-from operating import operating, post, snapshot
+from operating import Operated, operating
 from serving import started, until
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
@@ -34,95 +29,10 @@ TOKEN = "a-token-of-the-tests"
 SCENE = 900_000
 
 
-@dataclass
-class Operated:
-    """A `vla operate` that runs."""
-
-    address: str
-    process: subprocess.Popen[str]
-    log: Path
-    folder: Path
-    token: str = ""
-
-    def get(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, bytes]:
-        """(status, headers, body); a POST where there is something to say."""
-        data = None if body is None else json.dumps(body).encode()
-        given = {} if body is None else {"content-type": "application/json"}
-        given |= {"authorization": f"Bearer {self.token}"} if self.token else {}
-        request = urllib.request.Request(f"{self.address}{path}", data, given | (headers or {}))
-        try:
-            with urllib.request.urlopen(request, timeout=LIMIT) as answer:
-                return answer.status, answer.headers, answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.headers, error.read()
-
-    def post(self, what: str, **body: Any) -> tuple[int, Any]:
-        status, _, said = self.get(f"/v1/station/{what}", body)
-        return status, json.loads(said)
-
-    def snapshot(self) -> dict[str, Any]:
-        status, _, said = self.get("/v1/station")
-        assert status == 200, said
-        return json.loads(said)
-
-    def asked(self, number: int = 1) -> dict[str, Any]:
-        until(lambda: (self.snapshot()["question"] or {}).get("number") == number, f"question {number}")
-        return self.snapshot()
-
-    def ended(self) -> dict[str, Any]:
-        until(lambda: self.snapshot()["run"]["state"] in ENDED, "the end")
-        return self.snapshot()
-
-    def events(self, after: int, last: int, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
-        """What a stream says until event `last`."""
-        found = list[dict[str, Any]]()
-        request = urllib.request.Request(f"{self.address}/v1/station/events?after={after}" if after >= 0 else
-                                         f"{self.address}/v1/station/events", headers=headers or {})  # fmt: skip
-        with urllib.request.urlopen(request, timeout=LIMIT) as stream:
-            assert stream.headers["content-type"].startswith("text/event-stream")
-            number = 0
-            while not found or found[-1]["number"] < last:
-                line = stream.readline().decode()
-                assert line, "the stream has ended"
-                if line.startswith("id: "):
-                    number = int(line[4:])
-                if line.startswith("data: "):
-                    found.append(json.loads(line[6:]))
-                    assert found[-1]["number"] == number
-        return found
-
-
-@contextmanager
-def operated(folder: Path, *flags: object, student: object = "expert", suite: str = "tabletop-long", token: str = "",
-             leave: int | None = 0) -> Iterator[Operated]:  # fmt: skip
-    """The process; at the end of the block it is asked to leave, and must, with exit code `leave` and no traceback."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out, log = folder / "out", folder / "log"
-    command = [sys.executable, "-m", "vla.cli", "operate", str(student), "--sim", suite, "--port", "0", "--json",
-               "--incidents", str(folder / "kept"), *map(str, flags)]  # fmt: skip
-    with out.open("w") as said, log.open("w") as logged:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=logged, text=True)
-    try:
-
-        def address() -> str:
-            assert process.poll() is None, log.read_text()[-3000:]
-            return "".join(re.findall(r'"address": "(\S+)"', out.read_text()))
-
-        yield Operated(until(address), process, log, folder / "kept", token)
-        if leave is not None and process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(LIMIT) == leave, log.read_text()[-3000:]
-        assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
-    finally:
-        process.kill()
-        process.wait(LIMIT)
-
-
 @pytest.fixture(scope="module")
 def drilled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     """One that asks every 4 looks, as fast as it goes."""
-    with operated(tmp_path_factory.mktemp("drilled"), "--speed", 0, "--handoff", "drill=4", "--task", "touch-every") as one:
+    with operating(tmp_path_factory.mktemp("drilled"), "--speed", 0, "--handoff", "drill=4", "--task", "touch-every") as one:
         yield one
 
 
@@ -200,7 +110,7 @@ def test_a_page_elsewhere_may_not_call(drilled: Operated):
 
 def test_clients_that_do_not_read_change_nothing(tmp_path: Path):
     """The same scene with and without them: the loop played the same ticks, and missed none."""
-    with operated(tmp_path, "--speed", 0, "--handoff", "off", "--task", "touch-every") as one:
+    with operating(tmp_path, "--speed", 0, "--handoff", "off", "--task", "touch-every") as one:
         played = list[tuple[Any, ...]]()
         deaf = list[socket.socket]()
         for run in range(2):
@@ -222,9 +132,9 @@ def test_clients_that_do_not_read_change_nothing(tmp_path: Path):
 
 def test_tokens_are_wanted_where_there_are_tokens(tmp_path: Path):
     (tmp_path / "tokens").write_text(f"# operators\n{TOKEN}\n")
-    with operated(tmp_path, "--token-file", tmp_path / "tokens", token=TOKEN) as one:
+    with operating(tmp_path, "--token-file", tmp_path / "tokens", token=TOKEN) as one:
         assert one.snapshot()["run"]["state"] == "idle"
-        one.token = ""
+        one.headers = {}
         for path in ("/v1/station", "/v1/station/events", "/v1/station/frame/front"):
             status, headers, _ = one.get(path)
             assert status == 401 and "Bearer" in headers["www-authenticate"]
@@ -232,11 +142,12 @@ def test_tokens_are_wanted_where_there_are_tokens(tmp_path: Path):
 
 
 def test_sigterm_in_the_middle_of_a_run_ends_it_well(tmp_path: Path):
-    with operated(tmp_path, "--handoff", "drill=6", "--start", leave=None) as one:
+    with operating(tmp_path, "--handoff", "drill=6", "--start") as one:
         one.asked()
+        one.leave = None
         one.process.send_signal(signal.SIGTERM)
-        assert one.process.wait(LIMIT) == 0, one.log.read_text()
-        done = json.loads((tmp_path / "out").read_text().splitlines()[-1])
+        assert one.process.wait(LIMIT) == 0 and not one.complaints(), one.log
+        done = json.loads(one.out.read_text().splitlines()[-1])
         assert done["runs"] == 1 and done["questions"] == 1 and done["incidents"]["written"] == 1
         store = EpisodeStore.open(one.folder / "incidents", tmp_path / "cache", progress=False)
         assert store.num_episodes == 1
@@ -245,7 +156,7 @@ def test_sigterm_in_the_middle_of_a_run_ends_it_well(tmp_path: Path):
 
 
 def test_a_real_policy_is_watched_at_its_own_rate(tmp_path: Path, checkout: Path):
-    with operated(tmp_path, "--handoff", "off", "--trouble", "noise", student=checkout / "models" / "nano-base",
+    with operating(tmp_path, "--handoff", "off", "--trouble", "noise", student=checkout / "models" / "nano-base",
                   suite="tabletop") as one:  # fmt: skip
         assert one.snapshot()["name"] == "nano-base" and RED in one.snapshot()["goals"]
         one.post("run", goal=RED, scene=SCENE)
@@ -265,9 +176,9 @@ def test_a_planner_elsewhere_plans_and_the_policy_here_acts(tmp_path: Path):
         with operating(tmp_path, *here) as station:
 
             def now() -> Any:
-                return snapshot(station.address)["run"]
+                return station.snapshot()["run"]
 
-            post(station.address, "run", goal=EVERY, scene=SCENE)
+            station.post("run", goal=EVERY, scene=SCENE)
             until(lambda: now()["plan"]["done"])
             assert now()["plan"]["done"][0] == "touch the green cube"
             until(lambda: now()["instruction"] == RED)
