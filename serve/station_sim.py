@@ -161,8 +161,8 @@ class Acted(World):
 
 
 class Demonstrates:
-    """The scripted expert as a demonstrator: finished when the simulator counts one more subtask. Who does not get there gives up:
-    what it did is not for others to learn from."""
+    """The scripted expert as a demonstrator: finished when the simulator counts one more subtask. Where it does not get there it
+    gives up, and what it did is not for others to learn from."""
 
     def __init__(self, world: World, most: int = 120) -> None:
         """`most` steps at a time."""
