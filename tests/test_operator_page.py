@@ -4,14 +4,11 @@ the API says, what is pressed reaches the robot, and a word stays a word."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from operating import Operated, events, folded, operating, post, snapshot
@@ -21,16 +18,12 @@ pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("playwright.sync_api", reason="the extra dev is not installed: playwright")
 pytest.importorskip("mujoco", reason="the extra sim is not installed")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from browsing import SCRIPT, Visit, chromium, visiting  # noqa: E402
+from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
 from serve.page import HERE, OPERATOR  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "a-token-of-the-tests"
-SCRIPT = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
-PATIENCE = 60_000
-"""ms a page may take. Far more than it needs."""
-expect.set_options(timeout=PATIENCE)
 GOAL, LONG = "touch every cube", "push everything away"
 """Goals of fifty steps or so, and of seventy."""
 
@@ -77,16 +70,10 @@ def test_the_page_makes_no_html_and_runs_no_words():
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    flags = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with chromium() as started:
         yield started
-        started.close()
 
 
-Visit = Callable[..., Page]
 Operate = Callable[..., Operated]
 
 
@@ -99,30 +86,9 @@ def operate(tmp_path: Path) -> Iterator[Operate]:
 
 @pytest.fixture()
 def visit(browser: Browser, operate: Operate) -> Iterator[Visit]:
-    """Opens the page, with nothing running. At the end: nothing was asked of anybody else, and nothing went wrong but, maybe,
-    what matches `but`."""
-    visits: list[tuple[str, Page, list[str], list[str], str]] = []
-
-    def opened(address: str, but: str = r"(?!)", prepare: Callable[[Page], Any] | None = None, **options: Any) -> Page:
-        page = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options}).new_page()
-        page.set_default_timeout(PATIENCE)
-        asked: list[str] = []
-        wrong: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        if prepare is not None:
-            prepare(page)
-        visits.append((address, page, asked, wrong, but))
-        page.goto(address)
-        return page
-
-    yield opened
-    for address, page, asked, wrong, but in visits:
-        assert page.evaluate("window.hacked") is None
-        page.context.close()
-        assert asked and not [url for url in asked if not url.startswith((f"{address}/", f"blob:{address}/", "data:"))]
-        assert not [text for text in wrong if not re.search(but, text)]
+    """Pages, closed before the stations of the test's own end."""
+    with visiting(browser) as opened:
+        yield opened
 
 
 @pytest.fixture()

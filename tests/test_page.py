@@ -4,55 +4,34 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
 import struct
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from children import LIMIT
 from PIL import Image
-from serving import serving, started
+from serving import fetch, serving, started
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("playwright.sync_api", reason="the extra dev is not installed: playwright")
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright  # noqa: E402
+from browsing import SCRIPT, Visit, chromium, visiting  # noqa: E402
+from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 
 from serve.page import FILES, HERE  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "a-token-of-the-tests"
-SCRIPT = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
-PATIENCE = 30_000
-"""ms a page may take. Far more than it needs."""
-expect.set_options(timeout=PATIENCE)
 PATIENT = ("--deadline", "60")
-
-
-def get(url: str, headers: dict[str, str] | None = None, body: Any = None) -> tuple[int, Any, bytes]:
-    """(status, headers, body)."""
-    data = None if body is None else json.dumps(body).encode()
-    given = {"content-type": "application/json"} if body is not None else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, given | (headers or {})), timeout=LIMIT) as answer:
-            return answer.status, answer.headers, answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers, error.read()
 
 
 def act(address: str, robot: str, images: dict[str, bytes], state: list[float], instruction: str) -> Any:
     pictures = {camera: base64.b64encode(data).decode() for camera, data in images.items()}
     body = {"robot": robot, "images": pictures, "state": state, "instruction": instruction}
-    return json.loads(get(f"{address}/v1/act", body=body)[2])
+    return json.loads(fetch(f"{address}/v1/act", body)[2])
 
 
 # --- without a browser ---------------------------------------------------------------------------------------------
@@ -69,7 +48,7 @@ def two_cameras(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_the_page_is_three_small_files_that_may_only_talk_to_their_server(two_cameras: str):
     total = 0
     for path, (name, kind) in FILES.items():
-        status, headers, content = get(two_cameras + path)
+        status, headers, content = fetch(two_cameras + path)
         assert (status, headers["content-type"], content) == (200, kind, (HERE / name).read_bytes())
         directives = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
         assert directives["default-src"] == "'none'" and directives["frame-ancestors"] == "'none'"
@@ -77,9 +56,9 @@ def test_the_page_is_three_small_files_that_may_only_talk_to_their_server(two_ca
         assert directives["img-src"] == "'self' blob: data:"
         assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
         assert "no-cache" in headers["cache-control"]
-        again, unchanged, nothing = get(two_cameras + path, {"if-none-match": f'"another", W/{headers["etag"]}'})
+        again, unchanged, nothing = fetch(two_cameras + path, headers={"if-none-match": f'"another", W/{headers["etag"]}'})
         assert (again, nothing, unchanged["etag"]) == (304, b"", headers["etag"])
-        assert get(two_cameras + path, {"if-none-match": '"another"'})[0] == 200
+        assert fetch(two_cameras + path, headers={"if-none-match": '"another"'})[0] == 200
         total += len(content)
     assert total < 40_000
 
@@ -95,44 +74,14 @@ def test_the_page_makes_no_html_and_runs_no_words():
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    flags = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with chromium() as started:
         yield started
-        started.close()
-
-
-Visit = Callable[..., Page]
 
 
 @pytest.fixture()
 def visit(browser: Browser) -> Iterator[Visit]:
-    """Opens the page. At the end: nothing was asked of anybody else, and nothing went wrong but, maybe, `refused` (statuses)."""
-    visits: list[tuple[str, Page, list[str], list[str], tuple[int, ...]]] = []
-
-    def opened(address: str, refused: tuple[int, ...] = (), prepare: Callable[[Page], Any] | None = None, **options: Any):
-        page = browser.new_context(**options).new_page()
-        page.set_default_timeout(PATIENCE)
-        asked: list[str] = []
-        wrong: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        if prepare is not None:
-            prepare(page)
-        visits.append((address, page, asked, wrong, refused))
-        page.goto(address)
-        return page
-
-    yield opened
-    for address, page, asked, wrong, refused in visits:
-        assert page.evaluate("window.hacked") is None
-        page.context.close()
-        assert asked and not [url for url in asked if not url.startswith((f"{address}/", f"blob:{address}/", "data:"))]
-        expected = tuple(f"status of {status} " for status in refused)
-        assert not [text for text in wrong if not any(one in text for one in expected)]
+    with visiting(browser) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +199,7 @@ def test_a_policy_answers_a_real_frame(checkout: Path, table: Any, visit: Visit,
 
 @pytest.mark.parametrize(("name", "found"), [("bomb.png", "12000 x 12000 pixels"), ("fat.png", "bytes")])
 def test_a_refusal_is_shown_in_the_servers_words(two_cameras: str, files: dict[str, Path], visit: Visit, name: str, found: str):
-    page = visit(two_cameras, refused=(413,))
+    page = visit(two_cameras, but="status of 413 ")
     give(page, "wrist", files["other.jpg"])
     give(page, "front", files[name])
     page.get_by_label("Instruction").fill("touch the red cube")
@@ -271,7 +220,7 @@ def test_a_refusal_is_shown_in_the_servers_words(two_cameras: str, files: dict[s
 
 
 def test_what_the_page_itself_finds_wrong(two_cameras: str, files: dict[str, Path], visit: Visit):
-    page = visit(two_cameras, refused=(422,))
+    page = visit(two_cameras, but="status of 422 ")
     give(page, "front", files["front.png"])
     page.get_by_label("front", exact=True).set_input_files(files["words.png"])
     shown = page.get_by_role("alert")
@@ -325,7 +274,7 @@ def test_words_stay_words(two_cameras: str, files: dict[str, Path], visit: Visit
         status, said = answers.pop(0)
         return {"status": status, "body": said if isinstance(said, str) else json.dumps(said)}
 
-    page = visit(two_cameras, refused=(422, 502), prepare=prepare)
+    page = visit(two_cameras, but="status of (422|502) ", prepare=prepare)
     expect(page.locator("#name")).to_have_text(SCRIPT)
     for place, count in (("#held", 2), ("#refused", 5), ("#refused", 1)):
         page.get_by_role("button", name="Act").click()
@@ -405,7 +354,7 @@ def test_a_server_that_is_not_ready_is_waited_for(two_cameras: str, visit: Visit
     def prepare(page: Page) -> None:
         page.route("**/v1/info", lambda route: route.fulfill(status=503, json=loading), times=1)
 
-    page = visit(two_cameras, refused=(503,), prepare=prepare)
+    page = visit(two_cameras, but="status of 503 ", prepare=prepare)
     expect(page.locator("#about")).to_contain_text("the policy is loading")
     expect(page.locator("#name")).to_have_text("null:tabletop_wrist")
 
@@ -415,13 +364,13 @@ def test_a_browser_is_asked_for_the_token_and_keeps_it(files: dict[str, Path], v
     tokens.write_text(TOKEN)
     with started("null:tabletop", "--token-file", tokens, *PATIENT, token=TOKEN) as server:
         address = server.address
-        page = visit(address, refused=(401,), http_credentials={"username": "anybody", "password": TOKEN})
+        page = visit(address, but="status of 401 ", http_credentials={"username": "anybody", "password": TOKEN})
         give(page, "front", files["front.png"])
         page.get_by_label("Instruction").fill("touch the red cube")
         page.get_by_role("button", name="Act").click()
         expect(page.locator("#chunk")).to_be_visible()
         for path in FILES:
-            assert get(address + path)[0] == 401
+            assert fetch(address + path)[0] == 401
         context = browser.new_context(http_credentials={"username": "anybody", "password": "another-token-of-them"})
         refused = context.new_page().goto(address)
         assert refused is not None and refused.status == 401 and "unauthorized" in refused.text()
