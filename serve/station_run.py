@@ -322,12 +322,17 @@ class Run:
             logger.exception("the gate")
             self._ask("help", f"the gate cannot judge: {getattr(error, 'found', error)}"[:300])
             return
-        self._doubt, self._threshold = {ruling.score: float(ruling.value)}, float(ruling.threshold)
-        if ruling.say == "fine" or self._clock.now() < self._calm:
+        value, self._threshold = finite(ruling.value), finite(ruling.threshold)
+        self._doubt = {} if value is None else {ruling.score: value}
+        if self._clock.now() < self._calm:
             return
-        asked = Question(0, ruling.say, ruling.reason, ruling.score, float(ruling.value), float(ruling.threshold),
-                         scores={name: float(value) for name, value in ruling.scores.items()})  # fmt: skip
-        if ruling.say == RETREAT:
+        scores = {name: score for name, one in ruling.scores.items() if (score := finite(one)) is not None}
+        asked = Question(0, ruling.say, ruling.reason, ruling.score, value, self._threshold, scores=scores)
+        if value is None:  # of actions that are no numbers, say: nothing is above a threshold then, and nothing is fine
+            self._ask("help", f"the gate cannot judge: {ruling.score} is {ruling.value}"[:300], asked)
+        elif ruling.say == "fine":
+            return
+        elif ruling.say == RETREAT:
             self._incident("handoff", f"{RETREAT}: {ruling.reason}", scores=dict(asked.scores))
             self._go_back(ruling.reason, asked)
         else:
@@ -363,7 +368,7 @@ class Run:
 
     def _planned(self, plan: Plan) -> None:
         self._plan = {"done": lines(plan.memory)[-64:], "now": plan.instruction, "remaining": list(plan.remaining)[:64],
-                      "reason": plan.reason, "confidence": plan.confidence}  # fmt: skip
+                      "reason": plan.reason, "confidence": finite(plan.confidence)}  # fmt: skip
         self._board.say("plan", **self._plan)
 
     def _judged(self, verdict: Verdict) -> None:
@@ -447,6 +452,11 @@ class _Shown:
             board.show(show())
         else:
             board.show((seen or self.io.observe()).get("images") or {})
+
+
+def finite(value: Any) -> float | None:
+    """As JSON has it: None for what is unknown, or no number."""
+    return None if value is None or not np.isfinite(value) else float(value)
 
 
 def facts_of(gaps: Any, thinking: Any, missed: int, ticks: int) -> dict[str, Any]:

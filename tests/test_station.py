@@ -21,7 +21,7 @@ from serve.answering import Drill, Led
 from serve.board import EVENTS, TICKS, Board
 from serve.edge_sim import Settings, make_guard
 from serve.guard import Guard
-from serve.planner import Asked, ScriptedPlanner
+from serve.planner import Asked, Plan, ScriptedPlanner
 from serve.refusal import Refusal
 from serve.retreat import Trail
 from serve.robot import Robot
@@ -480,6 +480,39 @@ def test_a_gate_that_cannot_judge_stops_the_robot(tmp_path: Path):
         one.run(EVERY, SCENE)
         question = asked(one)["question"]
         assert question["say"] == "help" and "the gate cannot judge" in question["reason"]
+
+
+def test_what_is_no_number_is_said_and_can_be_shown(tmp_path: Path):
+    """A policy whose actions are no numbers: a detector of them knows nothing, and says nothing that is no JSON."""
+    student, gate = Student(), Asks(5)
+    look = gate.look
+
+    def confused(*given: Any, **named: Any) -> Any:
+        ruling = look(*given, **named)
+        if ruling.say != "fine":
+            ruling.say, ruling.value, ruling.threshold = "fine", float("nan"), float("inf")
+            ruling.scores = {"made up": float("nan"), "another": 1.0}
+        return ruling
+
+    gate.look = confused
+    with station(tmp_path, gate, student) as one:
+        plan = one.stage.begin
+
+        def unsure(goal: str, scene: int | None) -> Scene:
+            made = plan(goal, scene)
+            made.planner = SimpleNamespace(plan=lambda asked: Plan(RED, confidence=float("nan")))  # pyright: ignore
+            return made
+
+        one.stage.begin = unsure
+        one.run(RED, SCENE)
+        snapshot = asked(one)
+        question = snapshot["question"]
+        assert (question["say"], question["reason"]) == ("help", "the gate cannot judge: made up is nan")
+        assert question["value"] is question["threshold"] is snapshot["run"]["plan"]["confidence"] is None
+        json.dumps([snapshot, one.board.after(0)], allow_nan=False)
+        one.answer(1, "stop")
+    (line,) = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert line["scores"] == {"another": 1.0}
 
 
 def test_a_person_is_heard_by_the_planner_while_it_runs(tmp_path: Path):
