@@ -208,4 +208,5 @@ def _progress(args: argparse.Namespace, student: Any, robot: Any) -> Any:
     if speaker is None:
         raise UsageError("--progress policy", found=f"STUDENT {args.student}, which does not speak", expected="a policy folder, "
                          "or a server that plans", fix="leave it out, or --planner http://HOST:PORT")  # fmt: skip
-    return lambda world: Several(Asking(speaker, every=_ASKED), Stillness(robot))
+    counts = args.speed == 0  # time in steps: an answer that comes when it likes would be of another step each time
+    return lambda world: Several(Asking(speaker, every=_ASKED, threaded=not counts), Stillness(robot))

@@ -140,7 +140,8 @@ def test_answers_are_those_of_the_socket(server: Server):
             frame = frames(1, size, size)[0]
             looks = [client.act({"images": {"front": frame}, "state": STATE}, "touch the red cube") for client in (near, plain)]
             assert (looks[0].actions == looks[1].actions).all() and (looks[0].confidence == looks[1].confidence).all(), n
-            near.reset(), plain.reset()
+            near.reset()
+            plain.reset()
         assert isinstance(near._link.shared, Attached) and plain._link.shared is None  # pyright: ignore[reportOptionalMemberAccess]
         file = encode(frame)
         same = [client.act({"images": {"front": picture}, "state": STATE}, "touch the red cube") for client, picture in
@@ -164,8 +165,9 @@ def test_the_model_dies_and_sees_the_same_memory_again():
         assert regions_of(server, server.model) == 1
 
 
-def test_who_may_not_share_sends():
-    with started("null:tabletop", "--config", _config(message_mib=1)) as server:
+def test_who_may_not_share_sends(tmp_path: Path):
+    (tmp_path / "serve.yaml").write_text("message_mib: 1")
+    with started("null:tabletop", "--config", tmp_path / "serve.yaml") as server:
         frame = {"images": {"front": frames(1)[0]}, "state": STATE}
         with Client(server.address, robot="tabletop") as client:
             for size, code in ((0, "too_large"), (2 << 20, "too_large")):
@@ -194,12 +196,3 @@ def test_another_computer_gets_no_offer():
     service = SimpleNamespace(settings=ServeSettings())
     answer = unpack(asyncio.run(_answer(service, None, pack({"type": "share", "seq": 3, "size": 100}), near=False)))  # pyright: ignore
     assert answer["type"] == "refusal" and answer["seq"] == 3 and "another computer" in answer["error"]["found"]
-
-
-def _config(**settings: Any) -> Path:
-    import json
-    import tempfile
-
-    path = Path(tempfile.mkstemp(suffix=".yaml")[1])
-    path.write_text(json.dumps(settings))
-    return path

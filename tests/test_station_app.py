@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +23,11 @@ from serving import started, until
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
+from serve.operate_command import _progress  # noqa: E402
+from serve.robot import Robot  # noqa: E402
 from serve.station_run import ENDED  # noqa: E402
 from serve.wire import picture_of  # noqa: E402
+from vla.embodiment import load_embodiment  # noqa: E402
 from vla.episodes import EpisodeStore  # noqa: E402
 
 EVERY, RED = "touch every cube", "touch the red cube"
@@ -89,6 +95,7 @@ def test_what_is_nothing_to_ask_is_refused_in_words(drilled: Operated, what: str
 
 
 def test_the_newest_picture_comes_and_a_newer_one_is_waited_for(drilled: Operated):
+    until(lambda: drilled.get("/v1/station/frame/front")[0] == 200)  # none is drawn before somebody looks
     status, headers, content = drilled.get("/v1/station/frame/front")
     assert (status, headers["content-type"], headers["cache-control"]) == (200, "image/jpeg", "no-store")
     picture = picture_of(content).decode()
@@ -186,6 +193,19 @@ def test_a_planner_elsewhere_plans_and_the_policy_here_acts(tmp_path: Path):
             planner.leave = None
             until(lambda: now()["hold"].startswith(("expired", "waiting")))
             assert now()["state"] == "running" and not station.complaints()
+
+
+@pytest.mark.parametrize("speed", [0.0, 1.0])
+def test_a_judge_that_is_asked_thinks_in_steps_where_time_is_counted_so(speed: float):
+    robot = Robot.from_json(load_embodiment("tabletop").model_dump(mode="json"), "tabletop")
+    pictures = list[Any]()
+    speaker = SimpleNamespace(score=lambda picture, question, candidates: pictures.append(threading.get_ident()) or [0.0, -9.0])
+    args = argparse.Namespace(progress="policy", planner=None, speed=speed)
+    judge = _progress(args, SimpleNamespace(speaker=speaker), robot)(None)
+    judge.begin(RED, 0.0)
+    judge.saw({"images": {"front": np.zeros((8, 8, 3), np.uint8)}, "state": None}, None, 0.0)
+    until(lambda: pictures)
+    assert (pictures == [threading.get_ident()]) == (speed == 0)
 
 
 @pytest.mark.parametrize(
