@@ -282,7 +282,12 @@ class Run:
         self.by = RETREAT
 
         def back(observation: Mapping[str, Any]) -> np.ndarray | None:
-            action = self._back(observation)
+            try:
+                action = self._back(observation)
+            except Exception as error:  # of a driver's own way: as for who drives, a person is asked where the robot is
+                logger.exception("the way back")
+                self._ask("help", f"the way back failed: {type(error).__name__}: {error}"[:300], question)
+                return None
             if action is None:
                 why = question.reason if question.say == RETREAT and reason != _ASKED else reason
                 self._ask(RETREAT, f"moved back: {why}", question)

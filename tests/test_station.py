@@ -629,6 +629,11 @@ def test_a_way_back_of_the_drivers_own_is_gone_instead():
         asked(one)
         moved = [action.tolist() for action in sent if np.any(action[:3])]
         assert moved[-3:] == [[0, 0, 1, 1]] * 3 and moved[:-3] == [[0, 0.5, 0, 1]] * len(moved[:-3])
+        stage._scene.retreat = lambda seen: left[99]
+        one.answer(1, "retreat")
+        snapshot = asked(one, 2)
+        assert snapshot["run"]["state"] == "asking" and snapshot["question"]["say"] == "help"
+        assert snapshot["question"]["reason"].startswith("the way back failed: IndexError")
     assert robot.key == "tabletop"
 
 
