@@ -28,8 +28,9 @@ from serve.guard import Guard
 from serve.loop import Acts, Clock
 from serve.planner import LONGEST, Asked
 from serve.refusal import Refusal
+from serve.shown import facts_of
 from serve.stage import OneRobot, Stage
-from serve.station_run import ENDED, Run, facts_of
+from serve.station_run import ENDED, Run
 from vla.errors import UsageError
 from vla.handoff.incidents import Recorder
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +19,10 @@ from serve.answering import ANSWERS, Answer, Led, Question, Say
 from serve.board import Board
 from serve.control import Looked, TwoSpeed
 from serve.guard import PAUSES, Guard, Verdict
-from serve.loop import percentiles
 from serve.planner import Plan, lines
 from serve.refusal import Refusal
 from serve.retreat import Trail
+from serve.shown import Shown, facts_of, finite
 from serve.stage import Scene
 from vla.errors import VLAError
 from vla.handoff.incidents import POLICY
@@ -150,7 +149,7 @@ class Run:
         """Whether it came to an end by itself."""
         station = self.station
         scene = self._scene = station.stage.begin(self.goal, self.wanted)
-        self.led, self.io = Led(scene.planner), _Shown(scene.io, self)
+        self.led, self.io = Led(scene.planner), Shown(scene.io, self._board, self.recorded)
         if station.recorder is not None:
             station.recorder.begin(self.goal, scene.task, scene.seed)
         if station.gate is not None:
@@ -416,58 +415,3 @@ class Run:
             return
         told = self._loop.instruction if self._loop is not None else ""
         recorder.tick(seen, action, PERSON if self.by == PERSON else POLICY, told or self.goal)
-
-
-class _Shown:
-    """The robot, shown to who watches, and each step of it to the recorder."""
-
-    def __init__(self, io: Any, run: Run) -> None:
-        self.io, self.run = io, run
-        self._seen: Mapping[str, Any] | None = None
-        self.state: np.ndarray | None = None
-        self._last = -np.inf
-        self._failed = ""
-        """Why the first step that could not be kept was not."""
-
-    def observe(self) -> Mapping[str, Any]:
-        seen = self._seen = self.io.observe()
-        return seen
-
-    def act(self, action: np.ndarray) -> bool | None:
-        try:
-            seen = self.io.observe() if self._seen is None else self._seen
-            state = seen.get("state")
-            self.state = None if state is None else np.array(state, np.float32)
-            self.run.recorded(seen, action)
-            self.publish(seen)
-        except Exception as error:  # whatever becomes of pictures and records: the command is sent
-            if not self._failed:
-                logger.exception("a step is neither kept nor shown")
-            self._failed = self._failed or f"{type(error).__name__}: {error}"
-        self._seen = None
-        return self.io.act(action)
-
-    def publish(self, seen: Mapping[str, Any] | None = None, always: bool = False) -> None:
-        """The newest pictures, at most ten times a second; large ones only where somebody looks."""
-        board, now = self.run.station.board, time.monotonic()
-        if not always and now - self._last < 0.095:
-            return
-        self._last = now
-        if (show := getattr(self.io, "show", None)) is not None and (always or board.watched):
-            board.show(show())
-        else:
-            board.show((seen or self.io.observe()).get("images") or {})
-
-
-def finite(value: Any) -> float | None:
-    """As JSON has it: None for what is unknown, or no number."""
-    return None if value is None or not np.isfinite(value) else float(value)
-
-
-def facts_of(gaps: Any, thinking: Any, missed: int, ticks: int) -> dict[str, Any]:
-    """`loop` of `GET /v1/station`; times in seconds."""
-    jitter, planner = percentiles(gaps), percentiles(thinking)
-    return {
-        "jitter_ms_p50": jitter["p50"] if jitter else None, "jitter_ms_p99": jitter["p99"] if jitter else None,
-        "missed": missed, "ticks": ticks, "planner_ms_p50": planner["p50"] if planner else None,
-    }  # fmt: skip

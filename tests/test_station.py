@@ -527,6 +527,19 @@ def test_a_person_is_heard_by_the_planner_while_it_runs(tmp_path: Path):
         assert "words" in [event["what"] for event in said(one, "event")]
 
 
+def test_what_cannot_be_kept_is_shown_all_the_same(tmp_path: Path):
+    with station(tmp_path) as one:
+
+        def full(*given: Any, **named: Any) -> None:
+            raise OSError("no space left")
+
+        one.recorder.tick = full
+        one.run(EVERY, SCENE)
+        until(lambda: one.board.shown("front") >= 1)
+        number = one.board.shown("front")
+        assert ended(one)["run"]["state"] == "done" and one.board.shown("front") > number
+
+
 def test_words_that_come_while_a_scene_is_made_are_not_lost(tmp_path: Path):
     with station(tmp_path) as one:
         begin, made = one.stage.begin, threading.Event()
