@@ -62,7 +62,7 @@ class Watched(Bench):
     def watched(self, world: World, rng: np.random.Generator) -> Noting:
         """One episode."""
         self.noting = Noting(world, rng)
-        self.play(Row("vla", "script", 0.0), world, False)
+        self.play(Row("student" if "student" in self.policies else "vla", "script", 0.0), world, False)
         return self.noting
 
     def _planner(self, row: Row, world: World, realtime: bool) -> tuple[Planner, Progress]:
@@ -72,6 +72,8 @@ class Watched(Bench):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", help="a policy folder")
+    parser.add_argument("--export", type=Path, help="the student that acts instead: an export folder")
+    parser.add_argument("--execute", type=int, help="steps of a chunk played before the next look (default: the policy's)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="pictures go to a folder beside it")
     parser.add_argument("--beside", type=Path, metavar="FILE.json", help="questions of the same folder that go into it as well")
     parser.add_argument("--times", type=int, default=4, help="how often its own stand in the file (default %(default)s)")
@@ -79,9 +81,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=500_000, help="of the first scene (default %(default)s)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    args.expert, args.flat, args.export = False, None, None
+    args.expert, args.flat = False, None
     policies, robot = load(args)
-    bench, rng = Watched(policies, robot, None, {}), np.random.default_rng(args.seed)
+    bench, rng = Watched(policies, robot, args.execute, {}), np.random.default_rng(args.seed)
     before = [] if args.beside is None else json.loads(args.beside.read_text())
     goals, folder = list(GOALS), args.out.with_name(f"{args.out.stem}-pictures")
     folder.mkdir(parents=True)

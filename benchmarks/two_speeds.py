@@ -71,9 +71,8 @@ class Far:
             time.sleep(self._ms / 1e3)
         if not self._late:
             return chunk
-        played = (
-            self._before[1].actions[self._execute :] if self._before and self._before[0] == instruction else chunk.actions[:0]
-        )
+        goes_on = self._before is not None and self._before[0] == instruction
+        played = self._before[1][self._execute :] if goes_on and self._before else chunk.actions[:0]
         last = played[-1] if len(played) else chunk.actions[0]
         still = np.repeat(standstill(self._robot, last)[None], self._late, 0)
         begin = np.concatenate([played, still])[: self._late]
@@ -97,10 +96,13 @@ class FarJudge:
 
     def saw(self, observation: Mapping[str, Any], chunk: Any, now: float) -> Told:
         self._coming.append((now + self._seconds, self._judge.saw(observation, chunk, now)))
-        told = Told()
+        return Told(done=self.heard(now))
+
+    def heard(self, now: float) -> float:
+        done = 0.0
         while self._coming and self._coming[0][0] <= now + 1e-6:
-            told = self._coming.popleft()[1]
-        return told
+            done = max(done, self._coming.popleft()[1].done)
+        return done
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ class TwoSpeed:
         self._listen()
         while self._student.heard:
             self._looked(*self._student.heard.popleft(), now)
+        self._found_out(now)
         self._hear(now)
         if not (self._held or self._by) and (self._event or now + ROUNDING >= self._next):
             self._ask(now)
@@ -254,6 +255,14 @@ class TwoSpeed:
                 self.goal, self._memory, self._plan, self._status = text, "", None, "new"
             self._words = text if what == "words" else ""
             self._happened(what, wait="what the planner makes of a person's words" if what == "words" else "a plan")
+
+    def _found_out(self, now: float) -> None:
+        """A judge that is asked elsewhere answers when it can; the robot does not go on until its next look."""
+        heard = getattr(self.progress, "heard", None)
+        if heard is None or self._plan is None or self._wait or self._held or self._by:
+            return
+        if heard(now) >= self.finished:
+            self._happened("done", wait="what comes next")
 
     def _looked(self, observation: Any, chunk: Any, begun: int, tick: int, now: float) -> None:
         """The student has looked."""

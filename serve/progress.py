@@ -49,6 +49,9 @@ class Progress(Protocol):
         """After a look, and what the policy said of it."""
         ...
 
+    # Who is asked elsewhere may also have `heard(now) -> float`: the probability that it is finished, as far as is known in a
+    # tick between two looks.
+
 
 class Stillness:
     """The fixed rule: stalled when the state does not move any more, or when it takes too long. Never says that it is done."""
@@ -124,8 +127,15 @@ class Asking:
             else:
                 self._ask(self._number, self._instruction, picture)
                 self._listen()
-        full = len(self._answers) == self._answers.maxlen
-        return Told(done=min(self._answers), why="the policy says so") if full else Told()
+        return Told(done=done, why="the policy says so") if (done := self._done()) else Told()
+
+    def heard(self, now: float) -> float:
+        """The probability that it is finished, as far as answers have come."""
+        self._listen()
+        return self._done()
+
+    def _done(self) -> float:
+        return min(self._answers) if len(self._answers) == self._answers.maxlen else 0.0
 
     def _ask(self, number: int, instruction: str, picture: Any) -> None:
         try:
@@ -167,3 +177,7 @@ class Several:
         done, stalled = max((t.done for t in told), default=0.0), any(t.stalled for t in told)
         why = next((t.why for t in told if t.stalled or t.done == done > 0), "")
         return Told(done, stalled, why)
+
+    def heard(self, now: float) -> float:
+        """As the surest of those that say anything between two looks."""
+        return max((heard(now) for judge in self._judges if (heard := getattr(judge, "heard", None)) is not None), default=0.0)

@@ -151,6 +151,21 @@ def test_one_instruction_after_the_other_until_all_is_done():
     assert robot.sent[-1][:3].tolist() == [0, 0, 0] and report.failed == {} and report.late == 0
 
 
+def test_an_instruction_ends_in_the_tick_in_which_that_is_heard_not_at_the_next_look():
+    class Heard(After):
+        def begin(self, instruction: str, now: float) -> None:
+            super().begin(instruction, now)
+            self.since = now
+
+        def heard(self, now: float) -> float:
+            return float(now - self.since > 0.65)
+
+    robot = Robot()
+    report = two(robot, ScriptedPlanner(SCRIPT), progress=Heard(10**9)).run(400)
+    followed = runs(sound(report, robot))
+    assert [count for _, count in followed] == [7, 7, 7, 1] and report.done  # looks are four ticks apart
+
+
 @pytest.mark.parametrize(("ms", "ticks"), [(0, 0), (50, 1), (100, 1), (200, 2), (1000, 10)])
 def test_latency_costs_ticks_of_waiting_after_each_instruction(ms: float, ticks: int):
     robot = Robot()
