@@ -27,6 +27,7 @@ from serve.planner import Planner, ScriptedPlanner
 from serve.progress import Progress, Told
 from serve.station_sim import World
 from vla.durable import replace_file
+from vla.errors import UsageError
 from vla.prompt import DONE, clean_instruction, plan_prompt, progress_prompt
 from vla.sims.tabletop_goals import GOALS
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="FILE.json", help="questions of the same folder that go into it as well")
     parser.add_argument("--times", type=int, default=4, help="how often its own stand in the file (default %(default)s)")
     parser.add_argument("--episodes", type=int, default=400, help="goals in turn (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=500_000, help="of the first scene (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=200_000, help="of the first scene (default %(default)s)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.expert, args.flat = False, None
@@ -86,6 +87,8 @@ def main() -> None:
     bench, rng = Watched(policies, robot, args.execute, {}), np.random.default_rng(args.seed)
     before = [] if args.beside is None else json.loads(args.beside.read_text())
     goals, folder = list(GOALS), args.out.with_name(f"{args.out.stem}-pictures")
+    if folder.exists() or args.out.exists():
+        raise UsageError("--out", found=f"{args.out} or {folder}, which is there", expected="a new file", fix="another name")
     folder.mkdir(parents=True)
     entries, answers = [], Counter[str]()
     for n in tqdm(range(args.episodes), unit="ep"):
