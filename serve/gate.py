@@ -110,6 +110,8 @@ class Gate:
     origins: Iterable[str] = ()
     most: int = 256
     """WebSockets and requests at once."""
+    always: Iterable[str] = ()
+    """Paths there is room for all the same: what stops a robot."""
     open: int = 0
     """As many there are."""
 
@@ -122,7 +124,7 @@ class Gate:
         refusal = self._refusal(headers, role)
         if refusal is None and scope["type"] == "http":
             refusal = self._too_large(headers)
-        if refusal is None and self.open >= self.most:
+        if refusal is None and self.open >= self.most and scope["path"] not in self.always:
             refusal = unavailable(f"{self.open} connections")
         if refusal is not None:
             await refuse(scope, receive, send, refusal)

@@ -133,7 +133,9 @@ def build_app(station: Station, tokens: Tokens, origins: tuple[str, ...] = ()) -
         post("stop", Nothing, lambda body: station.stop()),
         *operator(),
     ]  # fmt: skip
-    gate = Middleware(Gate, tokens=tokens, body=_BODY, origins=origins, most=_CONNECTIONS)  # pyright: ignore[reportArgumentType]
+    gate = Middleware(
+        Gate, tokens=tokens, body=_BODY, origins=origins, most=_CONNECTIONS, always=("/v1/station/stop",),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     return Starlette(routes=routes, middleware=[gate],
                      exception_handlers={VLAError: _refused, 404: _unknown, 405: _method, 500: _broken})  # fmt: skip
 

@@ -225,3 +225,21 @@ def test_what_cannot_be_operated_is_said_before_anything_moves(flags: list[str],
     command = [sys.executable, "-m", "vla.cli", "operate", *flags, "--port", "0", "--incidents", str(tmp_path / "kept")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_stop_is_let_in_however_many_watch(tmp_path: Path):
+    with operating(tmp_path, "--speed", 0.5, "--handoff", "off") as station:
+        station.post("run", goal=EVERY, scene=SCENE)
+        host, port = station.address.removeprefix("http://").split(":")
+        watching = []
+        try:
+            for _ in range(64):
+                one = socket.create_connection((host, int(port)), timeout=LIMIT)
+                one.sendall(f"GET /v1/station/events HTTP/1.1\r\nhost: {host}:{port}\r\n\r\n".encode())
+                assert one.recv(64).startswith(b"HTTP/1.1 200")
+                watching.append(one)
+            assert station.get("/v1/station")[0] == 503
+            assert station.post("stop")[1]["run"]["state"] == "stopped"
+        finally:
+            for one in watching:
+                one.close()
