@@ -45,12 +45,14 @@ def post_json(
         kind, options["context"] = http.client.HTTPSConnection, tls or ssl.create_default_context()
     connection = kind(parts.hostname or "", parts.port, **options)
     over = threading.Event()
+    opened: list[socket.socket] = []  # the connection itself forgets its socket once it is told that it will be closed
 
     def end() -> None:
         over.set()
-        if (open_one := connection.sock) is not None:
+        for one in (*opened, connection.sock):
             try:
-                open_one.shutdown(socket.SHUT_RDWR)
+                if one is not None:
+                    one.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
 
@@ -61,6 +63,7 @@ def post_json(
         data = json.dumps(body).encode()
         sent = {"Content-Type": "application/json", "Accept": "application/json", **(headers or {})}
         connection.connect()
+        opened.append(connection.sock)
         if over.is_set():
             raise TimeoutError
         connection.request("POST", parts.path or "/", data, sent)

@@ -161,7 +161,7 @@ def _planner(args: argparse.Namespace, student: Any) -> Any:
     if (where := _server(args)) is not None:
         from serve.remote_planner import ServerPlanner
 
-        asked = ServerPlanner(*where, robot=args.robot)
+        asked = ServerPlanner(*where, robot=args.robot, known=student.instructions)
         return lambda world: asked
     if kind == "policy":
         from serve.planner import PolicyPlanner

@@ -14,6 +14,7 @@ from serve.robot import Robot
 from serve.speaking import LocalSpeaker, Speaker
 from vla.errors import UsageError
 from vla.handoff.gate import FILE, Gate, folder_of, read_handoff
+from vla.prompt import DONE
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,16 @@ class Student:
     robots: Mapping[str, Robot] = field(default_factory=dict)
     """Empty: whatever stands there."""
     instructions: Sequence[str] = ()
+    """What it can be told; never `done`, which is a planner's word."""
     folder: Path | None = None
     """Where `handoff.json` may lie."""
     inside: bool = False
     """Whether its looks can be given hidden states and draws."""
     speaker: Speaker | None = None
     close: Any = None
+
+    def __post_init__(self) -> None:
+        self.instructions = tuple(text for text in self.instructions if text != DONE)
 
 
 @dataclass(frozen=True)

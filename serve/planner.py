@@ -130,6 +130,8 @@ def plan_of(entry: Any, where: str, known: Sequence[str] = (), valid_for: float 
         considered = tuple((clean_instruction(text), float(share)) for text, share in said["considered"])
     except (DataError, TypeError, ValueError) as error:
         raise nonsense(where, str(getattr(error, "found", error))) from None
+    if instruction == DONE:
+        raise nonsense(where, "'done' as an instruction, and not done")
     if known and instruction and instruction not in (allowed := {clean_instruction(text) for text in known}):
         raise nonsense(where, f"instruction {instruction[:80]!r}", f"one of {len(allowed)} that are known")
     sure = None if said["confidence"] is None else float(said["confidence"])

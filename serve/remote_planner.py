@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,9 +170,11 @@ class ServerPlanner:
 
     def __init__(
         self, address: str, token: str | Path | None = None, *, robot: str | None = None, timeout: float = 10.0,
-        picture: Literal["jpeg", "png"] = "png",
+        picture: Literal["jpeg", "png"] = "png", known: Sequence[str] = (), longest: float = 30.0,
     ) -> None:  # fmt: skip
-        """`address` as `vla serve` prints it. `token`: itself, or a file. Raises `UsageError`."""
+        """`address` as `vla serve` prints it. `token`: itself, or a file. `known`: the only instructions that will do here, where
+        a question names none; empty: any. No plan is followed for more than `longest` s. Raises `UsageError`."""
+        self.known, self.longest = tuple(known), longest
         self.url = check_url(_http(address) + "/v1/plan")
         self.robot, self.timeout, self.picture = robot, check_timeout(timeout, "planner timeout"), picture
         self._headers = bearer(token, self.url)
@@ -180,10 +183,12 @@ class ServerPlanner:
         body = {
             "images": files_of(asked.images, self.picture), "goal": asked.goal, "memory": asked.memory, "last": asked.last,
             "state": [] if asked.state is None else np.ravel(asked.state).tolist(), "status": asked.status,
-            "words": asked.words, "known": list(asked.known), "robot": self.robot,
+            "words": asked.words, "known": (known := list(asked.known or self.known)), "robot": self.robot,
         }  # fmt: skip
         said = _answered(post_json(self.url, body, headers=self._headers, timeout=self.timeout), self.url)
-        return plan_of({name: value for name, value in said.items() if name not in ("policy", "planner", "ms")}, self.url)
+        entry = {name: value for name, value in said.items() if name not in ("policy", "planner", "ms")}
+        plan = plan_of(entry, self.url, [*known, asked.words] if known and asked.words.strip() else known)
+        return replace(plan, valid_for=min(plan.valid_for, self.longest))
 
 
 class ServerSpeaker:

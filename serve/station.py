@@ -33,6 +33,7 @@ from serve.stage import OneRobot, Stage
 from serve.station_run import ENDED, Run
 from vla.errors import UsageError
 from vla.handoff.incidents import Recorder
+from vla.prompt import clean_instruction
 
 __all__ = ["OneRobot", "Stage", "Station"]
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class Station:
             raise UsageError(
                 "words", found=f"{len(words):,} characters", expected=f"1 to {LONGEST:,}", fix="say something, briefly"
             )
+        clean_instruction(words)  # a planner would refuse, again and again, what is none
         self._going("say").say(words)
         return self.snapshot()
 

@@ -34,6 +34,8 @@ PERSON, RETREAT = "person", "retreat"
 """Who commands in the policy's place."""
 _ASKED = "as a person asked"
 ENDED = ("done", "stopped", "failed")
+_SAID = 5.0
+"""Seconds between two complaints about a planner."""
 _RECENT = 600
 """Ticks that the loop's figures are about."""
 _EVERY = 5
@@ -63,6 +65,10 @@ class Run:
         self._calm = -np.inf
         """s on the loop's clock: until then the gate's last answer stands."""
         self._bad = False
+        self._told, self._fresh = "", 0
+        """The instruction that is followed, and the last tick before it was, or in which the robot waited."""
+        self._failed, self._said = 0, -np.inf
+        """Plans that came to nothing, and until when that is not said again."""
         self._doubt: dict[str, float] = {}
         self._threshold: float | None = None
         self._plan: dict[str, Any] = {"done": [], "now": "", "remaining": [], "reason": "", "confidence": None}
@@ -382,11 +388,19 @@ class Run:
         moved = not verdict.hold
         if moved and not self.by:
             self._trail.add(self.io.state, verdict.action)
-        bad = verdict.hold and verdict.reason.split(":")[0] not in PAUSES
+        paused = verdict.hold and verdict.reason.split(":")[0] in PAUSES
+        if paused or loop.instruction != self._told:
+            self._told, self._fresh = loop.instruction, live.ticks
+        # The policy's first look at another instruction is waited for: that is no incident.
+        first = verdict.reason == "no action" and live.ticks - self._fresh <= self.station.hz
+        bad = verdict.hold and not paused and not first
         if bad and not self._bad:
             self._incident("hold", verdict.reason)
         self._bad = bad
         now = self._clock.now()
+        if (failed := sum(loop.report.failed.values())) != self._failed and now >= self._said:
+            self._failed, self._said = failed, now + _SAID
+            self._board.say("event", what="no plan", reason=", ".join(f"{n} x {kind}" for kind, n in loop.report.failed.items()))
         # A server that asked for help says so until it has heard of it.
         if verdict.needs_help and self.question is None and not self._word and now >= self._calm:
             self._ask("help", verdict.needs_help)
