@@ -108,12 +108,14 @@ async def _broken(request: HTTPRequest, error: Exception) -> Response:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-class Server(uvicorn.Server):
-    """uvicorn, but SIGTERM and SIGINT first finish what was accepted, and the exit code is 0."""
+class Leaving(uvicorn.Server):
+    """uvicorn, but SIGTERM and SIGINT first let `finish` do its work, and the exit code is 0. A second one ends it now."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service, self._leaving = service, None
+    _leaving: asyncio.Task[None] | None = None
+
+    async def finish(self) -> None:
+        """Whatever must be over before nobody listens any more."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -128,12 +130,26 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _leave(self) -> None:
-        if self._leaving is not None:  # asked twice: now
+        if self._leaving is not None:
             self.should_exit = self.force_exit = True
             return
-        self._leaving = asyncio.create_task(self._drain())
+        self._leaving = asyncio.create_task(self._finish())
 
-    async def _drain(self) -> None:
+    async def _finish(self) -> None:
+        try:
+            await self.finish()
+        finally:
+            self.should_exit = True
+
+
+class Server(Leaving):
+    """Finishes what was accepted."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def finish(self) -> None:
         engine, most = self._service.engine, self._service.settings.drain
         logger.info("draining: %d requests to finish, at most %g s", engine.waiting, most)
         if not await engine.drain(most):
@@ -141,7 +157,6 @@ class Server(uvicorn.Server):
             await engine.stop(now=True)
         for pause in (0.05, *[0.0] * 20):  # their answers are on the way out, through a few turns of the loop
             await asyncio.sleep(pause)
-        self.should_exit = True
 
 
 def engine_options(settings: ServeSettings) -> EngineOptions:

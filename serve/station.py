@@ -117,7 +117,7 @@ class Station:
             run.go()
         try:
             self.stage.close()
-        except Exception:
+        except Exception:  # others' drivers; there is nobody left to tell but the log
             logger.exception("the stage")
 
     def _look(self) -> None:

@@ -13,11 +13,9 @@ Nothing here waits for the robot, and the robot for nothing here: events and pic
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from serve.gate import Gate, Tokens, check_bind, refusal_response
 from serve.page import operator
 from serve.patience import PatientHTTP
 from serve.refusal import Refusal
-from serve.server import bound
+from serve.server import Leaving, bound
 from serve.station import Station
 from serve.wires.rest import model_of
 from vla.config import Config
@@ -197,34 +195,16 @@ async def _broken(request: Request, error: Exception) -> Response:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, but SIGTERM and SIGINT end the run first, with the robot still, and the exit code is 0."""
+class _Server(Leaving):
+    """Ends the run first, with the robot still."""
 
-    station: Station
-    _leaving: asyncio.Task[None] | None = None
+    def __init__(self, config: uvicorn.Config, station: Station) -> None:
+        super().__init__(config)
+        self._station = station
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Instead of uvicorn's, which ends the process by the signal once more."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._leave)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    def _leave(self) -> None:
-        if self._leaving is not None:  # asked twice: now
-            self.should_exit = self.force_exit = True
-            return
-        self._leaving = asyncio.create_task(self._close())
-
-    async def _close(self) -> None:
-        await asyncio.to_thread(self.station.close)
+    async def finish(self) -> None:
+        await asyncio.to_thread(self._station.close)
         await asyncio.sleep(2 * _POLL)  # streams find that there is nothing more to say
-        self.should_exit = True
 
 
 async def serve(station: Station, where: Where, ready: Callable[[str], None] | None = None) -> None:
@@ -237,8 +217,7 @@ async def serve(station: Station, where: Where, ready: Callable[[str], None] | N
         build_app(station, tokens, where.origins), http=http, lifespan="off", log_config=None, access_log=False,  # pyright: ignore
         timeout_keep_alive=75, timeout_graceful_shutdown=2, server_header=False, ws="none",
     )  # fmt: skip
-    server = _Server(config)
-    server.station = station
+    server = _Server(config, station)
     listening = bound(where.host, where.port, "vla operate")
     serving = asyncio.create_task(server.serve([listening]))
     while not server.started and not serving.done():

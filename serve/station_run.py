@@ -143,8 +143,9 @@ class Run:
             self.question = None
         try:
             self._end(state)
-        except Exception:
+        except Exception as error:  # a camera, a disk: the run is over all the same, and whoever watches hears what is lost
             logger.exception("the end of run %d", self.number)
+            self._board.say("event", what="not kept", reason=f"{type(error).__name__}: {error}"[:300])
         with self.station.lock:
             self.state, self._hold, self.by, self._valid = state, "", "", None
         told = {} if self.success is None else {"success": self.success}

@@ -407,6 +407,20 @@ def test_a_gate_that_says_retreat_finds_the_robot_moved_back_first(tmp_path: Pat
     assert opened(tmp_path / "incidents").num_episodes == 1
 
 
+def test_a_run_whose_end_cannot_be_kept_ends_all_the_same_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with station(tmp_path) as one:
+        with monkeypatch.context() as broken:
+
+            def full(**_: Any) -> None:
+                raise OSError("no space left on device")
+
+            broken.setattr(one.recorder, "end", full)
+            one.run(EVERY, SCENE)
+            assert ended(one)["run"]["state"] == "done"
+        lost = [event for event in one.board.after(0) if event.get("what") == "not kept"]
+        assert [event["reason"] for event in lost] == ["OSError: no space left on device"]
+
+
 def test_stop_ends_a_run_at_once_and_its_question_with_it(tmp_path: Path):
     with station(tmp_path, Asks(9)) as one:
         one.run(EVERY, SCENE)

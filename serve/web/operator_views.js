@@ -243,7 +243,7 @@ export class Plots {
 
 // ---------------------------------------------------------------------------------------------------- the timeline
 
-const EVENTS = { "no plan": "the planner does not answer, or not with a plan", done: "an instruction is finished", stalled: "nothing moves any more", unsure: "the policy is unsure", help: "the guard calls for help", words: "a person spoke",
+const EVENTS = { "not kept": "the end of the run could not be kept", "no plan": "the planner does not answer, or not with a plan", done: "an instruction is finished", stalled: "nothing moves any more", unsure: "the policy is unsure", help: "the guard calls for help", words: "a person spoke",
                  goal: "another goal", "handed back": "the policy drives again" };
 const percent = (value) => isNumber(value) ? `, ${Math.round(100 * value)} % sure` : "";
 
