@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Generator
@@ -61,16 +62,23 @@ def pytest_handlecrashitem(crashitem: str, sched: object) -> None:
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+_SPEAKING = (logging.getLogger(), logging.getLogger("uvicorn"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """A training run takes over the signals that stop it and keeps them; no later test, and nothing it forks, inherits them."""
-    before = {number: signal.getsignal(number) for number in _STOPPING}
+    """What a command takes over for its process, no later test inherits: the signals that stop it, and what is logged where."""
+    signals = {number: signal.getsignal(number) for number in _STOPPING}
+    logs = [(logger, logger.level, logger.handlers[:]) for logger in _SPEAKING]
     try:
         return (yield)
     finally:
-        for number, handler in before.items():
+        for number, handler in signals.items():
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+        for logger, level, handlers in logs:
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

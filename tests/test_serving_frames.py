@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import struct
 import time
@@ -299,7 +300,7 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
     asyncio.run(work())
     assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60 and counts["lent"] > 20, counts
     assert patience.ROOM.left == room  # all of it was given back
-    assert not caplog.records, caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 
 
 def test_a_message_that_is_read_where_it_came_stays_as_it_is():
