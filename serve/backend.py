@@ -1,7 +1,7 @@
 """The model in a process of its own: pictures go there through shared memory, everything else through a socket.
 
     backend = await ProcessBackend.start({"policy": "runs/demo"})
-    results, seconds = await backend.begin(requests)
+    backend.begin(requests, lambda results, seconds: ...)
 
 The server's process never imports torch, so nothing the model does (a long step, a crash, `kill -9`) stops a probe or a socket.
 What the process does is `serve/model_process.py`. `ThreadBackend` is the same without a process, for replicas that
@@ -19,15 +19,14 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from serve.requests import BackendLost, Info, Request
+from serve.requests import BackendLost, Done, Info, Request
 from serve.robot import Robot
 from serve.shared import Region
 from vla.errors import CheckpointError, DataError, MachineError, UsageError, VLAError
@@ -94,7 +93,7 @@ class ProcessBackend:
         """Of the model's process."""
         return self._process.pid
 
-    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
+    def begin(self, batch: Sequence[Request], done: Done) -> None:
         """See `serve.requests.Backend`."""
         at, items, places = 0, [], []
         regions: dict[int, Region] = {}
@@ -118,7 +117,7 @@ class ProcessBackend:
             raw = np.ascontiguousarray(data).reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
             self._memory[start : start + size] = raw.view(np.uint8)
         self._send({"batch": items, "room": self._room, **self._named(regions), **_words_of(batch)})
-        return self._results()
+        self._line.then(lambda data: self._heard(data, done))
 
     def _named(self, regions: dict[int, Region]) -> dict[str, Any]:
         """What the model's process is to open of its clients' shared memory, and what to let go."""
@@ -129,9 +128,25 @@ class ProcessBackend:
         self._regions |= regions
         return {"regions": fresh, "gone": gone} if fresh or gone else {}
 
-    async def _results(self) -> tuple[list[Any], float]:
-        said = await self._receive()
-        return [result_of(one) for one in said["results"]], said["seconds"]
+    def _heard(self, data: bytes | None, done: Done) -> None:
+        """What a batch came to; without `data` the process has ended."""
+        if data is None:
+            self._ending = asyncio.ensure_future(self._tell_the_end(done))
+            return
+        try:
+            said = msgpack.unpackb(data, strict_map_key=False)
+            results, seconds = [result_of(one) for one in said["results"]], said["seconds"]
+        except Exception as error:
+            results, seconds = error, 0.0
+        done(results, seconds)
+
+    async def _tell_the_end(self, done: Done) -> None:
+        done(await self._why_lost(), 0.0)
+
+    async def _why_lost(self) -> BackendLost:
+        """Why the process ended."""
+        code = await self._process.wait()
+        return BackendLost(f"the policy's process ended ({f'killed by signal {-code}' if code < 0 else f'exit code {code}'})")
 
     async def stop(self) -> None:
         """See `serve.requests.Backend`."""
@@ -164,21 +179,21 @@ class ProcessBackend:
         self._line.send(data)
 
     async def _receive(self) -> Any:
-        data = await self._line.receive()
-        if data is None:
-            code = await self._process.wait()
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            raise BackendLost(f"the policy's process ended ({how})")
+        heard = asyncio.get_running_loop().create_future()
+        self._line.then(lambda data: None if heard.done() else heard.set_result(data))
+        if (data := await heard) is None:
+            raise await self._why_lost()
         return msgpack.unpackb(data, strict_map_key=False)
 
 
 class _Line(asyncio.Protocol):
-    """Messages with their length before them, one waited for at a time; a stream reader costs two turns of the loop more."""
+    """Messages with their length before them, one waited for at a time. What waits is called in the turn of the loop in which
+    its message came: a stream reader costs two turns more."""
 
     def __init__(self) -> None:
         self._transport: Any = None
         self._heard, self._lost = bytearray(), False
-        self._next: asyncio.Future[bytes | None] | None = None
+        self._then: Callable[[bytes | None], None] | None = None
         self.on_lost: Callable[[], None] = lambda: None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -194,14 +209,15 @@ class _Line(asyncio.Protocol):
         self.on_lost()
 
     def _tell(self) -> None:
-        if self._next is None or self._next.done():
+        if (then := self._then) is None:
             return
         if len(self._heard) >= 4 and len(self._heard) >= (end := 4 + int.from_bytes(self._heard[:4], "big")):
-            data = bytes(self._heard[4:end])
+            self._then, data = None, bytes(self._heard[4:end])
             del self._heard[:end]
-            self._next.set_result(data)
+            then(data)
         elif self._lost:
-            self._next.set_result(None)
+            self._then = None
+            then(None)
 
     def send(self, data: bytes) -> None:
         """Pictures lie elsewhere: it never takes long."""
@@ -209,11 +225,11 @@ class _Line(asyncio.Protocol):
             raise BackendLost("the policy's process ended")
         self._transport.write(len(data).to_bytes(4, "big") + data)
 
-    async def receive(self) -> bytes | None:
-        """The next message; None when the other end is gone."""
-        self._next = asyncio.get_running_loop().create_future()
-        self._tell()
-        return await self._next
+    def then(self, then: Callable[[bytes | None], None]) -> None:
+        """Call it with the next message, or None when the other end is gone."""
+        self._then = then
+        if self._heard or self._lost:
+            asyncio.get_running_loop().call_soon(self._tell)
 
     def close(self) -> None:
         self._transport.close()
@@ -224,7 +240,8 @@ class ThreadBackend:
 
     def __init__(self, actor: Any, thread: ThreadPoolExecutor) -> None:
         self._actor, self._thread = actor, thread
-        self._lost = asyncio.get_running_loop().create_future()
+        self._done: Done | None = None
+        """Of the batch it has."""
         self.info: Info = info_of(actor.describe())
         self.on_lost: Callable[[], None] = lambda: None  # a thread does not end by itself
 
@@ -237,19 +254,26 @@ class ThreadBackend:
         actor = await asyncio.get_running_loop().run_in_executor(thread, load, dict(spec))
         return cls(actor, thread)
 
-    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
+    def begin(self, batch: Sequence[Request], done: Done) -> None:
         """See `serve.requests.Backend`."""
         items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
         words = _words_of(batch).get("words")
-        work = partial(self._actor.answer, items) if words is None else partial(self._actor.speak, items, words)
-        answer = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        return self._results(answer, time.perf_counter())
+        loop, began, self._done = asyncio.get_running_loop(), time.perf_counter(), done
 
-    async def _results(self, answer: asyncio.Future[Any], began: float) -> tuple[list[Any], float]:
-        await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise BackendLost("the policy's thread hangs")
-        return answer.result(), time.perf_counter() - began
+        def work() -> None:
+            try:
+                results = self._actor.answer(items) if words is None else self._actor.speak(items, words)
+            except Exception as error:
+                results = error
+            with contextlib.suppress(RuntimeError):  # a loop that has closed meanwhile
+                loop.call_soon_threadsafe(self._over, done, results, time.perf_counter() - began)
+
+        self._thread.submit(work)
+
+    def _over(self, done: Done, results: list[Any] | Exception, seconds: float) -> None:
+        if self._done is done:  # nobody waits for a thread that hung
+            self._done = None
+            done(results, seconds)
 
     async def stop(self) -> None:
         """See `serve.requests.Backend`."""
@@ -258,8 +282,8 @@ class ThreadBackend:
     def kill(self) -> None:
         """It is not waited for any more; a thread cannot be ended."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if not self._lost.done():
-            self._lost.set_result(None)
+        if (done := self._done) is not None:
+            asyncio.get_running_loop().call_soon(self._over, done, BackendLost("the policy's thread hangs"), 0.0)
 
 
 def _words_of(batch: Sequence[Request]) -> dict[str, Any]:

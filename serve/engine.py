@@ -19,8 +19,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from serve.metrics import Metrics
@@ -57,12 +58,15 @@ class EngineOptions:
     """Longest a batch waits for clients that asked a moment ago; at most a tenth of what a batch takes."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Waiting:
     request: Request
-    answer: asyncio.Future[Any]
-    since: float = field(default_factory=time.monotonic)
+    tell: Callable[[Any], None]
+    since: float
+    expiry: asyncio.TimerHandle | None = None
     queued: bool = True
+    over: bool = False
+    """It was told, or nobody waits for it any more."""
 
 
 class Engine:
@@ -79,15 +83,17 @@ class Engine:
         self._running: list[_Waiting] = []
         self._began = self._loading = self._back = 0.0
         self._busy: Backend | None = None
+        """The backend that has a batch."""
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._hung = False
         self._over = asyncio.Event()
         """The batch that is with `_busy` came to an end, whoever waits for it."""
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._parked = False
-        """Whether nothing is being done, nor about to be."""
-        self._begun: tuple[list[_Waiting], Any, Any] | None = None
         self._loop: asyncio.Task[None] | None = None
+        self._ending: asyncio.Future[None] | None = None
+        """Of a backend that was lost: what it held is free when this is done."""
         self._taken = asyncio.Event()
         """There is a backend, whoever brought it."""
         self._swapping = asyncio.Lock()
@@ -160,10 +166,11 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loop
         for one in left:
-            _fail(one, unavailable("the server is stopping", retry_after=5.0))
-            one.queued = False
+            self._tell(one, unavailable("the server is stopping", retry_after=5.0))
         self._queue.clear()
-        self._running, backend, self._backend = [], self._backend, None
+        self._running, self._busy, backend, self._backend = [], None, self._backend, None
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         if backend is not None:
             if now:
                 backend.kill()
@@ -207,7 +214,20 @@ class Engine:
 
     def ask(self, request: Request) -> asyncio.Future[Any]:
         """`act`, to be awaited later; cancelled, it frees its place. Raises the `Refusal` of what is not even accepted. What
-        comes of a request with `words` is `Spoken`.
+        comes of a request with `words` is `Spoken`."""
+        answer = asyncio.get_running_loop().create_future()
+
+        def tell(said: Any) -> None:
+            if not answer.done():
+                (answer.set_exception if isinstance(said, VLAError) else answer.set_result)(said)
+
+        leave = self.submit(request, tell)
+        answer.add_done_callback(lambda _: leave())
+        return answer
+
+    def submit(self, request: Request, tell: Callable[[Any], None]) -> Callable[[], None]:
+        """`ask` without a future: `tell` is called once, after this has returned, with what `ask` would come to or raise: in the
+        very turn of the loop in which the model answered. Returns what frees its place; it is not told then.
 
         Where nothing else waits the model has it when this returns: what a caller still does then costs no time.
         """
@@ -215,8 +235,7 @@ class Engine:
         own = request.deadline < math.inf
         request.deadline = min(request.deadline, now + self.options.deadline * (10 if own else 1))
         self._admit(request, now)
-        loop = asyncio.get_running_loop()
-        one = _Waiting(request, loop.create_future(), now)
+        one = _Waiting(request, tell, now)
         self._queue.append(one)
         self._bytes += request.size
         if request.words is None:
@@ -225,22 +244,31 @@ class Engine:
         else:
             self._words += 1
         self._idle.clear()
-        self._work.set()
-        timer = loop.call_later(request.deadline - now, self._expire, one)
-        one.answer.add_done_callback(lambda _: (timer.cancel(), self._forget(one)))
-        if self._parked and self._backend is not None and len(self._recent) <= 1 and not self._words:
+        one.expiry = asyncio.get_running_loop().call_later(request.deadline - now, self._expire, one)
+        if self._busy is None and len(self._queue) == 1 and self._backend is not None and len(self._recent) <= 1 and not self._words:
             self._begin(self._next())
         else:
+            self._work.set()
             self.metrics.queue.set(len(self._queue))
-        return one.answer
+        return partial(self._forget, one)
+
+    def _tell(self, one: _Waiting, said: Answer | Spoken | VLAError) -> None:
+        """The first that is said to it; nobody's mistake with that is another's."""
+        if one.over:
+            return
+        self._forget(one)
+        try:
+            one.tell(said)
+        except Exception:
+            logger.exception("an answer could not be handed over")
 
     def _expire(self, one: _Waiting) -> None:
         """Its deadline passed; what the model says of it is thrown away."""
-        if not one.answer.done():
+        if not one.over:
             self.metrics.late.inc()
-            _fail(one, Refusal("late", found=f"no answer within {one.request.deadline - one.since:.3g} s",
-                               expected="a batch in time", fix="ask for a longer deadline, or less often",
-                               retry_after=self.expected))  # fmt: skip
+            self._tell(one, Refusal("late", found=f"no answer within {one.request.deadline - one.since:.3g} s",
+                                    expected="a batch in time", fix="ask for a longer deadline, or less often",
+                                    retry_after=self.expected))  # fmt: skip
 
     def _admit(self, request: Request, now: float) -> None:
         if self.draining:
@@ -274,7 +302,11 @@ class Engine:
         return max(self.expected, self._pace(looks))
 
     def _forget(self, one: _Waiting) -> None:
-        """It was answered, or nobody waits for it any more."""
+        """It was answered, or nobody waits for it any more. Idempotent."""
+        one.over = True
+        if one.expiry is not None:
+            one.expiry.cancel()
+            one.expiry = None
         if one.queued:
             one.queued = False
             self._queue.remove(one)
@@ -287,24 +319,17 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ serving
 
     async def _serve(self) -> None:
+        """Brings a backend that was lost back, and lets batches begin that could not begin when they were asked for."""
         while True:
             if self._backend is None:  # at once: a server that is not ready is not asked for anything
                 await self._restart()
-            if not self._queue:
+            if self._busy is not None or not self._queue:
                 self._work.clear()
-                self._parked = True
                 await self._work.wait()
-                self._parked = False
-            if self._begun is None:
-                await self._gather()
-                if self._backend is None:
-                    await self._restart()
-                if batch := self._next():
-                    self._begin(batch)
-            if self._begun is not None:
-                await self._finish(*self._begun)
-            if not self._queue and not self._running:
-                self._idle.set()
+                continue
+            await self._gather()
+            if self._backend is not None and self._busy is None and (batch := self._next()):
+                self._begin(batch)
 
     async def _gather(self) -> None:
         """Clients who asked a moment ago are about to ask again: answered together, all of them wait less."""
@@ -327,8 +352,7 @@ class Engine:
             one = self._queue.popleft()
             one.queued = False
             self._bytes -= one.request.size
-            if not one.answer.done():
-                batch.append(one)
+            batch.append(one)
         self.metrics.queue.set(len(self._queue))
         return batch
 
@@ -347,50 +371,41 @@ class Engine:
             self._bytes -= one.request.size
             self._words -= one.request.words is not None
         self.metrics.queue.set(len(self._queue))
-        return [one for one in batch if not one.answer.done()]
+        return batch
 
     def _begin(self, batch: list[_Waiting]) -> None:
         """The batch is with the model."""
         assert self._backend is not None
-        backend = self._busy = self._backend
-        self._parked, self._running, self._began = False, batch, time.monotonic()
+        backend, loop = self._backend, asyncio.get_running_loop()
+        self._busy, self._running, self._began, self._hung = backend, batch, time.monotonic(), False
         self._over.clear()
+        self._watchdog = loop.call_later(self.options.hang, self._hangs, backend)
         try:
-            self._begun = batch, backend, backend.begin([one.request for one in batch])
+            backend.begin([one.request for one in batch], partial(self._finish, batch, backend))
         except Exception as error:
-            self._begun = batch, backend, _raising(error)
+            loop.call_soon(self._finish, batch, backend, error, 0.0)
 
-    async def _finish(self, batch: list[_Waiting], backend: Backend, pending: Awaitable[tuple[list[Any], float]]) -> None:
-        """What the model says of it, to those who wait."""
-        hung: list[Backend] = []
-        watchdog = asyncio.get_running_loop().call_later(self.options.hang, lambda: (hung.append(backend), backend.kill()))
+    def _hangs(self, backend: Backend) -> None:
+        self._hung = True
+        backend.kill()
+
+    def _finish(self, batch: list[_Waiting], backend: Backend, results: list[Any] | Exception, seconds: float) -> None:
+        """What the model says of a batch, to those who wait."""
+        if self._running is not batch:  # the engine has stopped
+            return
+        took = time.monotonic() - self._began
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         try:
-            results, seconds = await pending
-            took = time.monotonic() - self._began
+            if isinstance(results, Exception):
+                raise results
             said = [
                 self._read(one, result, backend.info, seconds, len(batch)) for one, result in zip(batch, results, strict=True)
             ]
         except Exception as error:  # of ours as well: whatever it was, this conversation is not to be trusted any more
-            why = f"the policy did not answer for {self.options.hang:g} s" if hung else str(error)
-            if not isinstance(error, BackendLost):
-                why = f"the policy's answer could not be read: {type(error).__name__}"
-                logger.error("a conversation that failed", exc_info=error)
-            logger.error("%s: killed and started again", why)
-            self.metrics.restarts.inc()
-            backend.kill()
-            self._running = []
-            lost = batch
-            if self._backend is backend:
-                self._gone()
-                lost = [*batch, *(one for one in self._queue if one.request.deadline < self._back)]
-            for one in lost:
-                _fail(one, unavailable(why, retry_after=max(1.0, self._loading)))
-            await backend.stop()
+            self._failed(batch, backend, error)
             return
-        finally:
-            watchdog.cancel()
-            self._running, self._busy, self._begun = [], None, None
-            self._over.set()
+        self._free()
         if batch[0].request.words is None:
             self.expected = max(took, 0.8 * self.expected + 0.2 * took)
             self._pace.learn(len(batch), took)
@@ -398,11 +413,36 @@ class Engine:
             self.speaking = max(took, 0.8 * self.speaking + 0.2 * took)
         self.metrics.batch(len(batch), took)
         for one, answer in zip(batch, said, strict=True):
-            if isinstance(answer, VLAError):
-                _fail(one, answer)
-            elif not one.answer.done():
+            if not one.over:
                 self.metrics.wait.observe(self._began - one.since)
-                one.answer.set_result(answer)
+                self._tell(one, answer)
+
+    def _free(self) -> None:
+        """The model has nothing to do."""
+        self._running, self._busy = [], None
+        self._over.set()
+        if self._queue or self._backend is None:
+            self._work.set()
+        if not self._queue:
+            self._idle.set()
+
+    def _failed(self, batch: list[_Waiting], backend: Backend, error: Exception) -> None:
+        """A conversation that came to nothing: its backend is killed."""
+        why = f"the policy did not answer for {self.options.hang:g} s" if self._hung else str(error)
+        if not isinstance(error, BackendLost):
+            why = f"the policy's answer could not be read: {type(error).__name__}"
+            logger.error("a conversation that failed", exc_info=error)
+        logger.error("%s: killed and started again", why)
+        self.metrics.restarts.inc()
+        backend.kill()
+        lost = batch
+        if self._backend is backend:
+            self._gone()
+            lost = [*batch, *(one for one in self._queue if one.request.deadline < self._back)]
+        self._ending = asyncio.ensure_future(backend.stop())
+        self._free()
+        for one in lost:
+            self._tell(one, unavailable(why, retry_after=max(1.0, self._loading)))
 
     def _read(self, one: _Waiting, result: Any, info: Info, seconds: float, size: int) -> Answer | Spoken | VLAError:
         """What the model said to one request of a batch of `size`."""
@@ -433,6 +473,8 @@ class Engine:
         """Until there is a backend again, started here or brought by a swap: at once, then after 1, 2, 4, ... at most 30 s."""
         pause, taken = 0.0, asyncio.ensure_future(self._taken.wait())
         try:
+            if self._ending is not None:  # a GPU has room for one
+                await asyncio.wait({taken, self._ending}, return_when=asyncio.FIRST_COMPLETED)
             while self._backend is None:
                 await asyncio.wait({taken}, timeout=pause)
                 if self._backend is not None:
@@ -464,12 +506,3 @@ def _lost_by(old: Info, fresh: Info) -> list[str]:
         there = fresh.robots.get(key)
         lost += [f"no robot {key!r}"] if there is None else [f"robot {key!r}: {text}" for text in differences(robot, there)]
     return lost
-
-
-async def _raising(error: Exception) -> Any:
-    raise error
-
-
-def _fail(one: _Waiting, error: VLAError) -> None:
-    if not one.answer.done():
-        one.answer.set_exception(error)

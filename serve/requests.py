@@ -112,6 +112,11 @@ class BackendLost(Exception):
     """The process that had the model is gone, or was killed because it hung."""
 
 
+Done = Callable[[list[Any] | Exception, float], None]
+"""What a batch comes to: for each request (actions, confidence, symbols), a mapping as `Spoken`, or a `VLAError`; or the
+`BackendLost` that ended all of it; and the seconds it took."""
+
+
 class Backend(Protocol):
     """Where a model lives. One batch at a time."""
 
@@ -119,9 +124,9 @@ class Backend(Protocol):
     on_lost: Callable[[], None]
     """Called when it ends by itself, whatever it was doing."""
 
-    def begin(self, batch: Sequence[Request]) -> Awaitable[tuple[list[Any], float]]:
-        """The batch is with the model when this returns. What it comes to: (for each request (actions, confidence, symbols) or a
-        `VLAError`, seconds). Awaiting it raises `BackendLost`. `Words` come alone; what comes of them is a mapping, `Spoken`."""
+    def begin(self, batch: Sequence[Request], done: Done) -> None:
+        """The batch is with the model when this returns; `done` is called once, later, by the loop. `Words` come alone. Raises
+        `BackendLost`."""
         ...
 
     async def stop(self) -> None:

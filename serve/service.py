@@ -7,6 +7,7 @@ A wire turns its own messages into a `Look` and a `Reply` into its own words, an
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import math
 import mmap
@@ -24,7 +25,7 @@ from serve.guard import Guard
 from serve.metrics import Metrics
 from serve.patience import ROOM
 from serve.refusal import Refusal
-from serve.requests import Info, Request, Start
+from serve.requests import Answer, Info, Request, Start
 from serve.robot import Robot
 from serve.settings import ServeSettings
 from serve.shared import Region
@@ -201,22 +202,34 @@ class Session:
             guard.resume()
 
     async def act(self, look: Look) -> Reply:
-        """Ask, judge the look meanwhile, judge the answer. Raises `Refusal`."""
-        metrics, began = self.service.metrics, time.perf_counter()
-        try:
-            reply = await self._act(look, began)
-        except VLAError as error:
-            refusal = Refusal.of(error)
-            metrics.requests.labels(self.wire, refusal.code).inc()
-            raise refusal from None
-        if reply.hold:
-            metrics.holds.labels(reply.reason.split(":")[0][:40]).inc()
-            metrics.requests.labels(self.wire, "hold").inc()
-        else:
-            self._ok.inc()
-        return reply
+        """`begin`, and what comes of it. Raises `Refusal`."""
+        reply = asyncio.get_running_loop().create_future()
 
-    async def _act(self, look: Look, began: float) -> Reply:
+        def tell(said: Reply | Refusal) -> None:
+            if not reply.done():
+                (reply.set_exception if isinstance(said, Refusal) else reply.set_result)(said)
+
+        leave = self.begin(look, tell)
+        try:
+            return await reply
+        finally:
+            leave()
+
+    def begin(self, look: Look, tell: Callable[[Reply | Refusal], None]) -> Callable[[], None]:
+        """Ask, and judge the look meanwhile. `tell` is called once, after this has returned, in the turn of the loop in which the
+        model answered, with its chunk judged; not after what is returned was called: nobody waits any more. Raises `Refusal`."""
+        began = time.perf_counter()
+        try:
+            return self._begin(look, began, tell)
+        except VLAError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: VLAError) -> Refusal:
+        refusal = Refusal.of(error)
+        self.service.metrics.requests.labels(self.wire, refusal.code).inc()
+        return refusal
+
+    def _begin(self, look: Look, began: float, tell: Callable[[Reply | Refusal], None]) -> Callable[[], None]:
         service = self.service
         robot = service.robot_of(look.robot)
         guard = self.guard = self._guards.get(robot.key)
@@ -229,27 +242,45 @@ class Session:
             if look.seq <= self._seq:
                 raise Refusal("stale", where="seq", found=look.seq, expected=f"more than {self._seq}", fix="send looks in order")
             self._seq = look.seq
-        helped = guard.needs_help
         adapter, known = look.adapter or service.settings.adapter, service.engine.info.adapters
         if adapter is not None and adapter not in known:
             raise Refusal("bad_request", where="adapter", found=repr(adapter)[:80],
                           expected=f"one of {sorted(known)}" if known else "none: the policy has no adapters",
                           fix="name one of them")  # fmt: skip
         deadline = time.monotonic() + look.deadline if look.deadline is not None else math.inf
-        pending = service.engine.ask(Request(
+
+        def answered(said: Answer | VLAError) -> None:
+            try:
+                reply = self._refused(said) if isinstance(said, VLAError) else self._judged(guard, said, began)
+            except VLAError as error:
+                reply = self._refused(error)
+            tell(reply)
+
+        leave = service.engine.submit(Request(
             images, state, self._words, robot.key, adapter, look.seed, self._client, deadline,
-        ))  # fmt: skip
+        ), answered)  # fmt: skip
         # The model has it already: what it says of a look that is refused here is thrown away.
-        seen = guard.saw({"images": images, "state": state}, look.age, executed=look.executed)
-        if seen:
-            pending.cancel()
-            code = "stale" if seen.startswith(("stale", "repeated")) else "bad_request"
-            raise Refusal(code, where="observation", found=seen, expected=f"a fresh look of robot {robot.key!r}",
-                          fix="check the camera and the clock")  # fmt: skip
-        answer = await pending
+        try:
+            if seen := guard.saw({"images": images, "state": state}, look.age, executed=look.executed):
+                code = "stale" if seen.startswith(("stale", "repeated")) else "bad_request"
+                raise Refusal(code, where="observation", found=seen, expected=f"a fresh look of robot {robot.key!r}",
+                              fix="check the camera and the clock")  # fmt: skip
+        except BaseException:
+            leave()
+            raise
+        return leave
+
+    def _judged(self, guard: Guard, answer: Answer, began: float) -> Reply:
+        """The chunk, or a hold."""
+        metrics, helped = self.service.metrics, guard.needs_help
         verdict = guard.chunk(answer.actions, confidence=answer.confidence)
         if guard.needs_help and not helped:
-            service.metrics.help.inc()
+            metrics.help.inc()
+        if verdict.hold:
+            metrics.holds.labels(verdict.reason.split(":")[0][:40]).inc()
+            metrics.requests.labels(self.wire, "hold").inc()
+        else:
+            self._ok.inc()
         timing = {"infer": 1e3 * answer.infer, "wait": 1e3 * answer.wait, "serve": 1e3 * (time.perf_counter() - began)}
         return Reply(verdict.actions, answer.confidence, answer.symbols, answer.execute, verdict.hold, verdict.reason,
                      verdict.needs_help, answer.policy, timing, answer.batch)  # fmt: skip

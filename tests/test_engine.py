@@ -14,7 +14,7 @@ import yaml
 from serve.backend import ProcessBackend, ThreadBackend
 from serve.engine import Engine, EngineOptions
 from serve.refusal import Refusal
-from serve.requests import Answer, BackendLost, Info, Request
+from serve.requests import Answer, BackendLost, Done, Info, Request
 from serve.robot import Robot
 from vla.config import CONFIGS
 from vla.errors import DataError, UsageError, VLAError
@@ -37,16 +37,17 @@ class Fake:
         self.fail: Callable[[Request], VLAError | None] = lambda request: None
         self.lose = False
 
-    def begin(self, batch: Sequence[Request]) -> Coroutine[Any, Any, tuple[list[Any], float]]:
+    def begin(self, batch: Sequence[Request], done: Done) -> None:
         self.batches.append([r.instruction for r in batch])
-        return self.run(batch)
+        self.running = asyncio.create_task(self.run(batch, done))
 
-    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+    async def run(self, batch: Sequence[Request], done: Done) -> None:
         await asyncio.sleep(self.seconds)
         await self.gate.wait()
         if self.lose or not self.alive:
-            raise BackendLost("gone")
-        return [self.fail(r) or (ACTIONS, ACTIONS, ACTIONS) for r in batch], self.seconds
+            done(BackendLost("gone"), 0.0)
+        else:
+            done([self.fail(r) or (ACTIONS, ACTIONS, ACTIONS) for r in batch], self.seconds)
 
     async def stop(self) -> None:
         self.alive = False
