@@ -23,6 +23,8 @@ _SLACK = 1e-3
 """Share of a range within which a number beyond its limit is rounding, and is clipped."""
 _NEAR = 1e-6
 """Share of a jump, or rad of a turn, that float32 may add."""
+_LITTLE = 128
+"""Numbers that are looked through one by one sooner than numpy begins."""
 
 
 class Unread(str):
@@ -69,6 +71,7 @@ class Bounds:
         self._inside = np.maximum(self.low, -most), np.minimum(self.high, most)
         """What is between these is finite, too."""
         self._moves = bool(np.isfinite(self.jump).any())
+        self._each = [bounds.tolist() for bounds in (*self._inside, self._most)]
 
     def _read_limits(self, waive: tuple[str, ...]) -> list[str]:
         names, problems = [c.name for c, _ in self._spans], []
@@ -118,6 +121,8 @@ class Bounds:
         rounding clipped, and [(step, fault)] in the order of steps. `first` (A,): factor of 1 or more on what the first step may
         change. After `few` faults only their number is told: the last pair is (-1, "and 12 more"). Commands mean something when
         there are no faults."""
+        if not self.turn and given.size <= _LITTLE and self._nothing_wrong(given.tolist(), before.tolist()):
+            return given, []
         with np.errstate(all="ignore"):
             told = _Told(few)
             least, most = self._inside
@@ -136,6 +141,15 @@ class Bounds:
                     factor = 1.0 if first is None else float(first[dims.start])
                     self._judge_turns(path[:, dims], dims, form, factor, told)
             return commands, told.faults()
+
+    def _nothing_wrong(self, steps: list[list[float]], before: list[float]) -> bool:
+        """At first sight, without factors and rounding. NaN before a step is far from nothing, in it it is within no limits."""
+        for step in steps:
+            for value, last, low, high, most in zip(step, before, *self._each, strict=True):
+                if not low <= value <= high or value - last > most or last - value > most:
+                    return False
+            before = step
+        return True
 
     def _judge_limits(self, given: np.ndarray, told: _Told) -> np.ndarray:
         """The same steps with rounding clipped, and NaN for those that are not finite: no further fault is found in these."""

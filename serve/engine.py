@@ -63,7 +63,6 @@ class _Waiting:
     request: Request
     tell: Callable[[Any], None]
     since: float
-    expiry: asyncio.TimerHandle | None = None
     queued: bool = True
     over: bool = False
     """It was told, or nobody waits for it any more."""
@@ -81,10 +80,11 @@ class Engine:
         self._bytes = self._words = self._turns = 0
         """Bytes and questions in words that wait; batches that looks had while a question waited."""
         self._running: list[_Waiting] = []
-        self._began = self._loading = self._back = 0.0
+        self._began = self._loading = self._back = self._alarm_at = 0.0
         self._busy: Backend | None = None
         """The backend that has a batch."""
-        self._watchdog: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        """For the first deadline to pass, or the batch to hang: one timer, since most of them are never needed."""
         self._hung = False
         self._over = asyncio.Event()
         """The batch that is with `_busy` came to an end, whoever waits for it."""
@@ -169,8 +169,8 @@ class Engine:
             self._tell(one, unavailable("the server is stopping", retry_after=5.0))
         self._queue.clear()
         self._running, self._busy, backend, self._backend = [], None, self._backend, None
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
         if backend is not None:
             if now:
                 backend.kill()
@@ -244,7 +244,7 @@ class Engine:
         else:
             self._words += 1
         self._idle.clear()
-        one.expiry = asyncio.get_running_loop().call_later(request.deadline - now, self._expire, one)
+        self._wake_by(request.deadline)
         if self._busy is None and len(self._queue) == 1 and self._backend is not None and len(self._recent) <= 1 and not self._words:
             self._begin(self._next())
         else:
@@ -262,13 +262,35 @@ class Engine:
         except Exception:
             logger.exception("an answer could not be handed over")
 
-    def _expire(self, one: _Waiting) -> None:
-        """Its deadline passed; what the model says of it is thrown away."""
-        if not one.over:
+    def _wake_by(self, when: float) -> None:
+        """Look at the time then, at the latest."""
+        if self._alarm is None or self._alarm_at > when:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._alarm_at = when
+            self._alarm = asyncio.get_running_loop().call_later(when - time.monotonic(), self._look_at_the_time)
+
+    def _look_at_the_time(self) -> None:
+        """Whose deadline has passed hears it, and what the model says of it is thrown away; who hangs is killed."""
+        self._alarm, now, times = None, time.monotonic(), list[float]()
+        for one in [*self._running, *self._queue]:
+            if one.over:
+                continue
+            if one.request.deadline > now:
+                times.append(one.request.deadline)
+                continue
             self.metrics.late.inc()
             self._tell(one, Refusal("late", found=f"no answer within {one.request.deadline - one.since:.3g} s",
                                     expected="a batch in time", fix="ask for a longer deadline, or less often",
                                     retry_after=self.expected))  # fmt: skip
+        if self._busy is not None and not self._hung:
+            if (end := self._began + self.options.hang) > now:
+                times.append(end)
+            else:
+                self._hung = True
+                self._busy.kill()
+        if times:
+            self._wake_by(min(times))
 
     def _admit(self, request: Request, now: float) -> None:
         if self.draining:
@@ -278,10 +300,11 @@ class Engine:
         if request.deadline <= now:
             raise Refusal("late", found="a deadline that has passed", expected="time to answer",
                           fix="deadlines are seconds from now")  # fmt: skip
+        if not self._running and not self._queue and request.size <= self.options.queue_bytes:
+            return  # a model with nothing to do is tried, whatever it took last: or one slow batch would refuse everybody for good
         wait = self._wait(now) + (0.0 if request.words is None else self.speaking)
         full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
         full = full or (request.words is not None and self._words >= self.options.words)
-        # A model with nothing to do is tried, whatever it took last: or one slow batch would refuse everybody for good.
         late = bool(self._queue or self._running) and now + wait + _CARE * (wait - self.expected) > request.deadline
         if full or late:
             self.metrics.busy.inc()
@@ -304,9 +327,6 @@ class Engine:
     def _forget(self, one: _Waiting) -> None:
         """It was answered, or nobody waits for it any more. Idempotent."""
         one.over = True
-        if one.expiry is not None:
-            one.expiry.cancel()
-            one.expiry = None
         if one.queued:
             one.queued = False
             self._queue.remove(one)
@@ -376,26 +396,20 @@ class Engine:
     def _begin(self, batch: list[_Waiting]) -> None:
         """The batch is with the model."""
         assert self._backend is not None
-        backend, loop = self._backend, asyncio.get_running_loop()
+        backend = self._backend
         self._busy, self._running, self._began, self._hung = backend, batch, time.monotonic(), False
         self._over.clear()
-        self._watchdog = loop.call_later(self.options.hang, self._hangs, backend)
+        self._wake_by(self._began + self.options.hang)
         try:
             backend.begin([one.request for one in batch], partial(self._finish, batch, backend))
         except Exception as error:
-            loop.call_soon(self._finish, batch, backend, error, 0.0)
-
-    def _hangs(self, backend: Backend) -> None:
-        self._hung = True
-        backend.kill()
+            asyncio.get_running_loop().call_soon(self._finish, batch, backend, error, 0.0)
 
     def _finish(self, batch: list[_Waiting], backend: Backend, results: list[Any] | Exception, seconds: float) -> None:
         """What the model says of a batch, to those who wait."""
         if self._running is not batch:  # the engine has stopped
             return
         took = time.monotonic() - self._began
-        if self._watchdog is not None:
-            self._watchdog.cancel()
         try:
             if isinstance(results, Exception):
                 raise results
@@ -411,11 +425,10 @@ class Engine:
             self._pace.learn(len(batch), took)
         else:
             self.speaking = max(took, 0.8 * self.speaking + 0.2 * took)
-        self.metrics.batch(len(batch), took)
+        waits = [self._began - one.since for one in batch if not one.over]
+        self.metrics.batch(len(batch), took, waits)
         for one, answer in zip(batch, said, strict=True):
-            if not one.over:
-                self.metrics.wait.observe(self._began - one.since)
-                self._tell(one, answer)
+            self._tell(one, answer)
 
     def _free(self) -> None:
         """The model has nothing to do."""

@@ -414,8 +414,7 @@ def _mean(confidence: Any) -> float | None:
     """Of what is finite in it; None when nothing is. An L1 head says NaN: it knows nothing of its confidence."""
     sure = numbers(confidence)
     if not isinstance(sure, Unread) and sure.dtype == np.float32 and sure.size:  # of few numbers: their sum overflows nothing
-        with np.errstate(invalid="ignore"):
-            total = float(np.add.reduce(sure.astype(np.float64).reshape(-1)))
+        total = sum(sure.reshape(-1).tolist())
         if math.isfinite(total):
             return total / sure.size
     if isinstance(sure, Unread) or not (finite := np.isfinite(sure)).any():

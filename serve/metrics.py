@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+_UNCOUNTED = 64
+"""Batches that are remembered at most until somebody asks."""
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -26,11 +28,22 @@ class Metrics:
         self.inference = Histogram("inference_seconds", "Of a batch", buckets=_SECONDS, **own)
         self.batches = Histogram("batch_size", "Requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), **own)
         self._policy = Gauge("policy_info", "1 for the policy that answers", ["fingerprint"], **own)
+        self._answered: list[tuple[int, float, list[float]]] = []
+        """Batches that are not counted yet: to count takes longer than to remember."""
 
-    def batch(self, size: int, seconds: float) -> None:
-        """A batch was answered."""
-        self.batches.observe(size)
-        self.inference.observe(seconds)
+    def batch(self, size: int, seconds: float, waits: list[float]) -> None:
+        """A batch was answered; those in it had waited so many seconds."""
+        self._answered.append((size, seconds, waits))
+        if len(self._answered) >= _UNCOUNTED:
+            self._count()
+
+    def _count(self) -> None:
+        answered, self._answered = self._answered, []
+        for size, seconds, waits in answered:
+            self.batches.observe(size)
+            self.inference.observe(seconds)
+            for wait in waits:
+                self.wait.observe(wait)
 
     def policy(self, fingerprint: str) -> None:
         """Which policy answers from now on."""
@@ -39,4 +52,5 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format."""
+        self._count()
         return generate_latest(self.registry)

@@ -70,13 +70,14 @@ class Actor:
 
     def answer(self, items: Sequence[Item]) -> list[Any]:
         """For each item (actions, confidence, symbols), or its own `VLAError`: one bad look costs only its sender."""
+        if len(items) == 1:
+            return self._counted([self._alone(items[0])])
         said: list[Any] = [None] * len(items)
         groups: dict[tuple[str, str | None], list[int]] = {}
         looks: list[Any] = []
         for i, (robot, adapter, _, _, images, state) in enumerate(items):
             try:
-                frames = {camera: p.decode() if isinstance(p, Encoded) else p for camera, p in images.items()}
-                looks.append({"images": frames, "state": state})
+                looks.append(_look_of(images, state))
                 self._policy(adapter)
                 groups.setdefault((robot, adapter), []).append(i)
             except VLAError as error:
@@ -84,11 +85,23 @@ class Actor:
                 said[i] = error
         for (robot, adapter), rows in groups.items():
             for i, chunk in zip(rows, self._each(looks, items, rows, robot, adapter), strict=True):
-                said[i] = chunk if isinstance(chunk, VLAError) else (chunk.actions, chunk.confidence, chunk.symbols)
+                said[i] = chunk
+        return self._counted(said)
+
+    def _alone(self, item: Item) -> Any:
+        """What most batches are."""
+        try:
+            look = _look_of(item[4], item[5])
+            self._policy(item[1])
+        except VLAError as error:
+            return error
+        return self._each([look], [item], [0], item[0], item[1])[0]
+
+    def _counted(self, said: list[Any]) -> list[Any]:
         self._broken = self._broken + 1 if any(isinstance(one, MachineError) for one in said) else 0
         if self._broken >= 3:
             raise RuntimeError("three batches in a row failed: the device, not the input")
-        return said
+        return [one if isinstance(one, VLAError) else (one.actions, one.confidence, one.symbols) for one in said]
 
     def speak(self, items: Sequence[Item], words: Sequence[Any]) -> list[Any]:
         """What is said to a question (question, candidates, said, most) about the first picture of the one item, as
@@ -141,6 +154,11 @@ class Actor:
                 [looks[i] for i in rows], [items[i][2] for i in rows], robot, seeds=[items[i][3] for i in rows]
             )
         return [policy.act(looks[i], items[i][2], robot) for i in rows]
+
+
+def _look_of(images: Mapping[str, Any], state: np.ndarray | None) -> dict[str, Any]:
+    frames = {camera: p.decode() if isinstance(p, Encoded) else p for camera, p in images.items()}
+    return {"images": frames, "state": state}
 
 
 def load(spec: Mapping[str, Any]) -> Actor:
@@ -208,7 +226,7 @@ def main(conversation: int, pictures: int) -> None:
     line = socket.socket(fileno=conversation)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        actor = load(_receive(line))
+        actor = load(_receive(line, bytearray(_AT_ONCE)))
     except VLAError as error:
         _send(line, {"error": _error(error)})
         return
@@ -217,8 +235,8 @@ def main(conversation: int, pictures: int) -> None:
                                                   fix="a smaller policy, or a larger machine"))})  # fmt: skip
         return
     _send(line, actor.describe())
-    memory, regions = np.zeros(0, np.uint8), Regions(os.getppid())
-    while (said := _receive(line)) is not None:
+    memory, regions, room = np.zeros(0, np.uint8), Regions(os.getppid()), bytearray(_AT_ONCE)
+    while (said := _receive(line, room)) is not None:
         if len(memory) != said["room"]:
             memory = np.frombuffer(mmap.mmap(pictures, said["room"]), np.uint8) if said["room"] else memory
         began = time.perf_counter()
@@ -268,18 +286,21 @@ def _send(line: socket.socket, message: Any) -> None:
         sys.exit(0)
 
 
-def _receive(line: socket.socket) -> Any:
-    """The next message; None when the server has gone."""
-    heard = b""
-    while len(heard) < 4 or len(heard) < 4 + int.from_bytes(heard[:4], "big"):
+def _receive(line: socket.socket, room: bytearray) -> Any:
+    """The next message, received into `room`, which grows with it; None when the server has gone."""
+    heard = size = 0
+    while heard < 4 or heard < size:
+        if size > len(room):
+            room.extend(bytes(size - len(room)))
         try:
-            part = line.recv(_AT_ONCE)  # no more than one message: the server waits for its answer
+            part = line.recv_into(memoryview(room)[heard:])  # no more than one message: the server waits for its answer
         except ConnectionResetError:
             return None
         if not part:
             return None
         heard += part
-    return msgpack.unpackb(memoryview(heard)[4:], use_list=True, strict_map_key=False)
+        size = 4 + int.from_bytes(room[:4], "big") if heard >= 4 else 0
+    return msgpack.unpackb(memoryview(room)[4:size], use_list=True, strict_map_key=False)
 
 
 def _die_with_the_server() -> None:

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 
+from serve.robot import Robot
 from vla.errors import UsageError
 
 
@@ -30,6 +31,7 @@ class NullPolicy:
         spec = load_embodiment(path)
         self.robot, self.embodiment = spec.key, spec.model_dump(mode="json")
         self.robots = {self.robot: spec}
+        self._known = Robot.from_json(self.embodiment, str(path))
         low, high = spec.limits("action")
         self._actions = np.tile(np.clip(np.zeros_like(low), low, high), (8, 1))
         self._sure, self._symbols = np.ones_like(self._actions), np.zeros(self._actions.shape, np.int64)
@@ -62,9 +64,8 @@ class NullPolicy:
         self, observations: Sequence[Any], instructions: Sequence[str], robot: str, seeds: Sequence[int] | None = None
     ) -> list[Any]:  # fmt: skip
         """As `vla.policy.VLAPolicy.act_batch`; observations are checked as there."""
-        spec = self.robots[robot]
         for observation in observations:
-            spec.check_observation(dict(observation), f"observation for {robot!r}")
+            self._known.check_observation(observation, f"observation for {robot!r}")
         if self._seconds:
             time.sleep(self._seconds * (len(observations) if self._each else 1))
         return [SimpleNamespace(actions=self._actions.copy(), confidence=self._sure, symbols=self._symbols) for _ in observations]

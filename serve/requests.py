@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ class Request:
     words: Words | None = None
     """Where an answer in words is wanted: about the first of the pictures, if there is one."""
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes it holds while it waits."""
         return sum(p.nbytes if isinstance(p, np.ndarray) else len(p.data) for p in self.images.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,12 +71,12 @@ class Robot:
                 **{part: [vars(c) | {k: list(getattr(c, k)) for k in ("dims", "low", "high")} for c in getattr(self, part)]
                    for part in ("state", "action")}}  # fmt: skip
 
-    @property
+    @cached_property
     def state_dim(self) -> int:
         """S."""
         return sum(len(c.dims) for c in self.state)
 
-    @property
+    @cached_property
     def action_dim(self) -> int:
         """A."""
         return sum(len(c.dims) for c in self.action)
@@ -91,10 +92,14 @@ class Robot:
             out.append((channel, slice(at, at := at + len(channel.dims))))
         return out
 
+    @cached_property
+    def _state_names(self) -> list[str]:
+        return self.names("state")
+
     def check_observation(self, observation: Any, where: str, files: bool = False) -> None:
         """Raise `DataError` naming every camera or state that is missing or has the wrong shape, dtype or value. With `files` a
         picture may be a file as well (`is_file`)."""
-        check_observation(observation, where, self.key, self.cameras, self.names("state"), is_file if files else None)
+        check_observation(observation, where, self.key, self.cameras, self._state_names, is_file if files else None)
 
 
 def differences(here: Robot, there: Robot) -> list[str]:

@@ -82,6 +82,10 @@ class Service:
     def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics | None = None) -> None:
         """Raises `UsageError` when a robot's guard lacks limits; see `check`."""
         self.engine, self.settings, self.metrics = engine, settings, metrics or engine.metrics
+        self.way = ""
+        """Name of the local socket through which clients on this computer may come; empty where there is none."""
+        self.limits = settings.limits
+        """Of one message."""
         self.audit: Any = None
         if settings.audit:
             from serve.audit import AuditLog
@@ -175,7 +179,7 @@ class Session:
 
         Raises `Refusal` for more than a message may hold, and where there is none to be had: then pictures come as before.
         """
-        most = self.service.settings.limits.message
+        most = self.service.limits.message
         if not 0 < size <= most:
             raise Refusal("too_large", where="share", found=f"{size:,} bytes", expected=f"at most {most:,}", fix="send them")
         self.close()
@@ -288,7 +292,7 @@ class Session:
     def _images(self, robot: Robot, given: Mapping[str, Picture]) -> dict[str, Picture]:
         """By the robot's own names of its cameras."""
         if given.keys() == set(robot.cameras):
-            return {c: _frame(given[c], c, self.service.settings.limits) for c in robot.cameras}
+            return {c: _frame(given[c], c, self.service.limits) for c in robot.cameras}
         mapping = self.service.settings.cameras
         images: dict[str, Picture] = {}
         for name, picture in given.items():
@@ -310,7 +314,7 @@ class Session:
             raise Refusal("bad_request", where="images", found=f"no picture of camera {', '.join(map(repr, missing))} among "
                           f"{sorted(str(name)[:40] for name in given)[:16]}", expected=f"cameras {sorted(robot.cameras)}",
                           fix="name them so, or serve with --camera NAME_ON_THE_WIRE=CAMERA")  # fmt: skip
-        return {c: _frame(images[c], c, self.service.settings.limits) for c in robot.cameras}
+        return {c: _frame(images[c], c, self.service.limits) for c in robot.cameras}
 
 
 def _frame(picture: Any, camera: str, limits: Limits) -> Picture:

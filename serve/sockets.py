@@ -5,13 +5,16 @@ buffer, and a whole unfragmented binary message is taken from there, or read the
 (handshake, text, fragments, pings, closing, violations) goes to the package, frame by frame, as before. Two 224-pixel pictures
 cost half the time that way (docs/results.md). A connection that is lost ends what is being done for it; a message is not looked
 at before the one before it was taken.
+
+An app that can answer without waiting for anything but a callback may say so once it has accepted (`answer_with`): then what the
+model says goes out in the turn of the loop in which it came, without a task, a queue or a timer in between.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -36,6 +39,12 @@ _LENT = 16 << 10
 _OPCODES = frozenset(Opcode)
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
 _NO_MASK = b"\0\0\0\0"
+_LANE = "tendon.answer_with"
+"""Of a connection's extensions: where an app leaves its `Quick`."""
+Say = Callable[[bytes], None]
+Quick = Callable[[bytes | memoryview, Say], bool]
+"""Takes a binary message and says its answer, then or later, once; or returns False, and the app receives it as ever. The message
+is good until the answer was said."""
 
 
 class _Buffered(asyncio.BufferedProtocol):
@@ -60,12 +69,20 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._owed = 0
         """Bytes of a buffer that was left to the app, since more came."""
         self._most = self.config.ws_max_size
+        self._quick: Quick | None = None
+        self._asking = self._inside = False
+        """Whether `_quick` has a message it has not answered; whether it is just being given one."""
+        self._held: dict[str, Any] | None = None
+        """A message that came behind the one `_quick` has."""
+        self._unsaid: bytes | None = None
+        """An answer that waits for what was written before to go out."""
         self._answering: asyncio.Task[Any] | None = None
         self._inner = self.app
         self.app = self._until_lost  # pyright: ignore[reportAttributeAccessIssue]
 
     async def _until_lost(self, scope: Any, receive: Any, send: Any) -> None:
         self._answering = asyncio.current_task()
+        scope["extensions"][_LANE] = self._answer_with
         try:
             await self._inner(scope, receive, send)
         except asyncio.CancelledError:
@@ -79,7 +96,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._filled = 0
+        self._filled, self._held, self._unsaid = 0, None, None
         self._take_back()
         self._resize(_FIRST)
         if self._answering is not None:
@@ -103,6 +120,9 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         super().resume_writing()
         if not self.read_paused and not self.transport.is_closing():
             self.transport.resume_reading()
+        if (data := self._unsaid) is not None:
+            self._unsaid = None
+            self._say(data)
 
     async def receive(self) -> Any:
         """The next message; what came behind it is looked at from now on. A large one is good until the next is asked for."""
@@ -118,9 +138,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     async def send(self, message: Any) -> None:
         if (data := message.get("bytes")) is not None and message["type"] == "websocket.send" and self._flows():
-            size = len(data)
-            head = bytes((_WHOLE_BINARY, size if size < 126 else 126 if size < 1 << 16 else 127))
-            self.transport.write(head + (b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8, "big")) + data)
+            self._write(data)
             return
         before = self.handshake_complete, self.close_sent
         if before == (True, True):  # by a violation of the other side's, which the app cannot know of
@@ -138,6 +156,60 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     def _flows(self) -> bool:
         """Whether the connection is open, and what is written goes out."""
         return self.conn.state is State.OPEN and self.writable.is_set() and not (self.close_sent or self.disconnected)
+
+    def _write(self, data: bytes) -> None:
+        """As one frame."""
+        size = len(data)
+        head = bytes((_WHOLE_BINARY, size if size < 126 else 126 if size < 1 << 16 else 127))
+        self.transport.write(head + (b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8, "big")) + data)
+
+    # ------------------------------------------------------------------------------------------------ the quick lane
+
+    def _answer_with(self, quick: Quick) -> None:
+        self._quick = quick
+
+    def _offer(self, data: bytes | memoryview) -> bool:
+        """To whom answers without a task, while the app waits for a message; False for what is the app's."""
+        if self._quick is None or not self._asked or not self.queue.empty() or not self._flows():
+            return False
+        self._asking = self._inside = True
+        try:
+            taken = self._quick(data, self._say)
+        finally:
+            self._inside = False
+        self._asking &= taken
+        return taken
+
+    def _say(self, data: bytes) -> None:
+        """What `_quick` answers."""
+        if not self._asking or self.disconnected or self.close_sent:
+            return
+        if not self._flows():
+            self._unsaid = data  # `Reader` waits a while for who does not read
+            return
+        self._write(data)
+        self._asking = False
+        if self._inside:  # who offered the message goes on by itself
+            return
+        self._take_back()
+        if (event := self._held) is not None:
+            self._held = None
+            if (data := event.get("bytes")) is None or not self._offer(data):
+                self._pass_on(event)
+                return
+            self.read_paused = False
+            self._take_all()
+            if not self.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def _pass_on(self, event: dict[str, Any]) -> None:
+        """A message to the app, or to nobody yet."""
+        self.read_paused = True
+        if self._asking:
+            self._held = event
+        else:
+            self._asked = False
+            self.queue.put_nowait(event)  # pyright: ignore[reportArgumentType]
 
     # ------------------------------------------------------------------------------------------------ receiving
 
@@ -265,10 +337,12 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     def _hand(self, data: bytes | memoryview, last: bool) -> None:
         """A binary message to the app; where it lies, if the app waits for it and nothing came behind it."""
         if isinstance(data, memoryview):
-            self._lent = last and self._asked and len(data) >= _LENT
+            self._lent = last and self._asked and not self._asking and len(data) >= _LENT
             data = data.toreadonly() if self._lent else bytes(data)
-        self._asked, self.read_paused = False, True
-        self.queue.put_nowait({"type": "websocket.receive", "bytes": data})  # pyright: ignore[reportArgumentType]
+        if self._asking or not self._offer(data):
+            self._pass_on({"type": "websocket.receive", "bytes": data})
+        elif not self._asking:  # it was answered at once
+            self._lent = False
 
     def _fault(self, first: int, opcode: int, size: int) -> str:
         """What is wrong with a frame that begins so, in the package's words, which says them when all of it is there."""
@@ -302,15 +376,28 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.send_receive_event_to_app()
 
     def send_receive_event_to_app(self) -> None:
-        """As uvicorn's; but text that is none is the client's fault, and nothing for the log."""
-        if self.curr_msg_data_type == "text" and not self.close_sent:
+        """As uvicorn's, whose log is not for text that is none; and a message behind one that is being answered waits for it."""
+        data, self.frames = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames), []
+        if self.close_sent:
+            return
+        event: dict[str, Any] = {"type": "websocket.receive"}
+        if self.curr_msg_data_type == "text":
             try:
-                self.frames[0].decode()
+                event["text"] = data.decode()
             except UnicodeDecodeError:
-                self.frames = []
                 self._fail(CloseCode.INVALID_DATA, "text that is no UTF-8")
                 return
-        super().send_receive_event_to_app()
+        else:
+            event["bytes"] = data
+        self._pass_on(event)
+        self.transport.pause_reading()
+
+
+def answer_with(socket: WebSocket, quick: Quick) -> None:
+    """From now on `quick` is offered each binary message first, one at a time. Where a server has no such lane, nothing changes.
+    What it has not answered when the socket is left, it must not answer any more."""
+    if (lane := socket.scope.get("extensions", {}).get(_LANE)) is not None:
+        lane(quick)
 
 
 async def messages(socket: WebSocket) -> AsyncIterator[bytes | memoryview]:

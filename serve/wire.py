@@ -31,6 +31,8 @@ PROTOCOL = 1
 KINDS = "biuf"
 """Kinds of numbers that travel: booleans, integers, floats. Objects, records, strings and complex numbers do not."""
 _DTYPE = re.compile(r"[|<>=]?(?:\?|b1|[iu][1248]|f[248])|bool|u?int(?:8|16|32|64)|float(?:16|32|64)")
+_MARKS = frozenset(("__image__", "__ndarray__", b"__ndarray__", b"__npgeneric__"))
+"""Keys of a mapping that stands for something else."""
 _MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png"}
 
 
@@ -180,26 +182,23 @@ def unpack(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Any
     """
     if len(data) > limits.message:
         raise _wrong("message", f"{len(data):,} bytes", f"at most {limits.message:,}", too_large=True)
-    pictures = values = 0
-
-    def count(entries: int) -> None:
-        nonlocal values
-        values += 1 + entries
-        if values > limits.values:
-            raise _wrong(
-                "message", f"more than {limits.values:,} values", "fewer: pictures and states are arrays", too_large=True
-            )
+    pictures, left = 0, limits.values
 
     def listed(entries: list[Any]) -> list[Any]:
-        count(len(entries))
+        nonlocal left
+        if (left := left - 1 - len(entries)) < 0:
+            raise _too_many(limits)
         return entries
 
     def mapping(pairs: list[tuple[Any, Any]]) -> Any:
-        nonlocal pictures
-        count(len(pairs))
+        nonlocal pictures, left
         entries = dict(pairs)
+        if (left := left - 1 - len(pairs)) < 0:
+            raise _too_many(limits)
         if len(entries) != len(pairs):
             raise _wrong("message", "a key twice in one mapping", "every key once")
+        if _MARKS.isdisjoint(entries):
+            return entries
         if "__image__" in entries:
             pictures += 1
             if pictures > limits.pictures:
@@ -209,9 +208,7 @@ def unpack(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Any
             return _array(entries)
         if b"__ndarray__" in entries:
             return _array({k.decode("ascii", "replace") if isinstance(k, bytes) else k: v for k, v in entries.items()})
-        if b"__npgeneric__" in entries:
-            return _number(entries.get(b"data"), entries.get(b"dtype"))
-        return entries
+        return _number(entries.get(b"data"), entries.get(b"dtype"))
 
     try:
         return msgpack.unpackb(
@@ -223,6 +220,10 @@ def unpack(data: bytes | bytearray | memoryview, limits: Limits = LIMITS) -> Any
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException) as error:
         text = str(error)[:200] or type(error).__name__
         raise _wrong("message", f"not msgpack we read: {text}", "one msgpack value within the limits") from error
+
+
+def _too_many(limits: Limits) -> WireError:
+    return _wrong("message", f"more than {limits.values:,} values", "fewer: pictures and states are arrays", too_large=True)
 
 
 def array_of(data: Any, dtype: Any, shape: Any) -> np.ndarray:
@@ -294,6 +295,8 @@ def pack(message: Any) -> bytes:
 
 def pieces(message: Mapping[str, Any], images: Mapping[str, Picture]) -> list[bytes | memoryview]:
     """`pack(message | {"images": images})` in pieces, for who can send them one after the other: pixels are not copied."""
+    if not any(isinstance(picture, np.ndarray) for picture in images.values()):
+        return [pack({**message, "images": images})]
     behind = _map_of(len(message) + 1) + pack(message)[len(_map_of(len(message))) :] + pack("images") + _map_of(len(images))
     out: list[bytes | memoryview] = []
     for name, picture in images.items():

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,15 @@ from serving import Server, started, until
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
 from serve import shared  # noqa: E402
+from serve.backend import ThreadBackend  # noqa: E402
 from serve.client import Client  # noqa: E402
+from serve.engine import Engine  # noqa: E402
 from serve.refusal import Refusal  # noqa: E402
+from serve.service import Service  # noqa: E402
 from serve.settings import ServeSettings  # noqa: E402
 from serve.shared import MARK, Attached, Region, Regions, attach, room_for  # noqa: E402
 from serve.wire import WireError, encode, pack, unpack  # noqa: E402
-from serve.wires.websocket import _answer  # noqa: E402
+from serve.wires.websocket import Conversation  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shared.AVAILABLE, reason="no anonymous files on this system")
 POLICY = Path(__file__).resolve().parents[1] / "models" / "nano-base"
@@ -193,6 +195,6 @@ def test_who_may_not_share_sends(tmp_path: Path):
 
 
 def test_another_computer_gets_no_offer():
-    service = SimpleNamespace(settings=ServeSettings())
-    answer = unpack(asyncio.run(_answer(service, None, pack({"type": "share", "seq": 3, "size": 100}), near=False)))  # pyright: ignore
+    service = Service(Engine(ThreadBackend.start), ServeSettings())  # pyright: ignore[reportArgumentType]
+    answer = unpack(asyncio.run(Conversation(service, near=False).answer(pack({"type": "share", "seq": 3, "size": 100}))))
     assert answer["type"] == "refusal" and answer["seq"] == 3 and "another computer" in answer["error"]["found"]

@@ -123,9 +123,9 @@ def _question(body: ChatBody, service: Service) -> tuple[str, dict[str, Picture]
         if not head.startswith("data:image/") or not head.endswith(";base64"):
             raise _wrong("a picture that is elsewhere", "data:image/png;base64,... or jpeg; nothing is fetched")
         name = camera or f"picture {len(pictures)}"
-        if name in pictures or len(pictures) >= service.settings.limits.pictures:
-            raise _wrong(f"{name!r} twice, or too many pictures", f"at most {service.settings.limits.pictures}, each its own")
-        pictures[name], camera = picture_of(picture_bytes(data, name), service.settings.limits), ""
+        if name in pictures or len(pictures) >= service.limits.pictures:
+            raise _wrong(f"{name!r} twice, or too many pictures", f"at most {service.limits.pictures}, each its own")
+        pictures[name], camera = picture_of(picture_bytes(data, name), service.limits), ""
     return _words("\n".join(words)), pictures
 
 

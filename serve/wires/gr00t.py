@@ -62,7 +62,7 @@ class Answering:
             return _pack({"error": f"internal: {type(error).__name__}"})
 
     async def _answer(self, session: Session, data: bytes) -> Any:
-        request = unpack(data, self.service.settings.limits)
+        request = unpack(data, self.service.limits)
         if not isinstance(request, Mapping):
             raise _wrong("request", type(request).__name__, '{"endpoint", "data"}')
         token = request.get("api_token")

@@ -47,7 +47,7 @@ def routes(service: Service) -> list[BaseRoute]:
                 await send(socket, metadata)
                 async for data in messages(socket):
                     began = time.perf_counter()
-                    look = look_of(unpack(data, service.settings.limits))
+                    look = look_of(unpack(data, service.limits))
                     look.robot, look.adapter = look.robot or asked.get("robot"), look.adapter or asked.get("adapter")
                     reply = await session.act(look)
                     timing = {"infer_ms": reply.timing["serve"]} | ({"prev_total_ms": before} if before else {})

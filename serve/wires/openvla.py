@@ -33,12 +33,12 @@ def routes(service: Service) -> list[BaseRoute]:
 
     async def act(request: Request) -> Response:
         try:
-            content = read_json(await request.body(), arrays=True, limits=service.settings.limits)
+            content = read_json(await request.body(), arrays=True, limits=service.limits)
             twice = isinstance(content, dict) and "encoded" in content
             if twice:
                 if len(content) != 1 or not isinstance(content["encoded"], str):
                     raise _wrong("body", "'encoded' beside other keys, or no text", '{"encoded": "<JSON>"} alone')
-                content = read_json(content["encoded"], arrays=True, limits=service.settings.limits)
+                content = read_json(content["encoded"], arrays=True, limits=service.limits)
             look, chunk = look_of(content)
             reply = await while_connected(request, Session(service, "openvla", lasting=False).act(look))
         except VLAError:

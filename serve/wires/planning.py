@@ -113,4 +113,4 @@ async def counted(service: Service, wire: str, request: Request, work: Awaitable
 
 
 def _picture(text: str, name: str, service: Service) -> Picture:
-    return picture_of(picture_bytes(text, name), service.settings.limits)
+    return picture_of(picture_bytes(text, name), service.limits)

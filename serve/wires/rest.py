@@ -70,7 +70,7 @@ def routes(service: Service) -> list[BaseRoute]:
 
     async def act(request: Request) -> Response:
         body = await parsed(request, ActBody, service)
-        images = {name: picture_of(picture_bytes(text, name), service.settings.limits) for name, text in body.images.items()}
+        images = {name: picture_of(picture_bytes(text, name), service.limits) for name, text in body.images.items()}
         look = Look(images, np.array(body.state, np.float64), body.instruction, body.robot, body.adapter, deadline=body.deadline,
                     seed=body.seed)  # fmt: skip
         robot = service.robot_of(body.robot)
@@ -95,7 +95,7 @@ def routes(service: Service) -> list[BaseRoute]:
 
 async def parsed(request: Request, model: type[T], service: Service) -> T:
     """The body as `model`. Raises `Refusal` naming every field that is wrong."""
-    return await model_of(request, model, service.settings.limits)
+    return await model_of(request, model, service.limits)
 
 
 async def model_of(request: Request, model: type[T], limits: Limits = LIMITS) -> T:

@@ -85,7 +85,7 @@ class Playing:
         """What to answer, if anything."""
         seq = 0
         try:
-            message = unpack(data, self.service.settings.limits)
+            message = unpack(data, self.service.limits)
             if not isinstance(message, Mapping) or not isinstance(payload := message.get("payload"), Mapping):
                 raise _wrong("message", "no envelope", "type, payload, seq, timestamp")
             seq = message["seq"] if type(message.get("seq")) is int else 0
