@@ -77,6 +77,8 @@ class Engine:
         self._backend: Backend | None = None
         self._info: Info | None = None
         self._queue: deque[_Waiting] = deque()
+        self.metrics.queue.set_function(lambda: len(self._queue))
+        self.metrics.running.set_function(lambda: len(self._running))
         self._bytes = self._words = self._turns = 0
         """Bytes and questions in words that wait; batches that looks had while a question waited."""
         self._running: list[_Waiting] = []
@@ -249,7 +251,6 @@ class Engine:
             self._begin(self._next())
         else:
             self._work.set()
-            self.metrics.queue.set(len(self._queue))
         return partial(self._forget, one)
 
     def _tell(self, one: _Waiting, said: Answer | Spoken | VLAError) -> None:
@@ -332,7 +333,6 @@ class Engine:
             self._queue.remove(one)
             self._bytes -= one.request.size
             self._words -= one.request.words is not None
-            self.metrics.queue.set(len(self._queue))
         if not self._queue and not self._running:
             self._idle.set()
 
@@ -373,7 +373,6 @@ class Engine:
             one.queued = False
             self._bytes -= one.request.size
             batch.append(one)
-        self.metrics.queue.set(len(self._queue))
         return batch
 
     def _next_of_both(self) -> list[_Waiting]:
@@ -390,7 +389,6 @@ class Engine:
             self._queue.remove(one)
             self._bytes -= one.request.size
             self._words -= one.request.words is not None
-        self.metrics.queue.set(len(self._queue))
         return batch
 
     def _begin(self, batch: list[_Waiting]) -> None:

@@ -23,6 +23,7 @@ class Metrics:
         self.restarts = Counter("backend_restarts", "Times the model's process was lost or killed", **own)
         self.swaps = Counter("policy_swaps", "Policies swapped while serving", **own)
         self.queue = Gauge("queue_length", "Requests waiting", **own)
+        self.running = Gauge("running", "Requests with the model", **own)
         self.sessions = Gauge("sessions", "Open connections by wire", ["wire"], **own)
         self.wait = Histogram("wait_seconds", "From accepted to with the model", buckets=_SECONDS, **own)
         self.inference = Histogram("inference_seconds", "Of a batch", buckets=_SECONDS, **own)
