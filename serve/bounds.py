@@ -8,6 +8,7 @@ A whole chunk is judged with a few numpy calls; words are found only for what is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ _SLACK = 1e-3
 """Share of a range within which a number beyond its limit is rounding, and is clipped."""
 _NEAR = 1e-6
 """Share of a jump, or rad of a turn, that float32 may add."""
-_LITTLE = 128
-"""Numbers that are looked through one by one sooner than numpy begins."""
+_LITTLE = 256
+"""Numbers of a chunk that are looked through sooner than numpy begins."""
 
 
 class Unread(str):
@@ -33,6 +34,8 @@ class Unread(str):
 
 def numbers(value: Any) -> np.ndarray | Unread:
     """`value` as an array of numbers of whatever shape, or what is wrong with it. Never raises."""
+    if type(value) is np.ndarray and value.dtype == np.float32:
+        return value
     if value is None:
         return Unread("no action")
     if isinstance(value, Unread):
@@ -121,7 +124,7 @@ class Bounds:
         rounding clipped, and [(step, fault)] in the order of steps. `first` (A,): factor of 1 or more on what the first step may
         change. After `few` faults only their number is told: the last pair is (-1, "and 12 more"). Commands mean something when
         there are no faults."""
-        if not self.turn and given.size <= _LITTLE and self._nothing_wrong(given.tolist(), before.tolist()):
+        if not self.turn and 0 < given.size <= _LITTLE and self._nothing_wrong(given.T.tolist(), before.tolist()):
             return given, []
         with np.errstate(all="ignore"):
             told = _Told(few)
@@ -142,13 +145,19 @@ class Bounds:
                     self._judge_turns(path[:, dims], dims, form, factor, told)
             return commands, told.faults()
 
-    def _nothing_wrong(self, steps: list[list[float]], before: list[float]) -> bool:
-        """At first sight, without factors and rounding. NaN before a step is far from nothing, in it it is within no limits."""
-        for step in steps:
-            for value, last, low, high, most in zip(step, before, *self._each, strict=True):
-                if not low <= value <= high or value - last > most or last - value > most:
-                    return False
-            before = step
+    def _nothing_wrong(self, columns: list[list[float]], before: list[float]) -> bool:
+        """At first sight: every dimension is finite, inside its limits, and in all of the chunk moves no further than it may in
+        one step. What is not may be right all the same."""
+        for column, last, low, high, most in zip(columns, before, *self._each, strict=True):
+            least, greatest = min(column), max(column)
+            if not (low <= least and greatest <= high and math.isfinite(sum(column))):
+                return False
+            if last < least:  # NaN, where nobody knows it, is neither
+                least = last
+            elif last > greatest:
+                greatest = last
+            if greatest - least > most:
+                return False
         return True
 
     def _judge_limits(self, given: np.ndarray, told: _Told) -> np.ndarray:

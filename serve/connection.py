@@ -45,6 +45,7 @@ except ImportError:  # a platform without its C part: the same, slower
 _FIRST = 64 << 10
 """Bytes of the buffer at first, and the most that a server may say before the socket opens."""
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
+_NO_MASK = bytes(4)
 _PIECES = 64
 """Handed to the kernel at once; no system takes fewer than 16, Linux takes 1024."""
 _CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "busy"}
@@ -130,6 +131,9 @@ class Connection:
 
     def send(self, pieces: Sequence[bytes | memoryview], deadline: float) -> None:
         """One binary message. Raises `OSError`, after which the connection is of no use."""
+        if len(pieces) == 1 and isinstance(data := pieces[0], bytes) and 126 <= len(data) < 1 << 16 and not self._mask:
+            self._write([b"\x82\xfe" + len(data).to_bytes(2, "big") + _NO_MASK + data], deadline)
+            return
         views = [memoryview(piece).cast("B") for piece in pieces]
         size = sum(view.nbytes for view in views)
         head = bytearray((_WHOLE_BINARY, 0x80 | (size if size < 126 else 126 if size < 1 << 16 else 127)))
@@ -139,7 +143,7 @@ class Connection:
             key = os.urandom(4)
             self._write([bytes(head + key), apply_mask(b"".join(views), key)], deadline)
         else:
-            self._write([bytes(head + bytes(4)), *views], deadline)
+            self._write([bytes(head + _NO_MASK), *views], deadline)
 
     def receive(self, deadline: float) -> memoryview | bytes:
         """The next whole message; good until the next call. Raises `OSError`, after which the connection is of no use."""

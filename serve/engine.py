@@ -20,7 +20,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -220,8 +220,12 @@ class Engine:
         answer = asyncio.get_running_loop().create_future()
 
         def tell(said: Any) -> None:
-            if not answer.done():
-                (answer.set_exception if isinstance(said, VLAError) else answer.set_result)(said)
+            if answer.done():
+                return
+            if isinstance(said, VLAError):
+                answer.set_exception(said)
+            else:
+                answer.set_result(said)
 
         leave = self.submit(request, tell)
         answer.add_done_callback(lambda _: leave())
@@ -238,19 +242,18 @@ class Engine:
         request.deadline = min(request.deadline, now + self.options.deadline * (10 if own else 1))
         self._admit(request, now)
         one = _Waiting(request, tell, now)
-        self._queue.append(one)
-        self._bytes += request.size
-        if request.words is None:
-            if request.client:
-                self._recent[request.client] = now
+        if request.words is None and request.client:
+            self._recent[request.client] = now
+        if self._busy is None and not self._queue and self._backend is not None and len(self._recent) <= 1:
+            one.queued = False
+            self._begin([one])
         else:
-            self._words += 1
+            self._queue.append(one)
+            self._bytes += request.size
+            self._words += request.words is not None
+            self._work.set()
         self._idle.clear()
         self._wake_by(request.deadline)
-        if self._busy is None and len(self._queue) == 1 and self._backend is not None and len(self._recent) <= 1 and not self._words:
-            self._begin(self._next())
-        else:
-            self._work.set()
         return partial(self._forget, one)
 
     def _tell(self, one: _Waiting, said: Answer | Spoken | VLAError) -> None:
@@ -302,7 +305,7 @@ class Engine:
             raise Refusal("late", found="a deadline that has passed", expected="time to answer",
                           fix="deadlines are seconds from now")  # fmt: skip
         if not self._running and not self._queue and request.size <= self.options.queue_bytes:
-            return  # a model with nothing to do is tried, whatever it took last: or one slow batch would refuse everybody for good
+            return  # with nothing to do it is tried, whatever it took last: or one slow batch would refuse everybody for good
         wait = self._wait(now) + (0.0 if request.words is None else self.speaking)
         full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
         full = full or (request.words is not None and self._words >= self.options.words)
@@ -417,16 +420,17 @@ class Engine:
         except Exception as error:  # of ours as well: whatever it was, this conversation is not to be trusted any more
             self._failed(batch, backend, error)
             return
+        waits = [self._began - one.since for one in batch if not one.over]
         self._free()
+        for one, answer in zip(batch, said, strict=True):
+            self._tell(one, answer)
+        # What is learnt of it can wait until it was said.
         if batch[0].request.words is None:
             self.expected = max(took, 0.8 * self.expected + 0.2 * took)
             self._pace.learn(len(batch), took)
         else:
             self.speaking = max(took, 0.8 * self.speaking + 0.2 * took)
-        waits = [self._began - one.since for one in batch if not one.over]
         self.metrics.batch(len(batch), took, waits)
-        for one, answer in zip(batch, said, strict=True):
-            self._tell(one, answer)
 
     def _free(self) -> None:
         """The model has nothing to do."""

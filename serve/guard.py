@@ -310,14 +310,15 @@ class Guard:
             reasons.append("unseen: no observation since the last chunk")
         self._measured &= self._trail is None or self._executed == 0
         rows, certain = self._whereabouts()
-        commands = before = np.zeros(0)
         steps = (self.longest or self._steps) if isinstance(given, Unread) else len(given)
         if isinstance(given, Unread):
+            commands = before = np.zeros(0)
             reasons.append(given)
         else:
             before, first = self._before(rows, given[0])
             commands, faults = self._bounds.judge(given, before, first, _FEW)
-            reasons += _numbered(faults)
+            if faults:
+                reasons += _numbered(faults)
         held, reason = self._conclude(reasons, sure, "chunks")
         if held:
             self._last, self._trail, self._known = self._stand(rows[0], certain), None, ~np.isnan(rows[0])

@@ -153,8 +153,8 @@ class Server(Leaving):
         self._near: asyncio.Server | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, and the local socket, of which `hello` tells (`serve/wires/websocket.py`). Its name lives as long as it does,
-        and whoever can reach it can reach the port: the gate stands before both."""
+        """uvicorn's, and the local socket, of which `hello` tells (`serve/wires/websocket.py`). Who can reach it can reach the
+        port, and the gate stands before both."""
         await super().startup(sockets)
         if not self.started or not sys.platform.startswith("linux"):  # no names outside the file system
             return
@@ -167,7 +167,8 @@ class Server(Leaving):
             return
 
         def connected() -> asyncio.Protocol:
-            return self.config.http_protocol_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            made: Any = self.config.http_protocol_class
+            return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
         self._near = await asyncio.get_running_loop().create_unix_server(connected, sock=way, backlog=2048)
         self._service.way = name

@@ -210,8 +210,12 @@ class Session:
         reply = asyncio.get_running_loop().create_future()
 
         def tell(said: Reply | Refusal) -> None:
-            if not reply.done():
-                (reply.set_exception if isinstance(said, Refusal) else reply.set_result)(said)
+            if reply.done():
+                return
+            if isinstance(said, Refusal):
+                reply.set_exception(said)
+            else:
+                reply.set_result(said)
 
         leave = self.begin(look, tell)
         try:
@@ -338,7 +342,7 @@ def _state(robot: Robot, given: Any) -> np.ndarray | None:
         isinstance(given, np.ndarray)
         and given.dtype == np.float32
         and given.shape == (robot.state_dim,)
-        and np.isfinite(given).all()
+        and all(map(math.isfinite, given.tolist()))
     ):
         return given
     try:

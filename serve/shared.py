@@ -83,7 +83,7 @@ class Region:
         lie in it."""
         at, shape = (entry.get("at"), entry.get("shape")) if isinstance(entry, Mapping) else (None, None)
         try:
-            if (known := self._seen.get((at, *shape))) is not None:  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+            if (known := self._seen.get((at, *(shape or ())))) is not None:  # pyright: ignore[reportArgumentType]
                 return known
         except TypeError:  # no shape, or one of something that is no number
             pass

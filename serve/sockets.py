@@ -194,7 +194,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._take_back()
         if (event := self._held) is not None:
             self._held = None
-            if (data := event.get("bytes")) is None or not self._offer(data):
+            if "bytes" not in event or not self._offer(event["bytes"]):
                 self._pass_on(event)
                 return
             self.read_paused = False
@@ -319,7 +319,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             size = int.from_bytes(self._view[at + 2 : at + head], "big")
         if size > self._most - (self.conn.current_size or 0):
             return self._refuse(at)
-        if fault := self._fault(first, opcode, size):
+        if (first != _WHOLE_BINARY or self.conn.current_size is not None) and (fault := self._fault(first, opcode, size)):
             self._fail(CloseCode.PROTOCOL_ERROR, fault)
             return self._filled
         head += 4

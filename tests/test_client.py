@@ -25,6 +25,7 @@ from misbehaving import PATIENT, SHORT, SOON, Line, N, Peer, answers, chunk, cli
 from serving import serving, started, until
 
 from serve.client import Client
+from serve.connection import Connection
 from serve.refusal import Refusal
 from serve.robot import Robot, differences
 from serve.wire import encode, pack, pieces
@@ -493,3 +494,31 @@ def test_a_robot_needs_little():
     heavy = ["torch", "pydantic", "pandas", "transformers", "PIL", "starlette", "uvicorn", "asyncio", "yaml"]
     done = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="local sockets without files are Linux's")
+def test_who_is_near_comes_by_the_local_socket_and_proves_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    token = "0123456789abcdef"
+    (tmp_path / "tokens").write_text(f"{token}\n")
+
+    def family(robot: Client) -> int:
+        assert robot._link is not None
+        return robot._link._socket.family
+
+    with started("null:tabletop", "--token-file", tmp_path / "tokens", token=token) as server:
+        address = server.address.replace("http", "ws")
+        with client(address, token=token) as near, client(address, token=token, shared=False) as far:
+            assert (family(near), family(far)) == (socket.AF_UNIX, socket.AF_INET)
+            assert near.act(look(), "go").execute == far.act(look(), "go").execute == 8
+            way = near.said["way"]
+        late = time.monotonic() + 5
+        for headers in ({}, {"Authorization": "Bearer another-token-of-16"}):
+            with pytest.raises(Refusal) as kept_out:
+                Connection(f"{address}/v1/ws?protocol=1", headers, late, way=way)
+            assert kept_out.value.code == "unauthorized"
+        with pytest.raises(ConnectionError):
+            Connection(f"{address}/v1/ws?protocol=1", {}, late, way="tendon-of-another-computer")
+        monkeypatch.setattr("serve.connection._local", lambda way, deadline: (_ for _ in ()).throw(ConnectionError("not here")))
+        with client(address, token=token) as elsewhere:  # as through a port that is forwarded
+            assert family(elsewhere) == socket.AF_INET and elsewhere.act(look(), "go").execute == 8
+        assert not server.complaints()

@@ -378,8 +378,8 @@ def test_an_answer_that_makes_no_sense_costs_its_batch_not_the_engine():
     async def work() -> None:
         bad, good = Fake("bad"), Fake("good")
 
-        async def short(batch: Sequence[Request]) -> tuple[list[Any], float]:
-            return [], 0.0
+        async def short(batch: Sequence[Request], done: Done) -> None:
+            done([], 0.0)
 
         bad.run = short
         served = await engine(bad, good)
@@ -447,11 +447,11 @@ def test_what_a_conversation_breaks_at_costs_that_batch_and_not_the_engine():
         first, second, third = Fake("one"), Fake("two"), Fake("three")
         served = await engine(first, second, third)
 
-        def broken(batch: Sequence[Request]) -> Any:
+        def broken(batch: Sequence[Request], done: Done) -> None:
             raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
 
-        async def unreadable(batch: Sequence[Request]) -> Any:
-            return [None], {"seconds": 1}
+        async def unreadable(batch: Sequence[Request], done: Done) -> None:
+            done([None], 0.0)
 
         first.begin, second.run = broken, unreadable
         for fake in (first, second):
@@ -520,5 +520,55 @@ def test_stopping_tells_those_who_wait_and_those_who_are_with_the_model():
         await served.stop(now=True)
         said = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(s, Refusal) and s.status == 503 for s in said) and not fake.alive
+
+    run(work)
+
+
+def test_who_is_told_badly_is_nobody_elses_trouble_and_who_left_is_not_told():
+    async def work() -> None:
+        fake, told = Fake(), list[Any]()
+        served = await engine(fake, batch=4)
+        fake.gate.clear()
+
+        def upset(said: Any) -> None:
+            raise RuntimeError("of the one who asked")
+
+        served.submit(look("0", "a"), upset)
+        served.submit(look("1", "b"), upset)
+        leave = served.submit(look("2", "c"), lambda said: told.append("left"))
+        served.submit(look("3", "d"), told.append)
+        leave()
+        leave()
+        fake.gate.set()
+        await until(lambda: bool(told))
+        assert [type(one) for one in told] == [Answer] and served.waiting == 0 and served.ready
+        assert fake.batches == [["0"], ["1", "3"]]
+        await served.stop()
+
+    run(work)
+
+
+def test_each_deadline_is_kept_whatever_order_they_come_in():
+    """One timer serves all of them, and the batch that hangs."""
+
+    async def work() -> None:
+        fake, late = Fake(), dict[str, float]()
+        served = await engine(fake, batch=1, hang=0.5)
+        fake.gate.clear()
+        served.expected, began = 1e-4, time.monotonic()
+
+        def ask(words: str, within: float) -> None:
+            def tell(said: Any) -> None:
+                late[f"{words} {said.code}"] = time.monotonic() - began
+
+            served.submit(look(words, words, within), tell)
+
+        for words, within in (("a", 9.0), ("b", 0.3), ("c", 0.1), ("d", 0.2), ("e", 9.0)):
+            ask(words, within)
+        await until(lambda: len(late) == 5)
+        # One was with the model when it hung, the last with the one after it, which is gone at once.
+        assert list(late) == ["c late", "d late", "b late", "a unavailable", "e unavailable"]
+        assert all(late[name] >= least for name, least in zip(late, (0.1, 0.2, 0.3, 0.5, 0.5), strict=True))
+        await served.stop()
 
     run(work)

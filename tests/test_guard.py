@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from serve.bounds import Unread
+from serve.bounds import Bounds, Unread
 from serve.guard import ChunkVerdict, Guard
+from serve.robot import Robot
 from vla.embodiment import load_embodiment
 from vla.errors import UsageError
 from vla.rotation import angle_between, to_quat
@@ -631,3 +632,24 @@ def test_shipped_robots_can_be_guarded(name):
     spec = load_embodiment(name)
     absolute = {c.name: 0.1 for c in spec.action if c.convention in ("joint_position", "eef_position")}
     assert len(Guard(spec.model_dump(mode="json"), jump=absolute).low) == spec.action_dim
+
+
+def test_what_passes_at_first_sight_would_have_passed_a_second(monkeypatch: pytest.MonkeyPatch):
+    """Of few numbers the guard looks at the ends only; whatever it lets through so is what numpy lets through."""
+    plain = Robot.from_json(ARM | {"action": [channel for channel in ARM["action"] if channel["name"] != "turn"]}, "arm")
+    bounds, rng, passed = Bounds(plain, {"arm": [0.5, 0.25], "speed": 1.0}), np.random.default_rng(3), 0
+    low, high = bounds.low.astype(np.float64), bounds.high.astype(np.float64)
+    for _ in range(5000):
+        middle = rng.uniform(low, high)
+        chunk = middle + rng.normal(0, rng.choice([0.001, 0.05, 0.5]), (int(rng.integers(1, 9)), len(middle)))
+        chunk = np.clip(chunk, low, high).astype(np.float32) if rng.random() < 0.7 else chunk.astype(np.float32)
+        if rng.random() < 0.2:
+            chunk[rng.integers(len(chunk)), rng.integers(len(middle))] = rng.choice([np.nan, np.inf, -np.inf, 3e38, -0.0])
+        before = np.where(rng.random(len(middle)) < 0.2, np.nan, middle + rng.normal(0, 0.02, len(middle)))
+        one, faults = bounds.judge(chunk, before)
+        with monkeypatch.context() as patched:
+            patched.setattr("serve.bounds._LITTLE", 0)
+            two, others = bounds.judge(chunk, before)
+        assert faults == others and np.array_equal(one, two, equal_nan=True)
+        passed += not faults
+    assert 1000 < passed < 4000, passed

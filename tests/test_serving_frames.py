@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from typing import Any
@@ -25,6 +25,7 @@ import uvicorn
 from children import LIMIT
 from mutations import mutated_body, mutated_bytes, mutated_message, valid, valid_body
 from serving import Server, started
+from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode, Frame, Opcode
@@ -153,6 +154,10 @@ class Heard:
     closed: bool = False
     lent: int = 0
     """Messages that were read where they were received."""
+    quick: int = 0
+    """Messages that were taken without the app, and how many of these were answered; whether one is being answered."""
+    answers: int = 0
+    asking: bool = False
 
 
 def as_the_package(data: bytes) -> Heard:
@@ -218,16 +223,46 @@ class Transport(asyncio.Transport):
     abort = close
 
 
-async def as_served(data: bytes, cuts: list[int], slowly: bool) -> tuple[Heard, FastWebSocket]:
-    """By `FastWebSocket`, with the bytes arriving in pieces that end at `cuts`, read by an app that takes its time, or not."""
+ANSWER = b"an answer, 16 B."
+SAID = bytes((0x82, len(ANSWER))) + ANSWER
+
+
+async def as_served(
+    data: bytes, cuts: list[int], slowly: bool, lane: np.random.Generator | None = None
+) -> tuple[Heard, FastWebSocket]:
+    """By `FastWebSocket`, with the bytes arriving in pieces that end at `cuts`, read by an app that takes its time, or not. With
+    a `lane` there is somebody who answers binary messages without the app: at once, a few turns later, or not at all."""
     heard = Heard()
+
+    def quick(message: bytes | memoryview, say: Callable[[bytes], None]) -> bool:
+        assert lane is not None and not heard.asking, "a message before the one before it was answered"
+        turns = int(lane.integers(-2, 6))
+        if turns < 0:
+            return False
+        kept, heard.asking = bytes(message), True
+        heard.messages.append(kept)
+        heard.quick += 1
+
+        def answer(turns: int) -> None:
+            if turns:
+                asyncio.get_running_loop().call_soon(answer, turns - 1)
+                return
+            assert message == kept or protocol.disconnected, "what was lent has changed"
+            heard.asking = False
+            say(ANSWER)
+
+        answer(turns)
+        return True
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert (await receive())["type"] == "websocket.connect"
         await send({"type": "websocket.accept"})
+        if lane is not None:
+            sockets.answer_with(WebSocket(scope, receive, send), quick)
         while (message := await receive())["type"] == "websocket.receive":
             if slowly:  # what is lent stays as it is
                 await asyncio.sleep(0)
+            assert not heard.asking
             heard.lent += isinstance(message.get("bytes"), memoryview)
             heard.messages.append(message["text"] if message.get("bytes") is None else bytes(message["bytes"]))
 
@@ -254,9 +289,10 @@ async def as_served(data: bytes, cuts: list[int], slowly: bool) -> tuple[Heard, 
             room[:size] = piece[:size]
             piece = piece[size:]
             protocol.buffer_updated(size)
-    for _ in range(30):
+    for _ in range(30 if lane is None else 150):
         await asyncio.sleep(0)
-    heard.written, heard.closed = bytes(transport.written), transport.over
+    heard.written, heard.closed = bytes(transport.written).replace(SAID, b""), transport.over
+    heard.answers = transport.written.count(SAID)
     protocol.connection_lost(None)
     for _ in range(5):
         await asyncio.sleep(0)
@@ -264,13 +300,15 @@ async def as_served(data: bytes, cuts: list[int], slowly: bool) -> tuple[Heard, 
     return heard, protocol
 
 
+@pytest.mark.parametrize("lane", [False, True])
 def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lane: bool
 ):  # fmt: skip
-    """The package waits for the whole of a frame that breaks the rules; here it is enough to see how it begins."""
+    """The package waits for the whole of a frame that breaks the rules; here it is enough to see how it begins. Whoever answers,
+    pings are, and what came in the middle of an answer waits for its end."""
     monkeypatch.setattr(sockets, "_LENT", 1)
     room = patience.ROOM.left
-    counts = {"messages": 0, "closed": 0, "early": 0, "lent": 0}
+    counts = {"messages": 0, "closed": 0, "early": 0, "lent": 0, "quick": 0}
 
     async def work() -> None:
         for seed in range(1500):
@@ -281,7 +319,9 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
             if rng.random() < 0.2:
                 cuts = list(range(1, min(len(data), 300)))  # byte by byte
             expected = as_the_package(data)
-            heard, _ = await as_served(data, cuts, bool(rng.integers(2)))
+            heard, _ = await as_served(data, cuts, bool(rng.integers(2)), rng if lane else None)
+            assert heard.answers == heard.quick or heard.closed, seed
+            counts["quick"] += heard.quick
             bad = next((i for i, m in enumerate(expected.messages) if isinstance(m, str) and torn(m)), None)
             if bad is not None:  # the package leaves it to its user to find that text is none
                 assert heard.closed and heard.messages == expected.messages[:bad], seed
@@ -298,7 +338,8 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
             counts["lent"] += heard.lent
 
     asyncio.run(work())
-    assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60 and counts["lent"] > 20, counts
+    assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60, counts
+    assert counts["quick"] > 700 if lane else counts["lent"] > 20, counts
     assert patience.ROOM.left == room  # all of it was given back
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 

@@ -5,6 +5,7 @@ Shapes use the legend of `vla/batch.py`: T time steps, H chunk length, A action 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -135,7 +136,7 @@ def check_observation(
     found = _numbers(observation.get("state"))
     if len(state) and (found is None or found.shape != (len(state),)):
         problems.append(f"state has shape {None if found is None else found.shape}")
-    elif found is not None and not np.isfinite(found).all():
+    elif found is not None and not all(map(math.isfinite, found.reshape(-1).tolist())):
         problems.append(f"state is not finite: {found.tolist()}")
     if problems:
         raise DataError(
