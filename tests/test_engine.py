@@ -42,12 +42,18 @@ class Fake:
         self.running = asyncio.create_task(self.run(batch, done))
 
     async def run(self, batch: Sequence[Request], done: Done) -> None:
+        try:
+            said: Any = await self.answer(batch)
+        except BackendLost as lost:
+            said = lost, 0.0
+        done(*said)
+
+    async def answer(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
         await asyncio.sleep(self.seconds)
         await self.gate.wait()
         if self.lose or not self.alive:
-            done(BackendLost("gone"), 0.0)
-        else:
-            done([self.fail(r) or (ACTIONS, ACTIONS, ACTIONS) for r in batch], self.seconds)
+            raise BackendLost("gone")
+        return [self.fail(r) or (ACTIONS, ACTIONS, ACTIONS) for r in batch], self.seconds
 
     async def stop(self) -> None:
         self.alive = False
@@ -378,10 +384,10 @@ def test_an_answer_that_makes_no_sense_costs_its_batch_not_the_engine():
     async def work() -> None:
         bad, good = Fake("bad"), Fake("good")
 
-        async def short(batch: Sequence[Request], done: Done) -> None:
-            done([], 0.0)
+        async def short(batch: Sequence[Request]) -> tuple[list[Any], float]:
+            return [], 0.0
 
-        bad.run = short
+        bad.answer = short
         served = await engine(bad, good)
         with pytest.raises(Refusal, match="could not be read"):
             await served.act(look())
@@ -450,10 +456,10 @@ def test_what_a_conversation_breaks_at_costs_that_batch_and_not_the_engine():
         def broken(batch: Sequence[Request], done: Done) -> None:
             raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
 
-        async def unreadable(batch: Sequence[Request], done: Done) -> None:
-            done([None], 0.0)
+        async def unreadable(batch: Sequence[Request]) -> tuple[list[Any], float]:
+            return [None], 0.0
 
-        first.begin, second.run = broken, unreadable
+        first.begin, second.answer = broken, unreadable
         for fake in (first, second):
             with pytest.raises(Refusal, match="could not be read") as lost:
                 await served.act(look())

@@ -37,11 +37,11 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Speaks(Fake):
     """Answers both kinds; `batches` says which."""
 
-    async def run(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
+    async def answer(self, batch: Sequence[Request]) -> tuple[list[Any], float]:
         if batch[0].words is not None:
             assert len(batch) == 1
             self.batches[-1] = [f"?{batch[0].words.question}"]
-        results, seconds = await super().run(batch)
+        results, seconds = await super().answer(batch)
         if batch[0].words is not None and not isinstance(results[0], VLAError):
             results = [{"ids": [], "likely": 0.0, "ended": True, "text": "", "scores": [0.0] * len(batch[0].words.candidates)}]
         return results, seconds
