@@ -5,6 +5,7 @@
 A block of looks of each in turn: our WebSocket with our client, the same with `websockets`' own client, openpi's protocol on our
 server, a server as openpi's, OFT's payload on our /act, a server as OpenVLA's; and the floor, the same bytes over a bare blocking
 socket. Then: 8 clients of a model that takes 100 ms a batch against one that takes them singly; /livez while a look takes 3 s.
+Needs, for the servers it is compared with: pip install fastapi json-numpy requests
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def peer(kind: str) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     child = subprocess.Popen([sys.executable, str(HERE / "peer_servers.py"), kind, str(port)])
-    until(lambda: reachable(port))
+    until(lambda: reachable(port) or child.poll() is not None)
+    if child.poll() is not None:
+        raise SystemExit(f"the server as {kind}'s did not start: pip install fastapi json-numpy requests")
     try:
         yield port
     finally:
