@@ -82,7 +82,7 @@ class TwoSpeedReport:
     events: Counter[str] = field(default_factory=Counter)
     """What the planner was asked at once for -> how often."""
     followed: list[tuple[int, str]] = field(default_factory=list)
-    """(tick, instruction) from which on it was in force."""
+    """(tick, instruction) from which on it was in force; the newest of them, where a run has no end."""
     thinking: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     """From question to answer."""
     ticks: deque[Tick] = field(default_factory=lambda: deque(maxlen=_KEPT))
@@ -334,7 +334,7 @@ class TwoSpeed:
         another = plan.instruction != self.instruction or self._wait or self._status == "stalled"
         if not plan.done:
             if plan.instruction != self.instruction:
-                self.report.followed.append((self._tick, plan.instruction))
+                self.report.followed = [*self.report.followed[1 - _KEPT :], (self._tick, plan.instruction)]
             self._plan = plan
             # Asked again before it expires, whatever the pace.
             self._next = min(self._next, reply.at + plan.valid_for / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -43,6 +44,8 @@ the main job, from nothing to a report:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code (0 ok, 2 usage, 3 data, 4 checkpoint, 5 machine, 6 diverged, 75 preempted)."""
     argv = sys.argv[1:] if argv is None else argv
+    if not sys.stderr.isatty():  # progress in a file: a line now and then, not ten a second
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     parser = argparse.ArgumentParser(
         prog="vla", description=vla.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

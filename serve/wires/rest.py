@@ -107,7 +107,7 @@ async def model_of(request: Request, model: type[T], limits: Limits = LIMITS) ->
         )
     content = read_json(await request.body(), limits=limits)
     try:
-        return model.model_validate(content)  # pyright: ignore[reportAttributeAccessIssue]
+        return model.model_validate(content, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
     except ValidationError as error:
         wrong = [
             f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors(include_input=False, include_url=False)
