@@ -169,8 +169,7 @@ def test_asked_to_leave_before_it_is_ready_it_leaves(number: int):
 def test_work_that_does_not_end_is_not_waited_for_for_ever():
     with started("null:tabletop?ms=4000", "--deadline", "60", "--drain", "0.5") as server:
         said, wait = in_threads({"one": lambda: ask(server.port, "/v1/act", body(deadline=60.0))})
-        until(lambda: len(psutil.Process(server.process.pid).net_connections()) >= 2)
-        time.sleep(0.3)
+        until(lambda: server.metric("tendon_running") == 1)
         server.process.send_signal(signal.SIGTERM)
         wait()
         assert server.process.wait(LIMIT) == 0
