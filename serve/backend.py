@@ -47,6 +47,7 @@ class ProcessBackend:
         self._regions: dict[int, Region] = {}
         """Shared memory of clients that the process has open."""
         self._stopped = False
+        self._ending: asyncio.Task[None] | None = None
         self.info: Info
         self.on_lost: Callable[[], None] = lambda: None
         line.on_lost = lambda: None if self._stopped else self.on_lost()
@@ -131,7 +132,7 @@ class ProcessBackend:
     def _heard(self, data: bytes | None, done: Done) -> None:
         """What a batch came to; without `data` the process has ended."""
         if data is None:
-            self._ending = asyncio.ensure_future(self._tell_the_end(done))
+            self._ending = asyncio.create_task(self._tell_the_end(done))
             return
         try:
             said = msgpack.unpackb(data, strict_map_key=False)
@@ -266,11 +267,11 @@ class ThreadBackend:
             except Exception as error:
                 results = error
             with contextlib.suppress(RuntimeError):  # a loop that has closed meanwhile
-                loop.call_soon_threadsafe(self._over, done, results, time.perf_counter() - began)
+                loop.call_soon_threadsafe(self._tell, done, results, time.perf_counter() - began)
 
         self._thread.submit(work)
 
-    def _over(self, done: Done, results: list[Any] | Exception, seconds: float) -> None:
+    def _tell(self, done: Done, results: list[Any] | Exception, seconds: float) -> None:
         if self._done is done:  # nobody waits for a thread that hung
             self._done = None
             done(results, seconds)
@@ -283,7 +284,7 @@ class ThreadBackend:
         """It is not waited for any more; a thread cannot be ended."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if (done := self._done) is not None:
-            asyncio.get_running_loop().call_soon(self._over, done, BackendLost("the policy's thread hangs"), 0.0)
+            asyncio.get_running_loop().call_soon(self._tell, done, BackendLost("the policy's thread hangs"), 0.0)
 
 
 def _words_of(batch: Sequence[Request]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     bounds = Bounds(robot, jump={"arm": 0.1})
     commands, faults = bounds.judge(steps, before)      # steps (n, A) float32; faults [(0, "jump: arm.a by 0.6, at most 0.1")]
 
-A whole chunk is judged with a few numpy calls; words are found only for what is wrong. `serve.guard` remembers what came before.
+A chunk of few numbers is looked through, a larger one judged with a few numpy calls; words are found only for what is wrong.
+`serve.guard` remembers what came before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SLACK = 1e-3
 """Share of a range within which a number beyond its limit is rounding, and is clipped."""
 _NEAR = 1e-6
 """Share of a jump, or rad of a turn, that float32 may add."""
-_LITTLE = 256
+_FEW = 256
 """Numbers of a chunk that are looked through sooner than numpy begins."""
 
 
@@ -74,7 +75,7 @@ class Bounds:
         self._inside = np.maximum(self.low, -most), np.minimum(self.high, most)
         """What is between these is finite, too."""
         self._moves = bool(np.isfinite(self.jump).any())
-        self._each = [bounds.tolist() for bounds in (*self._inside, self._most)]
+        self._ends = [bounds.tolist() for bounds in (*self._inside, self._most)]
 
     def _read_limits(self, waive: tuple[str, ...]) -> list[str]:
         names, problems = [c.name for c, _ in self._spans], []
@@ -124,7 +125,7 @@ class Bounds:
         rounding clipped, and [(step, fault)] in the order of steps. `first` (A,): factor of 1 or more on what the first step may
         change. After `few` faults only their number is told: the last pair is (-1, "and 12 more"). Commands mean something when
         there are no faults."""
-        if not self.turn and 0 < given.size <= _LITTLE and self._nothing_wrong(given.T.tolist(), before.tolist()):
+        if not self.turn and 0 < given.size <= _FEW and self._nothing_wrong(given.T.tolist(), before.tolist()):
             return given, []
         with np.errstate(all="ignore"):
             told = _Told(few)
@@ -148,7 +149,7 @@ class Bounds:
     def _nothing_wrong(self, columns: list[list[float]], before: list[float]) -> bool:
         """At first sight: every dimension is finite, inside its limits, and in all of the chunk moves no further than it may in
         one step. What is not may be right all the same."""
-        for column, last, low, high, most in zip(columns, before, *self._each, strict=True):
+        for column, last, low, high, most in zip(columns, before, *self._ends, strict=True):
             least, greatest = min(column), max(column)
             if not (low <= least and greatest <= high and math.isfinite(sum(column))):
                 return False

@@ -17,7 +17,8 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -101,8 +102,7 @@ class Client:
         began, name = time.monotonic(), robot or self.robot
         deadline = began + self.timeout
         look = self._look_of(observation, instruction, name)
-        self._take_turn(deadline)
-        try:
+        with self._one_at_a_time(deadline):
             link = self._connected(self.timeout, deadline)
             if self._help and self._asked != self.connections:
                 raise Refusal("needs_help", where=self.address, found=self._help, expected="somebody who looks at the robot",
@@ -124,8 +124,6 @@ class Client:
             if chunk.policy != self._hello.policy:  # swapped meanwhile: another policy may be one for another robot
                 self._hear(link, self._ask(link, {"type": "hello"}, "hello", deadline))
             return chunk
-        finally:
-            self._turn.release()
 
     def reset(self) -> None:
         """Another episode begins: the server forgets where the robot was, and that it asked for help."""
@@ -182,17 +180,20 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------ one question
 
-    def _take_turn(self, deadline: float) -> None:
-        """To be given back."""
+    @contextmanager
+    def _one_at_a_time(self, deadline: float) -> Iterator[None]:
         if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise Refusal("busy", where=self.address, found="another call under way", expected="one look at a time",
                           fix="a client for each robot")  # fmt: skip
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _tell(self, what: str) -> None:
         """A session that cannot be told is dropped, and what it knew with it: the next one knows as little as after `reset`."""
         deadline = time.monotonic() + self.timeout
-        self._take_turn(deadline)
-        try:
+        with self._one_at_a_time(deadline):
             self._help = ""
             if (link := self._link) is not None:
                 try:
@@ -200,8 +201,6 @@ class Client:
                 except VLAError:
                     if self._link is link:
                         raise
-        finally:
-            self._turn.release()
 
     def _ask(self, link: Connection, message: Mapping[str, Any], wanted: str, deadline: float,
              images: Mapping[str, Picture] | None = None) -> dict[str, Any]:  # fmt: skip
@@ -377,17 +376,18 @@ class Client:
         """A connection whose server has said what it is. Raises `VLAError` or `OSError`."""
         deadline = time.monotonic() + _OPENING
         link = self._greeting(deadline)
-        if not (self._near and self._url.startswith("ws://") and isinstance(way := self._hello.said.get("way"), str) and way):
+        local = self._hello.said.get("local") if self._near and self._url.startswith("ws://") else None
+        if not local or not isinstance(local, str):
             return link
         try:
-            shorter = self._greeting(deadline, way)
+            shorter = self._greeting(deadline, local)
         except (VLAError, OSError):  # a port that leads to another computer; a server that has just left
             return link
         link.close()
         return shorter
 
-    def _greeting(self, deadline: float, way: str = "") -> Connection:
-        link = Connection(self._url, deadline=deadline, way=way, **self._open)
+    def _greeting(self, deadline: float, local: str = "") -> Connection:
+        link = Connection(self._url, deadline=deadline, local=local, **self._open)
         try:
             link.send([pack({"type": "hello"})], deadline)
             said = unpack(link.receive(deadline))

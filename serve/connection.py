@@ -34,7 +34,7 @@ from websockets.uri import WebSocketURI, parse_uri
 
 from serve.refusal import Refusal
 from serve.shared import Attached
-from serve.wire import LIMITS
+from serve.wire import LIMITS, binary_head
 from vla.errors import UsageError
 
 try:
@@ -45,7 +45,6 @@ except ImportError:  # a platform without its C part: the same, slower
 _FIRST = 64 << 10
 """Bytes of the buffer at first, and the most that a server may say before the socket opens."""
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
-_NO_MASK = bytes(4)
 _PIECES = 64
 """Handed to the kernel at once; no system takes fewer than 16, Linux takes 1024."""
 _CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "busy"}
@@ -57,9 +56,9 @@ class Connection:
     """See the module. One thread at a time; `abort` from any."""
 
     def __init__(self, address: str, headers: Mapping[str, str], deadline: float, *, tls: ssl.SSLContext | None = None,
-                 mask: bool = False, most: int = LIMITS.message, way: str = "") -> None:  # fmt: skip
-        """Connect by `deadline` (on `time.monotonic`). `most` bytes of a message. `way`: the name of a local socket that leads to
-        the same server, instead of its address.
+                 mask: bool = False, most: int = LIMITS.message, local: str = "") -> None:  # fmt: skip
+        """Connect by `deadline` (on `time.monotonic`). `most` bytes of a message. `local`: the name of a local socket that leads
+        to the same server, instead of its address.
 
         Raises `Refusal` as the server says it, `UsageError` for a certificate that is not trusted, else `OSError`: `TimeoutError`
         past the deadline.
@@ -73,19 +72,19 @@ class Connection:
         self._fragments: list[bytes] = []
         self.shared: Attached | Literal[False] | None = None
         """Memory that both ends see; False where there can be none, None before anybody asked."""
-        self._socket: Any = _local(way, deadline) if way else _dial(uri.host, uri.port, deadline)  # or an SSLSocket
+        self._socket: Any = _local(local, deadline) if local else _dial(uri.host, uri.port, deadline)  # or an SSLSocket
         self._gathers = not uri.secure and hasattr(self._socket, "sendmsg")
-        self._waits: Any = None
+        self._poll: Any = None
         """What tells when there is something to receive: a socket with a timeout asks the kernel twice as often."""
         try:
-            if not way:
+            if not local:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if uri.secure:
                 self._socket = _encrypted(self._socket, uri.host, tls, deadline)
             self._shake(headers, deadline)
             if not uri.secure and hasattr(select, "poll"):  # a TLS socket may hold what the kernel does not know of
-                self._waits = select.poll()
-                self._waits.register(self._socket, select.POLLIN)
+                self._poll = select.poll()
+                self._poll.register(self._socket, select.POLLIN)
                 self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
@@ -131,19 +130,13 @@ class Connection:
 
     def send(self, pieces: Sequence[bytes | memoryview], deadline: float) -> None:
         """One binary message. Raises `OSError`, after which the connection is of no use."""
-        if len(pieces) == 1 and isinstance(data := pieces[0], bytes) and 126 <= len(data) < 1 << 16 and not self._mask:
-            self._write([b"\x82\xfe" + len(data).to_bytes(2, "big") + _NO_MASK + data], deadline)
-            return
         views = [memoryview(piece).cast("B") for piece in pieces]
-        size = sum(view.nbytes for view in views)
-        head = bytearray((_WHOLE_BINARY, 0x80 | (size if size < 126 else 126 if size < 1 << 16 else 127)))
-        if size >= 126:
-            head += size.to_bytes(2 if size < 1 << 16 else 8, "big")
+        head = binary_head(sum(view.nbytes for view in views), masked=True)
         if self._mask:
             key = os.urandom(4)
-            self._write([bytes(head + key), apply_mask(b"".join(views), key)], deadline)
+            self._write([head + key, apply_mask(b"".join(views), key)], deadline)
         else:
-            self._write([bytes(head + _NO_MASK), *views], deadline)
+            self._write([head + bytes(4), *views], deadline)
 
     def receive(self, deadline: float) -> memoryview | bytes:
         """The next whole message; good until the next call. Raises `OSError`, after which the connection is of no use."""
@@ -156,8 +149,8 @@ class Connection:
         while True:
             while self._take(deadline) is not None:
                 pass  # an answer to nothing that is still being asked
-            if self._waits is not None:
-                if not self._waits.poll(0):
+            if self._poll is not None:
+                if not self._poll.poll(0):
                     return
             else:
                 self._socket.settimeout(0)
@@ -228,9 +221,9 @@ class Connection:
 
     def _fill(self, deadline: float) -> None:
         self._make_room()
-        if self._waits is None:
+        if self._poll is None:
             self._socket.settimeout(_left(deadline))
-        elif not self._waits.poll(1 + int(1e3 * _left(deadline))):
+        elif not self._poll.poll(1 + int(1e3 * _left(deadline))):
             raise TimeoutError("timed out")
         try:
             self._receive()
@@ -258,7 +251,7 @@ class Connection:
             pieces = [b"".join(pieces)]
         views = [view for piece in pieces if (view := memoryview(piece)).nbytes]
         while views:
-            if self._waits is None:
+            if self._poll is None:
                 self._socket.settimeout(_left(deadline))
             try:
                 sent = self._socket.sendmsg(views[:_PIECES]) if self._gathers else self._socket.send(views[0])
@@ -302,16 +295,18 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _local(way: str, deadline: float) -> socket.socket:
-    """The local socket of that name."""
-    local = socket.socket(socket.AF_UNIX)
+def _local(name: str, deadline: float) -> socket.socket:
+    """The local socket of that name. Raises `OSError`, also where a system has none."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConnectionError("no local sockets on this system")
+    found = socket.socket(socket.AF_UNIX)
     try:
-        local.settimeout(_left(deadline))
-        local.connect(f"\0{way}")
-        return local
+        found.settimeout(_left(deadline))
+        found.connect(f"\0{name}")
+        return found
     except (OSError, ValueError) as error:
-        local.close()
-        raise ConnectionError(str(error)) from None
+        found.close()
+        raise error if isinstance(error, OSError) else ConnectionError(str(error)) from None
 
 
 def _dial(host: str, port: int, deadline: float) -> socket.socket:

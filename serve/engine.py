@@ -18,7 +18,6 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,16 +26,14 @@ from typing import Any
 from serve.metrics import Metrics
 from serve.pace import Pace
 from serve.refusal import Refusal, unavailable
-from serve.requests import Answer, Backend, BackendLost, Info, Request, Spoken, Start
-from serve.robot import differences
+from serve.requests import Answer, Backend, BackendLost, Info, Request, Spoken, Start, lost_by, telling
+from serve.waiting import Line, Waiting
 from vla.errors import VLAError
 
 logger = logging.getLogger(__name__)
 
 _CARE = 0.25
 """Of the time before its own batch that a request is thought to wait longer: batches to come may be slower than those of late."""
-_TURNS = 4
-"""Batches of looks that go before a question in words that waits."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +55,6 @@ class EngineOptions:
     """Longest a batch waits for clients that asked a moment ago; at most a tenth of what a batch takes."""
 
 
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    request: Request
-    tell: Callable[[Any], None]
-    since: float
-    queued: bool = True
-    over: bool = False
-    """It was told, or nobody waits for it any more."""
-
-
 class Engine:
     """See the module. Everything but the constructor belongs to one running loop."""
 
@@ -76,12 +63,10 @@ class Engine:
         self._start = start
         self._backend: Backend | None = None
         self._info: Info | None = None
-        self._queue: deque[_Waiting] = deque()
+        self._queue = Line()
         self.metrics.queue.set_function(lambda: len(self._queue))
         self.metrics.running.set_function(lambda: len(self._running))
-        self._bytes = self._words = self._turns = 0
-        """Bytes and questions in words that wait; batches that looks had while a question waited."""
-        self._running: list[_Waiting] = []
+        self._running: list[Waiting] = []
         self._began = self._loading = self._back = self._alarm_at = 0.0
         self._busy: Backend | None = None
         """The backend that has a batch."""
@@ -169,8 +154,8 @@ class Engine:
                 await self._loop
         for one in left:
             self._tell(one, unavailable("the server is stopping", retry_after=5.0))
-        self._queue.clear()
-        self._running, self._busy, backend, self._backend = [], None, self._backend, None
+        backend, self._backend = self._backend, None
+        self._free()  # whoever waits for the end of its batch, as a swap does
         if self._alarm is not None:
             self._alarm.cancel()
         if backend is not None:
@@ -189,7 +174,7 @@ class Engine:
                 raise unavailable(f"the policy is {self.state}")
             fresh, loading = await self._timed(start)
             try:
-                if lost := _lost_by(self.info, fresh.info):
+                if lost := lost_by(self.info, fresh.info):
                     raise Refusal("bad_request", where="swap", found="; ".join(lost)[:1000],
                                   expected="every robot and adapter that is served now, as it is",
                                   fix="start another server for it")  # fmt: skip
@@ -218,16 +203,7 @@ class Engine:
         """`act`, to be awaited later; cancelled, it frees its place. Raises the `Refusal` of what is not even accepted. What
         comes of a request with `words` is `Spoken`."""
         answer = asyncio.get_running_loop().create_future()
-
-        def tell(said: Any) -> None:
-            if answer.done():
-                return
-            if isinstance(said, VLAError):
-                answer.set_exception(said)
-            else:
-                answer.set_result(said)
-
-        leave = self.submit(request, tell)
+        leave = self.submit(request, telling(answer))
         answer.add_done_callback(lambda _: leave())
         return answer
 
@@ -241,22 +217,19 @@ class Engine:
         own = request.deadline < math.inf
         request.deadline = min(request.deadline, now + self.options.deadline * (10 if own else 1))
         self._admit(request, now)
-        one = _Waiting(request, tell, now)
+        one = Waiting(request, tell, now)
         if request.words is None and request.client:
             self._recent[request.client] = now
         if self._busy is None and not self._queue and self._backend is not None and len(self._recent) <= 1:
-            one.queued = False
             self._begin([one])
         else:
-            self._queue.append(one)
-            self._bytes += request.size
-            self._words += request.words is not None
+            self._queue.join(one)
             self._work.set()
         self._idle.clear()
         self._wake_by(request.deadline)
         return partial(self._forget, one)
 
-    def _tell(self, one: _Waiting, said: Answer | Spoken | VLAError) -> None:
+    def _tell(self, one: Waiting, said: Answer | Spoken | VLAError) -> None:
         """The first that is said to it; nobody's mistake with that is another's."""
         if one.over:
             return
@@ -307,9 +280,9 @@ class Engine:
         if not self._running and not self._queue and request.size <= self.options.queue_bytes:
             return  # with nothing to do it is tried, whatever it took last: or one slow batch would refuse everybody for good
         wait = self._wait(now) + (0.0 if request.words is None else self.speaking)
-        full = len(self._queue) >= self.options.queue or self._bytes + request.size > self.options.queue_bytes
-        full = full or (request.words is not None and self._words >= self.options.words)
-        late = bool(self._queue or self._running) and now + wait + _CARE * (wait - self.expected) > request.deadline
+        full = len(self._queue) >= self.options.queue or self._queue.bytes + request.size > self.options.queue_bytes
+        full = full or (request.words is not None and self._queue.words >= self.options.words)
+        late = now + wait + _CARE * (wait - self.expected) > request.deadline
         if full or late:
             self.metrics.busy.inc()
             raise Refusal("busy", found=f"{len(self._queue)} requests waiting, {wait:.3g} s of work", expected=f"at most "
@@ -328,14 +301,10 @@ class Engine:
     def _batch_takes(self, looks: int) -> float:
         return max(self.expected, self._pace(looks))
 
-    def _forget(self, one: _Waiting) -> None:
+    def _forget(self, one: Waiting) -> None:
         """It was answered, or nobody waits for it any more. Idempotent."""
         one.over = True
-        if one.queued:
-            one.queued = False
-            self._queue.remove(one)
-            self._bytes -= one.request.size
-            self._words -= one.request.words is not None
+        self._queue.leave(one)
         if not self._queue and not self._running:
             self._idle.set()
 
@@ -351,8 +320,8 @@ class Engine:
                 await self._work.wait()
                 continue
             await self._gather()
-            if self._backend is not None and self._busy is None and (batch := self._next()):
-                self._begin(batch)
+            if self._backend is not None and self._busy is None and self._queue:
+                self._begin(self._queue.next(self.options.batch))  # no name for it here: it would keep its pictures
 
     async def _gather(self) -> None:
         """Clients who asked a moment ago are about to ask again: answered together, all of them wait less."""
@@ -367,34 +336,7 @@ class Engine:
             except TimeoutError:
                 return
 
-    def _next(self) -> list[_Waiting]:
-        if self._words:
-            return self._next_of_both()
-        batch: list[_Waiting] = []
-        while self._queue and len(batch) < self.options.batch:
-            one = self._queue.popleft()
-            one.queued = False
-            self._bytes -= one.request.size
-            batch.append(one)
-        return batch
-
-    def _next_of_both(self) -> list[_Waiting]:
-        """A question in words is answered alone, and lets looks go first, though not for ever."""
-        looks = [one for one in self._queue if one.request.words is None]
-        if looks and self._turns < _TURNS:
-            self._turns += 1
-            batch = looks[: self.options.batch]
-        else:
-            self._turns = 0
-            batch = [next(one for one in self._queue if one.request.words is not None)]
-        for one in batch:
-            one.queued = False
-            self._queue.remove(one)
-            self._bytes -= one.request.size
-            self._words -= one.request.words is not None
-        return batch
-
-    def _begin(self, batch: list[_Waiting]) -> None:
+    def _begin(self, batch: list[Waiting]) -> None:
         """The batch is with the model."""
         assert self._backend is not None
         backend = self._backend
@@ -406,7 +348,7 @@ class Engine:
         except Exception as error:
             asyncio.get_running_loop().call_soon(self._finish, batch, backend, error, 0.0)
 
-    def _finish(self, batch: list[_Waiting], backend: Backend, results: list[Any] | Exception, seconds: float) -> None:
+    def _finish(self, batch: list[Waiting], backend: Backend, results: list[Any] | Exception, seconds: float) -> None:
         """What the model says of a batch, to those who wait."""
         if self._running is not batch:  # the engine has stopped
             return
@@ -422,6 +364,8 @@ class Engine:
             return
         waits = [self._began - one.since for one in batch if not one.over]
         self._free()
+        if self._backend is not None and len(self._queue) >= min(self.options.batch, max(1, len(self._recent))):
+            self._begin(self._queue.next(self.options.batch))  # a model that is wanted does not wait for answers to be written
         for one, answer in zip(batch, said, strict=True):
             self._tell(one, answer)
         # What is learnt of it can wait until it was said.
@@ -441,7 +385,7 @@ class Engine:
         if not self._queue:
             self._idle.set()
 
-    def _failed(self, batch: list[_Waiting], backend: Backend, error: Exception) -> None:
+    def _failed(self, batch: list[Waiting], backend: Backend, error: Exception) -> None:
         """A conversation that came to nothing: its backend is killed."""
         why = f"the policy did not answer for {self.options.hang:g} s" if self._hung else str(error)
         if not isinstance(error, BackendLost):
@@ -454,12 +398,12 @@ class Engine:
         if self._backend is backend:
             self._gone()
             lost = [*batch, *(one for one in self._queue if one.request.deadline < self._back)]
-        self._ending = asyncio.ensure_future(backend.stop())
+        self._put_away(backend)
         self._free()
         for one in lost:
             self._tell(one, unavailable(why, retry_after=max(1.0, self._loading)))
 
-    def _read(self, one: _Waiting, result: Any, info: Info, seconds: float, size: int) -> Answer | Spoken | VLAError:
+    def _read(self, one: Waiting, result: Any, info: Info, seconds: float, size: int) -> Answer | Spoken | VLAError:
         """What the model said to one request of a batch of `size`."""
         if isinstance(result, VLAError):
             return result
@@ -474,6 +418,14 @@ class Engine:
         self._backend, self.state, self._back = None, "restarting", time.monotonic() + self._loading
         self._taken.clear()
 
+    def _put_away(self, backend: Backend) -> None:
+        async def stopped(before: asyncio.Future[None] | None) -> None:
+            await backend.stop()
+            if before is not None:
+                await before
+
+        self._ending = asyncio.ensure_future(stopped(self._ending))
+
     def _lost(self, backend: Backend) -> None:
         """It ended with nothing to do; what was with it is `_finish`'s to tell."""
         if backend is not self._backend or self._busy is backend:
@@ -481,7 +433,7 @@ class Engine:
         logger.error("the policy's process ended: started again")
         self.metrics.restarts.inc()
         self._gone()
-        self._ending = asyncio.ensure_future(backend.stop())
+        self._put_away(backend)
         self._work.set()
 
     async def _restart(self) -> None:
@@ -512,12 +464,3 @@ class Engine:
                     await backend.stop()
         finally:
             taken.cancel()
-
-
-def _lost_by(old: Info, fresh: Info) -> list[str]:
-    """What of the robots and adapters that are served now another policy does not have, or has otherwise."""
-    lost = [f"no adapter {name!r}" for name in old.adapters if name not in fresh.adapters]
-    for key, robot in old.robots.items():
-        there = fresh.robots.get(key)
-        lost += [f"no robot {key!r}"] if there is None else [f"robot {key!r}: {text}" for text in differences(robot, there)]
-    return lost

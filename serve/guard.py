@@ -317,8 +317,7 @@ class Guard:
         else:
             before, first = self._before(rows, given[0])
             commands, faults = self._bounds.judge(given, before, first, _FEW)
-            if faults:
-                reasons += _numbered(faults)
+            reasons += _numbered(faults)
         held, reason = self._conclude(reasons, sure, "chunks")
         if held:
             self._last, self._trail, self._known = self._stand(rows[0], certain), None, ~np.isnan(rows[0])

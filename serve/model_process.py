@@ -70,14 +70,13 @@ class Actor:
 
     def answer(self, items: Sequence[Item]) -> list[Any]:
         """For each item (actions, confidence, symbols), or its own `VLAError`: one bad look costs only its sender."""
-        if len(items) == 1:
-            return self._counted([self._alone(items[0])])
         said: list[Any] = [None] * len(items)
         groups: dict[tuple[str, str | None], list[int]] = {}
         looks: list[Any] = []
         for i, (robot, adapter, _, _, images, state) in enumerate(items):
             try:
-                looks.append(_look_of(images, state))
+                frames = {camera: p.decode() if isinstance(p, Encoded) else p for camera, p in images.items()}
+                looks.append({"images": frames, "state": state})
                 self._policy(adapter)
                 groups.setdefault((robot, adapter), []).append(i)
             except VLAError as error:
@@ -85,23 +84,11 @@ class Actor:
                 said[i] = error
         for (robot, adapter), rows in groups.items():
             for i, chunk in zip(rows, self._each(looks, items, rows, robot, adapter), strict=True):
-                said[i] = chunk
-        return self._counted(said)
-
-    def _alone(self, item: Item) -> Any:
-        """What most batches are."""
-        try:
-            look = _look_of(item[4], item[5])
-            self._policy(item[1])
-        except VLAError as error:
-            return error
-        return self._each([look], [item], [0], item[0], item[1])[0]
-
-    def _counted(self, said: list[Any]) -> list[Any]:
+                said[i] = chunk if isinstance(chunk, VLAError) else (chunk.actions, chunk.confidence, chunk.symbols)
         self._broken = self._broken + 1 if any(isinstance(one, MachineError) for one in said) else 0
         if self._broken >= 3:
             raise RuntimeError("three batches in a row failed: the device, not the input")
-        return [one if isinstance(one, VLAError) else (one.actions, one.confidence, one.symbols) for one in said]
+        return said
 
     def speak(self, items: Sequence[Item], words: Sequence[Any]) -> list[Any]:
         """What is said to a question (question, candidates, said, most) about the first picture of the one item, as
@@ -154,11 +141,6 @@ class Actor:
                 [looks[i] for i in rows], [items[i][2] for i in rows], robot, seeds=[items[i][3] for i in rows]
             )
         return [policy.act(looks[i], items[i][2], robot) for i in rows]
-
-
-def _look_of(images: Mapping[str, Any], state: np.ndarray | None) -> dict[str, Any]:
-    frames = {camera: p.decode() if isinstance(p, Encoded) else p for camera, p in images.items()}
-    return {"images": frames, "state": state}
 
 
 def load(spec: Mapping[str, Any]) -> Actor:

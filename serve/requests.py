@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from serve.robot import Robot
+from serve.robot import Robot, differences
 from serve.wire import Picture
+from vla.errors import VLAError
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class BackendLost(Exception):
 
 
 Done = Callable[[list[Any] | Exception, float], None]
-"""What a batch comes to: for each request (actions, confidence, symbols), a mapping as `Spoken`, or a `VLAError`; or the
-`BackendLost` that ended all of it; and the seconds it took."""
+"""What a batch comes to: for each request (actions, confidence, symbols), a mapping as `Spoken`, or a `VLAError`; or what ended
+all of it, mostly `BackendLost`; and the seconds it took."""
 
 
 class Backend(Protocol):
@@ -126,8 +128,8 @@ class Backend(Protocol):
     """Called when it ends by itself, whatever it was doing."""
 
     def begin(self, batch: Sequence[Request], done: Done) -> None:
-        """The batch is with the model when this returns; `done` is called once, later, by the loop. `Words` come alone. Raises
-        `BackendLost`."""
+        """The batch is with the model when this returns; `done` is called once, later, by the loop. `Words` come alone. What it
+        raises ends this backend: `BackendLost`, an observation that cannot be sent."""
         ...
 
     async def stop(self) -> None:
@@ -138,3 +140,26 @@ class Backend(Protocol):
 
 
 Start = Callable[[], Awaitable[Backend]]
+
+
+def lost_by(old: Info, fresh: Info) -> list[str]:
+    """What of the robots and adapters that are served now another policy does not have, or has otherwise."""
+    lost = [f"no adapter {name!r}" for name in old.adapters if name not in fresh.adapters]
+    for key, robot in old.robots.items():
+        there = fresh.robots.get(key)
+        lost += [f"no robot {key!r}"] if there is None else [f"robot {key!r}: {text}" for text in differences(robot, there)]
+    return lost
+
+
+def telling(future: asyncio.Future[Any]) -> Callable[[Any], None]:
+    """What says to `future` what was said: a `VLAError` is raised there, and who left hears nothing."""
+
+    def tell(said: Any) -> None:
+        if future.done():
+            return
+        if isinstance(said, VLAError):
+            future.set_exception(said)
+        else:
+            future.set_result(said)
+
+    return tell

@@ -145,39 +145,39 @@ class Leaving(uvicorn.Server):
 
 
 class Server(Leaving):
-    """Finishes what was accepted. Clients on this computer find a second way in: a local socket costs half of what TCP does."""
+    """Finishes what was accepted. Clients on this computer find a second way in: a local socket (docs/results.md)."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._near: asyncio.Server | None = None
+        self._local: asyncio.Server | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, and the local socket, of which `hello` tells (`serve/wires/websocket.py`). Who can reach it can reach the
-        port, and the gate stands before both."""
+        port, and the gate stands before both; where the port is encrypted there is none."""
         await super().startup(sockets)
-        if not self.started or not sys.platform.startswith("linux"):  # no names outside the file system
-            return
-        name, way = f"tendon-{secrets.token_hex(16)}", socket.socket(socket.AF_UNIX)
-        try:
-            way.bind(f"\0{name}")
-        except OSError as error:
-            logger.info("no local socket: %s", error)
-            way.close()
+        if not self.started or self.config.is_ssl or not sys.platform.startswith("linux"):  # no names outside the file system
             return
 
         def connected() -> asyncio.Protocol:
             made: Any = self.config.http_protocol_class
             return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-        self._near = await asyncio.get_running_loop().create_unix_server(connected, sock=way, backlog=2048)
-        self._service.way = name
+        name, local = f"tendon-{secrets.token_hex(16)}", socket.socket(socket.AF_UNIX)
+        try:
+            local.bind(f"\0{name}")
+            self._local = await asyncio.get_running_loop().create_unix_server(connected, sock=local, backlog=2048)
+        except OSError as error:
+            logger.info("no local socket: %s", error)
+            local.close()
+            return
+        self._service.local = name
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's."""
-        self._service.way = ""
-        if self._near is not None:
-            self._near.close()
+        """uvicorn's; nobody comes by the local socket any more either."""
+        self._service.local = ""
+        if self._local is not None:
+            self._local.close()
         await super().shutdown(sockets)
 
     async def finish(self) -> None:

@@ -1,6 +1,7 @@
 """What every wire serves: a robot's session with its guard, over the one engine.
 
-    observation -> wire -> Session.act -> guard -> engine -> guard -> Reply: a chunk, or a hold with its reason
+    observation -> wire -> Session -> engine -> guard -> Reply: a chunk, or a hold with its reason
+                              guard meanwhile
 
 A wire turns its own messages into a `Look` and a `Reply` into its own words, and does nothing else.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
 import math
 import mmap
 import os
@@ -25,13 +27,16 @@ from serve.guard import Guard
 from serve.metrics import Metrics
 from serve.patience import ROOM
 from serve.refusal import Refusal
-from serve.requests import Answer, Info, Request, Start
+from serve.requests import Answer, Info, Request, Start, telling
 from serve.robot import Robot
 from serve.settings import ServeSettings
 from serve.shared import Region
 from serve.wire import Encoded, Limits, Picture, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
+from vla.schema import all_finite
+
+logger = logging.getLogger(__name__)
 
 SHORTEST = 0.001
 """Seconds of a deadline. Less is a mistake, not a wish."""
@@ -82,10 +87,10 @@ class Service:
     def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics | None = None) -> None:
         """Raises `UsageError` when a robot's guard lacks limits; see `check`."""
         self.engine, self.settings, self.metrics = engine, settings, metrics or engine.metrics
-        self.way = ""
+        self.local = ""
         """Name of the local socket through which clients on this computer may come; empty where there is none."""
         self.limits = settings.limits
-        """Of one message."""
+        """Of one message; the settings make them anew whenever they are asked."""
         self.audit: Any = None
         if settings.audit:
             from serve.audit import AuditLog
@@ -208,16 +213,7 @@ class Session:
     async def act(self, look: Look) -> Reply:
         """`begin`, and what comes of it. Raises `Refusal`."""
         reply = asyncio.get_running_loop().create_future()
-
-        def tell(said: Reply | Refusal) -> None:
-            if reply.done():
-                return
-            if isinstance(said, Refusal):
-                reply.set_exception(said)
-            else:
-                reply.set_result(said)
-
-        leave = self.begin(look, tell)
+        leave = self.begin(look, telling(reply))
         try:
             return await reply
         finally:
@@ -262,6 +258,10 @@ class Session:
                 reply = self._refused(said) if isinstance(said, VLAError) else self._judged(guard, said, began)
             except VLAError as error:
                 reply = self._refused(error)
+            except Exception as error:  # who asked hears of it, whatever it was
+                logger.exception("a chunk could not be judged")
+                why = Refusal("internal", found=type(error).__name__, expected="a chunk", fix="see the server's log")
+                reply = self._refused(why)
             tell(reply)
 
         leave = service.engine.submit(Request(
@@ -342,7 +342,7 @@ def _state(robot: Robot, given: Any) -> np.ndarray | None:
         isinstance(given, np.ndarray)
         and given.dtype == np.float32
         and given.shape == (robot.state_dim,)
-        and all(map(math.isfinite, given.tolist()))
+        and all_finite(given)
     ):
         return given
     try:

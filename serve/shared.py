@@ -82,16 +82,13 @@ class Region:
         """(h, w, 3) uint8, read-only, of an entry `{"__shared__": True, "at", "shape"}`. Raises `WireError` for one that does not
         lie in it."""
         at, shape = (entry.get("at"), entry.get("shape")) if isinstance(entry, Mapping) else (None, None)
-        try:
-            if (known := self._seen.get((at, *(shape or ())))) is not None:  # pyright: ignore[reportArgumentType]
-                return known
-        except TypeError:  # no shape, or one of something that is no number
-            pass
         whole = isinstance(shape, Sequence) and len(shape) == 3 and all(type(n) is int and n > 0 for n in (*shape, at))
         if not whole:
             raise WireError("picture", found=f"at {str(at)[:20]}, shape {str(shape)[:40]}", expected="at, (h, w, 3)",
                             fix="see docs/serving.md")  # fmt: skip
         assert isinstance(at, int) and isinstance(shape, Sequence)
+        if (known := self._seen.get((at, *shape))) is not None:
+            return known
         bounded(shape[0], shape[1], limits)
         size = math.prod(shape)
         if at < _KEY or at + size > self.size:
@@ -144,8 +141,9 @@ class Attached:
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = np.frombuffer(memory, np.uint8)
-        self._places: dict[tuple[Any, ...], list[tuple[str, np.ndarray, dict[str, Any]]]] = {}
-        """Where pictures of these names and shapes lie: mostly they are the same ones again."""
+        self._of: tuple[Any, ...] = ()
+        self._places: list[tuple[str, np.ndarray, dict[str, Any]]] = []
+        """Where the last pictures lie, and of which names and shapes they were: mostly the next are the same."""
 
     @property
     def size(self) -> int:
@@ -157,17 +155,15 @@ class Attached:
 
         There must be `room_for` them.
         """
-        key = (*images, *[frame.shape for frame in images.values()])
-        if (places := self._places.get(key)) is None:
-            places, at = list[tuple[str, np.ndarray, dict[str, Any]]](), _KEY
+        if (wanted := (*images, *[frame.shape for frame in images.values()])) != self._of:
+            self._of, self._places, at = wanted, [], _KEY
             for camera, frame in images.items():
                 room = self._memory[at : at + frame.size].reshape(frame.shape)
-                places.append((camera, room, {MARK: True, "at": at, "shape": frame.shape}))
+                self._places.append((camera, room, {MARK: True, "at": at, "shape": frame.shape}))
                 at += _padded(frame.size)
-            self._places = {key: places}
-        for camera, room, _ in places:
+        for camera, room, _ in self._places:
             np.copyto(room, images[camera])
-        return {camera: entry for camera, _, entry in places}
+        return {camera: entry for camera, _, entry in self._places}
 
 
 def attach(offer: Mapping[str, Any]) -> Attached | None:

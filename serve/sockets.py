@@ -1,19 +1,21 @@
 """WebSockets for uvicorn, fast for what robots send: one large binary message after another; bounded as `serve/patience.py` says.
 
-`FastWebSocket` is uvicorn's own protocol over the `websockets` package, but for one thing: bytes are received straight into one
+`FastWebSocket` is uvicorn's own protocol over the `websockets` package, but for two things. Bytes are received straight into one
 buffer, and a whole unfragmented binary message is taken from there, or read there if it is large and not masked. Everything else
 (handshake, text, fragments, pings, closing, violations) goes to the package, frame by frame, as before. Two 224-pixel pictures
 cost half the time that way (docs/results.md). A connection that is lost ends what is being done for it; a message is not looked
 at before the one before it was taken.
 
-An app that can answer without waiting for anything but a callback may say so once it has accepted (`answer_with`): then what the
-model says goes out in the turn of the loop in which it came, without a task, a queue or a timer in between.
+And an app that can answer without waiting for anything but a callback may say so once it has accepted (`answer_with`): then what
+the model says goes out in the turn of the loop in which it came, without a task, a queue or a timer in between. Meanwhile pings
+are answered, and the next message waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -25,11 +27,14 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import State
 
 from serve.patience import ROOM, SEND_SECONDS, Reader
+from serve.wire import binary_head
 
 try:
     from websockets.speedups import apply_mask
 except ImportError:  # a platform without its C part: the same, slower
     from websockets.utils import apply_mask
+
+logger = logging.getLogger(__name__)
 
 _FIRST, _KEPT, _SPARE = 64 << 10, 4 << 20, 4 << 10
 """Bytes of a connection's buffer at first, most that stay between messages, and how many more than a large message it gets: a
@@ -44,7 +49,7 @@ _LANE = "tendon.answer_with"
 Say = Callable[[bytes], None]
 Quick = Callable[[bytes | memoryview, Say], bool]
 """Takes a binary message and says its answer, then or later, once; or returns False, and the app receives it as ever. The message
-is good until the answer was said."""
+is good until this returns."""
 
 
 class _Buffered(asyncio.BufferedProtocol):
@@ -159,9 +164,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     def _write(self, data: bytes) -> None:
         """As one frame."""
-        size = len(data)
-        head = bytes((_WHOLE_BINARY, size if size < 126 else 126 if size < 1 << 16 else 127))
-        self.transport.write(head + (b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8, "big")) + data)
+        self.transport.write(binary_head(len(data), masked=False) + data)
 
     # ------------------------------------------------------------------------------------------------ the quick lane
 
@@ -175,8 +178,12 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._asking = self._inside = True
         try:
             taken = self._quick(data, self._say)
-        finally:
-            self._inside = False
+        except Exception:
+            logger.exception("a message could not be answered")
+            self._asking = self._inside = False
+            self._fail(CloseCode.INTERNAL_ERROR, "see the server's log")
+            return True
+        self._inside = False
         self._asking &= taken
         return taken
 
@@ -191,7 +198,6 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._asking = False
         if self._inside:  # who offered the message goes on by itself
             return
-        self._take_back()
         if (event := self._held) is not None:
             self._held = None
             if "bytes" not in event or not self._offer(event["bytes"]):
@@ -199,7 +205,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
                 return
             self.read_paused = False
             self._take_all()
-            if not self.read_paused and not self.transport.is_closing():
+            if not self.read_paused and self.writable.is_set() and not self.transport.is_closing():
                 self.transport.resume_reading()
 
     def _pass_on(self, event: dict[str, Any]) -> None:
@@ -341,7 +347,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             data = data.toreadonly() if self._lent else bytes(data)
         if self._asking or not self._offer(data):
             self._pass_on({"type": "websocket.receive", "bytes": data})
-        elif not self._asking:  # it was answered at once
+        else:
             self._lent = False
 
     def _fault(self, first: int, opcode: int, size: int) -> str:
@@ -377,7 +383,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     def send_receive_event_to_app(self) -> None:
         """As uvicorn's, whose log is not for text that is none; and a message behind one that is being answered waits for it."""
-        data, self.frames = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames), []
+        (data,), self.frames = self.frames, []
         if self.close_sent:
             return
         event: dict[str, Any] = {"type": "websocket.receive"}
@@ -394,8 +400,8 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
 
 def answer_with(socket: WebSocket, quick: Quick) -> None:
-    """From now on `quick` is offered each binary message first, one at a time. Where a server has no such lane, nothing changes.
-    What it has not answered when the socket is left, it must not answer any more."""
+    """From now on `quick` is offered whole binary messages before the app is, one at a time, while the app waits for one. Where a
+    server has no such lane, nothing changes. What it has not answered when the socket is left, it must not answer any more."""
     if (lane := socket.scope.get("extensions", {}).get(_LANE)) is not None:
         lane(quick)
 

@@ -291,6 +291,15 @@ def _wrong(where: str, found: str, expected: str, too_large: bool = False) -> Wi
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+def binary_head(size: int, masked: bool) -> bytes:
+    """How a WebSocket's frame of a whole binary message of `size` bytes begins, without the mask itself (RFC 6455, 5.2)."""
+    bit = 0x80 if masked else 0
+    if size < 126:
+        return bytes((0x82, bit | size))
+    width = 2 if size < 1 << 16 else 8
+    return bytes((0x82, bit | (126 if width == 2 else 127))) + size.to_bytes(width, "big")
+
+
 def pack(message: Any) -> bytes:
     """Our own and vla-eval's dialect. Raises `WireError` for an array whose numbers do not travel."""
     return _packed(message, _plain)

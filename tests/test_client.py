@@ -510,15 +510,15 @@ def test_who_is_near_comes_by_the_local_socket_and_proves_as_much(tmp_path: Path
         with client(address, token=token) as near, client(address, token=token, shared=False) as far:
             assert (family(near), family(far)) == (socket.AF_UNIX, socket.AF_INET)
             assert near.act(look(), "go").execute == far.act(look(), "go").execute == 8
-            way = near.said["way"]
+            local = near.said["local"]
         late = time.monotonic() + 5
         for headers in ({}, {"Authorization": "Bearer another-token-of-16"}):
             with pytest.raises(Refusal) as kept_out:
-                Connection(f"{address}/v1/ws?protocol=1", headers, late, way=way)
+                Connection(f"{address}/v1/ws?protocol=1", headers, late, local=local)
             assert kept_out.value.code == "unauthorized"
         with pytest.raises(ConnectionError):
-            Connection(f"{address}/v1/ws?protocol=1", {}, late, way="tendon-of-another-computer")
-        monkeypatch.setattr("serve.connection._local", lambda way, deadline: (_ for _ in ()).throw(ConnectionError("not here")))
+            Connection(f"{address}/v1/ws?protocol=1", {}, late, local="tendon-of-another-computer")
+        monkeypatch.delattr(socket, "AF_UNIX")
         with client(address, token=token) as elsewhere:  # as through a port that is forwarded
             assert family(elsewhere) == socket.AF_INET and elsewhere.act(look(), "go").execute == 8
         assert not server.complaints()

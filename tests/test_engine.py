@@ -162,7 +162,7 @@ def test_bytes_that_wait_are_bounded_too():
             await served.act(look("more"))
         fake.gate.set()
         await asyncio.gather(*asked)
-        assert served._bytes == 0
+        assert served._queue.bytes == 0
         await served.stop()
 
     run(work)
@@ -576,5 +576,27 @@ def test_each_deadline_is_kept_whatever_order_they_come_in():
         assert list(late) == ["c late", "d late", "b late", "a unavailable", "e unavailable"]
         assert all(late[name] >= least for name, least in zip(late, (0.1, 0.2, 0.3, 0.5, 0.5), strict=True))
         await served.stop()
+
+    run(work)
+
+
+def test_a_server_that_stops_in_the_middle_of_a_swap_leaves_neither_policy_behind():
+    async def work() -> None:
+        old, new = Fake("old"), Fake("new")
+        served = await engine(old)
+        old.gate.clear()
+        asked = asyncio.create_task(served.act(look()))
+        await asyncio.sleep(0.02)
+
+        async def start() -> Fake:
+            return new
+
+        swap = asyncio.create_task(served.swap(start))
+        await until(lambda: served.info.policy == "new")
+        await served.stop(now=True)
+        with pytest.raises(Refusal, match="stopping"):
+            await asked
+        await swap
+        assert not old.alive and not new.alive
 
     run(work)

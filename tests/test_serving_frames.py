@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import socket
 import struct
 import time
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ import numpy as np
 import pytest
 import uvicorn
 from children import LIMIT
-from mutations import mutated_body, mutated_bytes, mutated_message, valid, valid_body
+from mutations import SIZE, mutated_body, mutated_bytes, mutated_message, valid, valid_body
 from serving import Server, started
 from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
@@ -202,8 +204,14 @@ class Transport(asyncio.Transport):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default
 
+    full: Any = None
+    """A protocol that is told now and then that the kernel takes no more for the moment."""
+
     def write(self, data: Any) -> None:
         self.written += data
+        if self.full is not None and len(self.written) % 3 == 0 and self.full.writable.is_set():
+            self.full.pause_writing()
+            asyncio.get_running_loop().call_soon(lambda: self.over or self.full.resume_writing())
 
     def pause_reading(self) -> None:
         self.reading = False
@@ -239,15 +247,14 @@ async def as_served(
         turns = int(lane.integers(-2, 6))
         if turns < 0:
             return False
-        kept, heard.asking = bytes(message), True
-        heard.messages.append(kept)
+        heard.asking = True
+        heard.messages.append(bytes(message))
         heard.quick += 1
 
         def answer(turns: int) -> None:
             if turns:
                 asyncio.get_running_loop().call_soon(answer, turns - 1)
                 return
-            assert message == kept or protocol.disconnected, "what was lent has changed"
             heard.asking = False
             say(ANSWER)
 
@@ -275,6 +282,7 @@ async def as_served(
         await asyncio.sleep(0)
     assert transport.written.startswith(b"HTTP/1.1 101 ")
     del transport.written[:]
+    transport.full = protocol if lane is not None else None
     for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
         piece = data[start:end]
         while piece:
@@ -339,7 +347,7 @@ def test_frames_cut_anywhere_are_what_the_websockets_package_makes_of_them(
 
     asyncio.run(work())
     assert counts["messages"] > 3000 and counts["closed"] > 700 and counts["early"] < 60, counts
-    assert counts["quick"] > 700 if lane else counts["lent"] > 20, counts
+    assert counts["quick"] > 500 if lane else counts["lent"] > 20, list(counts.items())
     assert patience.ROOM.left == room  # all of it was given back
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 
@@ -434,6 +442,103 @@ async def served(policy: str = "null:tabletop", **settings: Any) -> AsyncIterato
         yield service
     finally:
         await service.engine.stop()
+
+
+def test_what_breaks_while_a_look_is_answered_is_said_to_who_asked(monkeypatch: pytest.MonkeyPatch):
+    """Whichever way they came, and nobody waits for ever."""
+
+    def upset(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a mistake of the guard's own")
+
+    async def work() -> None:
+        async with served() as service:
+            talk, said = websocket.Conversation(service, near=False), list[bytes]()
+            looks = [valid("/v1/ws", n)[0] for n in range(4)]
+            with monkeypatch.context() as broken:
+                broken.setattr("serve.guard.Guard.chunk", upset)
+                assert talk.look(pack(looks[0]), said.append)
+                with pytest.raises(Refusal) as refused:
+                    await Session(service, "http").act(websocket.look_of(looks[0]))
+            with monkeypatch.context() as broken:
+                broken.setattr(websocket, "said", lambda reply: {"actions": np.zeros(1, complex)})
+                assert talk.look(pack(looks[1]), said.append)
+                while len(said) < 2:
+                    await asyncio.sleep(0.01)
+            assert talk.look(pack(looks[2]), said.append)
+            while len(said) < 3:
+                await asyncio.sleep(0.01)
+            first, second, third = map(unpack, said)
+            assert first["error"]["code"] == refused.value.code == "internal" and "ZeroDivisionError" in first["error"]["found"]
+            assert second["type"] == "refusal" and "complex" in str(second["error"]) and third["type"] == "chunk"
+
+    asyncio.run(work())
+
+
+def test_who_leaves_in_the_middle_of_a_look_leaves_no_pictures_behind():
+    """Nor does the collector of what goes in circles have to come for them: on a quiet server it hardly ever does."""
+
+    async def work() -> None:
+        async with served("null:tabletop?ms=100") as service:
+            gone = list[weakref.ref[Any]]()
+            for answered in (False, True):
+                talk, said = websocket.Conversation(service, near=True), list[bytes]()
+                region = talk.session.share(20_000)
+                place = {"__shared__": True, "at": 64, "shape": [SIZE, SIZE, 3]}
+                taken = talk.look(pack(valid("/v1/ws")[0] | {"images": {"front": place}}), said.append)
+                assert taken  # apart: what pytest makes of an assertion keeps what stands in it
+                while answered and not said:
+                    await asyncio.sleep(0.01)
+                gone += [weakref.ref(talk), weakref.ref(region)]
+                talk.close()
+                del talk, region
+                while service.engine.waiting or service.engine._running:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert [ref() for ref in gone] == [None] * 4
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(work())
+    finally:
+        gc.enable()
+
+
+def test_a_lane_that_breaks_ends_its_connection():
+    """At once, or in the middle of answering the message before it."""
+
+    async def work(first: bool) -> None:
+        def quick(message: bytes | memoryview, say: Callable[[bytes], None]) -> bool:
+            if first or asked:
+                raise ZeroDivisionError("of the app's")
+            asked.append(say)
+            return True
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            sockets.answer_with(WebSocket(scope, receive, send), quick)
+            left.append(await receive())
+
+        asked, left = list[Callable[[bytes], None]](), list[Any]()
+        config = uvicorn.Config(app, ws_per_message_deflate=False, lifespan="off", log_config=None)
+        config.load()
+        protocol, transport = FastWebSocket(config, ServerState(), {}), Transport()
+        protocol.connection_made(transport)
+        protocol.data_received(HANDSHAKE)
+        await asyncio.sleep(0.01)
+        protocol.data_received(frame(2, b"one") + frame(2, b"two"))
+        if not first:
+            assert not transport.over
+            asked[0](ANSWER)
+        await asyncio.sleep(0.01)
+        assert transport.over and struct.pack("!H", CloseCode.INTERNAL_ERROR) in transport.written
+        assert left[0]["type"] == "websocket.disconnect" and transport.written.count(SAID) == (not first)
+        protocol.connection_lost(None)
+        protocol.stop_keepalive()
+
+    asyncio.run(work(True))
+    asyncio.run(work(False))
 
 
 def test_mutated_messages_are_refused_or_answered():

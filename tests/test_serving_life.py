@@ -76,8 +76,7 @@ def test_a_model_killed_in_the_middle_of_a_batch_costs_that_batch():
                 return first, unpack(line.recv(LIMIT, decode=False))
 
         said, wait = in_threads({"http": lambda: ask(server.port, "/v1/act", body(deadline=60.0)), "websocket": over_websocket})
-        until(lambda: server.metric("tendon_running") > 0)
-        time.sleep(0.3)  # mostly both of them
+        until(lambda: server.metric("tendon_running") + server.metric("tendon_queue_length") == 2)
         os.kill(killed, signal.SIGKILL)
         wait()
         status, headers, content = said["http"]

@@ -189,7 +189,8 @@ def test_who_may_not_share_sends(tmp_path: Path):
             before = refusal(bent)  # while nothing is shared it lies nowhere
             assert before.code == "bad_request" and "camera 'front'" in str(before)
             assert not client.act(frame, "go").hold
-            assert refusal(bent | {"at": 1}).code == "bad_request"
+            for wrong in ({"at": 1}, {"shape": np.array([4, 4, 3])}, {"shape": None}, {"shape": 3}, {"at": 64.0}, {"at": None}):
+                assert refusal(bent | wrong).code == "bad_request", wrong
             assert client.act(frame, "go").execute == 8 and client.connections == 1
         assert not server.complaints()
 

@@ -83,7 +83,8 @@ def test_the_api_from_a_goal_to_its_end(drilled: Operated):
     [
         ("run", {"goal": "dance"}, 400, "bad_request"), ("run", {"goal": RED, "speed": 3}, 400, "bad_request"),
         ("run", {}, 400, "bad_request"), ("run", {"goal": RED, "scene": -1}, 400, "bad_request"),
-        ("run", {"goal": RED, "scene": "3"}, 400, "bad_request"), ("answer", {"question": "1", "answer": "hold"}, 400, "bad_request"),
+        ("run", {"goal": RED, "scene": "3"}, 400, "bad_request"),
+        ("answer", {"question": "1", "answer": "hold"}, 400, "bad_request"),
         ("run", {"goal": 3}, 400, "bad_request"), ("say", {"words": " "}, 400, "bad_request"),
         ("say", {"words": "x" * 5000}, 400, "bad_request"), ("answer", {"question": 99, "answer": "go_on"}, 409, "conflict"),
         ("answer", {"question": 1}, 400, "bad_request"), ("stop", {"now": True}, 400, "bad_request"),

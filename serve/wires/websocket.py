@@ -1,7 +1,7 @@
 """Our own WebSocket, `/v1/ws`: msgpack (`serve/wire.py`), one look and one chunk at a time; `serve/client.py` is its other end.
 
     client: {"type": "hello"}        as often as it likes: first, and when a chunk comes from another `policy` than the last
-    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", "shares", "way", ...}
+    server: {"type": "hello", "protocol": 1, "policy", "robots", "steps", "shares", "local", ...}
     client: {"type": "look", "seq": 7, "images": {camera: picture}, "state": (S,), "instruction", "robot"?, "adapter"?, "age"?,
              "executed"?, "deadline"?, "seed"?}
     server: {"type": "chunk", "seq": 7, "actions": (n, A), "confidence": (n, A), "symbols", "execute", "hold", "reason",
@@ -11,7 +11,7 @@
     server: {"type": "shared", "seq", "pid", "file", "number", "size", "key"}; from then on pictures may be {"__shared__", ...}
     client: {"type": "reset"} when an episode begins, {"type": "resume"} when help was given; both answer {"type": "ok", "seq"}
 
-On the computer where the server runs `way` names its local socket (Linux, "\\0" before it): the same there, sooner.
+On the computer where the server runs `local` names its local socket (Linux, "\\0" before it): the same there, sooner.
 
 A client says which protocol it speaks in the address (`/v1/ws?protocol=1`); another one is refused before the socket opens.
 """
@@ -83,21 +83,27 @@ class Conversation:
         """It has left."""
         if self._leave is not None:
             self._leave()
+            self._leave = None  # it knows who asked, who knows it: pictures would stay until that circle is collected
         self.session.close()
 
     def look(self, data: bytes | memoryview, say: Say) -> bool:
         """Answer a look when the model has; every other message is left to `answer`."""
         try:
             message = unpack(data, self._limits)
-        except VLAError:
-            return False
+        except VLAError as error:
+            say(_refused(None, error))
+            return True
         if not (isinstance(message, dict) and isinstance(kind := message.get("type"), str) and kind == "look"):
             return False
         seq = _seq_of(message)
 
         def tell(reply: Reply | Refusal) -> None:
             self._leave = None
-            say(_refused(seq, reply) if isinstance(reply, Refusal) else _chunk(seq, reply))
+            try:
+                said = _refused(seq, reply) if isinstance(reply, Refusal) else _chunk(seq, reply)
+            except VLAError as error:  # numbers that do not travel
+                said = _refused(seq, error)
+            say(said)
 
         try:
             self._leave = self.session.begin(self._look_of(message), tell)
@@ -115,8 +121,8 @@ class Conversation:
             seq, kind = _seq_of(message), message.get("type")
             match kind if isinstance(kind, str) else type(kind).__name__:
                 case "hello":
-                    shares, way = self._near and AVAILABLE, self._service.way if self._near else ""
-                    return pack({"type": "hello", "protocol": PROTOCOL, **self._service.describe(), "shares": shares, "way": way})
+                    near = {"shares": self._near and AVAILABLE, "local": self._service.local if self._near else ""}
+                    return pack({"type": "hello", "protocol": PROTOCOL, **self._service.describe(), **near})
                 case "look":
                     return _chunk(seq, await session.act(self._look_of(message)))
                 case "share":
