@@ -48,6 +48,7 @@ def add_serve_parser(subparsers: Any) -> None:
     add("--camera", action="append", default=[], metavar="NAME=CAMERA", help="what a client calls a camera")
     add("--guard", type=Path, metavar="FILE", help="YAML: robot -> jump, waive, ... of its guard")
     add("--audit", type=Path, metavar="DIR", help="append what was seen (not the frames), said and sent to this log")
+    add("--audit-keep", type=int, metavar="N", help="files of 64 MiB of it that stay, the oldest go (default: all)")
     add("--planner", metavar="KIND", help="who answers POST /v1/plan: policy (its own words), scripted:FILE or openai:URL")
     add("--planner-model", metavar="NAME", help="of openai:URL, which model is asked")
     add("--planner-key-file", type=Path, metavar="FILE", help="of openai:URL, the key in the first line of a file")
@@ -136,8 +137,8 @@ def settings_of(args: argparse.Namespace) -> Any:
         values["guard"] = _mapping(values, "guard", args.config) | _read(yaml, args.guard)
     if args.camera:
         values["cameras"] = _mapping(values, "cameras", args.config) | _pairs("--camera", args.camera)
-    flags = {"host", "port", "token_file", "certificate", "key", "robot", "adapter", "audit", "compat", "engine", "batch",
-             "queue", "deadline", "drain", "gr00t"}  # fmt: skip
+    flags = {"host", "port", "token_file", "certificate", "key", "robot", "adapter", "audit", "audit_keep", "compat", "engine",
+             "batch", "queue", "deadline", "drain", "gr00t"}  # fmt: skip
     values |= {name: value for name in flags if (value := getattr(args, name)) is not None}
     planner = {"kind": args.planner, "model": args.planner_model, "key_file": args.planner_key_file}
     if planner := {name: value for name, value in planner.items() if value is not None}:

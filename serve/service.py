@@ -95,7 +95,7 @@ class Service:
         if settings.audit:
             from serve.audit import AuditLog
 
-            self.audit = AuditLog(settings.audit)
+            self.audit = AuditLog(settings.audit, keep=settings.audit_keep)
             self.audit.note("start")
             if self.audit.dropped:
                 raise UsageError("--audit", found=f"nothing can be written to {settings.audit}", expected="a folder of its own",

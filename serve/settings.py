@@ -78,6 +78,8 @@ class ServeSettings(Config):
     """Robot -> its guard; `*` for those not named."""
     audit: Path | None = None
     """Folder of the audit log."""
+    audit_keep: int | None = Field(default=None, ge=1)
+    """Files of it that stay, of 64 MiB each, the oldest are deleted; null: all of them."""
     planner: PlannerSettings | None = None
     """null: nobody plans here."""
     compat: tuple[Literal["openvla"], ...] = ()

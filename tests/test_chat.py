@@ -65,7 +65,7 @@ def test_other_words_are_no_planners_question(text: str):
 
 def test_words_that_begin_like_a_cameras_name_are_said_all_the_same():
     png = {"type": "image_url", "image_url": {"url": data_url(np.zeros((8, 8, 3), np.uint8), "png")}}
-    service: Any = SimpleNamespace(settings=ServeSettings())
+    service: Any = SimpleNamespace(settings=ServeSettings(), limits=ServeSettings().limits)
 
     def read(*parts: Any) -> tuple[str, list[str]]:
         content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]

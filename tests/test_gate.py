@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import hmac
@@ -16,6 +17,7 @@ import pytest
 from children import LIMIT
 from starlette.routing import Route, WebSocketRoute
 
+from serve import command
 from serve import gate as gates
 from serve.backend import ThreadBackend
 from serve.engine import Engine
@@ -319,3 +321,12 @@ def test_refusals_say_what_their_status_wants():
         assert response.status_code == wanted
         assert ("retry-after" in response.headers) == (code in ("busy", "unavailable"))
         assert ("www-authenticate" in response.headers) == (code == "unauthorized")
+
+
+def test_the_audit_log_of_a_server_keeps_what_it_was_told(tmp_path: Path):
+    parser = argparse.ArgumentParser()
+    command.add_serve_parser(parser.add_subparsers())
+    settings = command.settings_of(parser.parse_args(["serve", "null:tabletop", "--audit", str(tmp_path), "--audit-keep", "2"]))
+    kept = Service(Engine(lambda: ThreadBackend.start({"policy": "null:tabletop"})), settings)
+    assert (kept.audit.keep, kept.audit.max_bytes) == (2, 64 << 20)
+    kept.audit.close()
