@@ -17,8 +17,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -180,15 +179,11 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------ one question
 
-    @contextmanager
-    def _one_at_a_time(self, deadline: float) -> Iterator[None]:
+    def _one_at_a_time(self, deadline: float) -> _Turn:
         if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise Refusal("busy", where=self.address, found="another call under way", expected="one look at a time",
                           fix="a client for each robot")  # fmt: skip
-        try:
-            yield
-        finally:
-            self._turn.release()
+        return _Turn(self._turn)
 
     def _tell(self, what: str) -> None:
         """A session that cannot be told is dropped, and what it knew with it: the next one knows as little as after `reset`."""
@@ -398,3 +393,15 @@ class Client:
             link.close()
             raise
         return link
+
+
+class _Turn:
+    """A lock that is held already, to be given back. A generator that does the same takes 5 us of every look."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

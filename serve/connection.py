@@ -45,6 +45,8 @@ except ImportError:  # a platform without its C part: the same, slower
 _FIRST = 64 << 10
 """Bytes of the buffer at first, and the most that a server may say before the socket opens."""
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
+_LITTLE = 16 << 10
+"""Bytes of a message that are put together sooner than the kernel gathers them."""
 _PIECES = 64
 """Handed to the kernel at once; no system takes fewer than 16, Linux takes 1024."""
 _CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "busy"}
@@ -131,8 +133,10 @@ class Connection:
     def send(self, pieces: Sequence[bytes | memoryview], deadline: float) -> None:
         """One binary message. Raises `OSError`, after which the connection is of no use."""
         views = [memoryview(piece).cast("B") for piece in pieces]
-        head = binary_head(sum(view.nbytes for view in views), masked=True)
-        if self._mask:
+        head = binary_head(size := sum(view.nbytes for view in views), masked=True)
+        if size < _LITTLE and not self._mask:
+            self._write([b"".join((head, bytes(4), *pieces))], deadline)
+        elif self._mask:
             key = os.urandom(4)
             self._write([head + key, apply_mask(b"".join(views), key)], deadline)
         else:
