@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import msgpack
@@ -237,10 +239,14 @@ class _Line(asyncio.Protocol):
 
 
 class ThreadBackend:
-    """The model in a thread of this process: nobody can kill it, and it shares the interpreter with the server."""
+    """The model in a thread of this process: nobody can kill it, and it shares the interpreter with the server.
 
-    def __init__(self, actor: Any, thread: ThreadPoolExecutor) -> None:
-        self._actor, self._thread = actor, thread
+    A thread that only takes what is to be done and does it: an executor's costs as much again, and a program that wants to end
+    would wait for one that hangs.
+    """
+
+    def __init__(self, actor: Any, work: SimpleQueue[Callable[[], None] | None]) -> None:
+        self._actor, self._work = actor, work
         self._done: Done | None = None
         """Of the batch it has."""
         self.info: Info = info_of(actor.describe())
@@ -251,25 +257,24 @@ class ThreadBackend:
         """Raises the `VLAError` of the policy that could not be loaded."""
         from serve.model_process import load
 
-        thread = ThreadPoolExecutor(1, "policy")
-        actor = await asyncio.get_running_loop().run_in_executor(thread, load, dict(spec))
-        return cls(actor, thread)
+        loop, work = asyncio.get_running_loop(), SimpleQueue[Callable[[], None] | None]()
+        loaded = loop.create_future()
+        Thread(target=_do_all, args=(work,), name="policy", daemon=True).start()
+        work.put(_for(loop, lambda: load(dict(spec)), lambda said, _: None if loaded.done() else loaded.set_result(said)))
+        try:
+            if isinstance(said := await loaded, Exception):
+                raise said
+            return cls(said, work)
+        except BaseException:
+            work.put(None)
+            raise
 
     def begin(self, batch: Sequence[Request], done: Done) -> None:
         """See `serve.requests.Backend`."""
         items = [(r.robot, r.adapter, r.instruction, r.seed, dict(r.images), r.state) for r in batch]
-        words = _words_of(batch).get("words")
-        loop, began, self._done = asyncio.get_running_loop(), time.perf_counter(), done
-
-        def work() -> None:
-            try:
-                results = self._actor.answer(items) if words is None else self._actor.speak(items, words)
-            except Exception as error:
-                results = error
-            with contextlib.suppress(RuntimeError):  # a loop that has closed meanwhile
-                loop.call_soon_threadsafe(self._tell, done, results, time.perf_counter() - began)
-
-        self._thread.submit(work)
+        words, actor, self._done = _words_of(batch).get("words"), self._actor, done
+        answers = (lambda: actor.answer(items)) if words is None else (lambda: actor.speak(items, words))
+        self._work.put(_for(asyncio.get_running_loop(), answers, partial(self._tell, done)))
 
     def _tell(self, done: Done, results: list[Any] | Exception, seconds: float) -> None:
         if self._done is done:  # nobody waits for a thread that hung
@@ -278,13 +283,35 @@ class ThreadBackend:
 
     async def stop(self) -> None:
         """See `serve.requests.Backend`."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._work.put(None)
 
     def kill(self) -> None:
         """It is not waited for any more; a thread cannot be ended."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._work.put(None)
         if (done := self._done) is not None:
             asyncio.get_running_loop().call_soon(self._tell, done, BackendLost("the policy's thread hangs"), 0.0)
+
+
+def _do_all(work: SimpleQueue[Callable[[], None] | None]) -> None:
+    """One after the other, until there is nothing more to do."""
+    while (job := work.get()) is not None:
+        job()
+        del job  # it would keep its pictures until the next one
+
+
+def _for(loop: asyncio.AbstractEventLoop, work: Callable[[], Any], tell: Callable[[Any, float], None]) -> Callable[[], None]:
+    """What a thread is to do: `work`, and to let `loop` tell what came of it, or what it raised, and the seconds it took."""
+
+    def job() -> None:
+        began = time.perf_counter()
+        try:
+            said = work()
+        except Exception as error:
+            said = error
+        with contextlib.suppress(RuntimeError):  # a loop that has closed meanwhile
+            loop.call_soon_threadsafe(tell, said, time.perf_counter() - began)
+
+    return job
 
 
 def _words_of(batch: Sequence[Request]) -> dict[str, Any]:
