@@ -262,7 +262,10 @@ class ThreadBackend:
         Thread(target=_do_all, args=(work,), name="policy", daemon=True).start()
         work.put(_for(loop, lambda: load(dict(spec)), lambda said, _: None if loaded.done() else loaded.set_result(said)))
         try:
-            if isinstance(said := await loaded, Exception):
+            if isinstance(said := await loaded, BackendLost):
+                raise MachineError("policy thread", found=said, expected=f"{spec.get('policy')} loaded and warm",
+                                   fix="look above for what it said") from said  # fmt: skip
+            if isinstance(said, Exception):
                 raise said
             return cls(said, work)
         except BaseException:
@@ -308,6 +311,8 @@ def _for(loop: asyncio.AbstractEventLoop, work: Callable[[], Any], tell: Callabl
             said = work()
         except Exception as error:
             said = error
+        except BaseException as error:  # a library that wants to end the program, or panics: this policy alone
+            said = BackendLost(f"the policy's thread met {type(error).__name__}: {error}"[:300])
         with contextlib.suppress(RuntimeError):  # a loop that has closed meanwhile
             loop.call_soon_threadsafe(tell, said, time.perf_counter() - began)
 

@@ -325,16 +325,19 @@ class Engine:
 
     async def _gather(self) -> None:
         """Clients who asked a moment ago are about to ask again: answered together, all of them wait less."""
-        now, most = time.monotonic(), min(self.options.gather, 0.1 * self.expected)
-        near = now - max(1.0, 3 * self.expected)
-        self._recent = {client: at for client, at in self._recent.items() if at > near}
-        end = now + most
+        self._forget_old()
+        end = time.monotonic() + min(self.options.gather, 0.1 * self.expected)
         while len(self._queue) < min(len(self._recent), self.options.batch) and (left := end - time.monotonic()) > 0:
             self._work.clear()
             try:
                 await asyncio.wait_for(self._work.wait(), left)
             except TimeoutError:
                 return
+
+    def _forget_old(self) -> None:
+        """Clients who have not asked of late."""
+        near = time.monotonic() - max(1.0, 3 * self.expected)
+        self._recent = {client: at for client, at in self._recent.items() if at > near}
 
     def _begin(self, batch: list[Waiting]) -> None:
         """The batch is with the model."""
@@ -365,6 +368,7 @@ class Engine:
         waits = [self._began - one.since for one in batch if not one.over]
         self._free()
         if self._backend is not None and len(self._queue) >= min(self.options.batch, max(1, len(self._recent))):
+            self._forget_old()
             self._begin(self._queue.next(self.options.batch))  # a model that is wanted does not wait for answers to be written
         for one, answer in zip(batch, said, strict=True):
             self._tell(one, answer)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vla.errors import MachineError, VLAError
+
+logger = logging.getLogger(__name__)
 
 STATUS = {
     "bad_request": 422, "unauthorized": 401, "forbidden": 403, "not_found": 404, "too_large": 413, "unsupported": 415,
@@ -45,10 +48,14 @@ class Refusal(VLAError):
                    retry_after=float(after) if type(after) in (int, float) else None)  # fmt: skip
 
     @classmethod
-    def of(cls, error: VLAError) -> Refusal:
-        """A `VLAError` of the input as the client hears it."""
+    def of(cls, error: Exception) -> Refusal:
+        """What went wrong, as the client hears it: a `VLAError` in its words; anything else is a mistake of ours, and goes into
+        the log."""
         if isinstance(error, Refusal):
             return error
+        if not isinstance(error, VLAError):
+            logger.error("an answer came to nothing", exc_info=error)
+            return cls("internal", found=type(error).__name__, expected="an answer", fix="see the server's log")
         if isinstance(error, MachineError):  # ours, not theirs
             return cls("internal", where=error.where, found=error.found, expected=error.expected, fix=error.fix)
         code = "too_large" if getattr(error, "too_large", False) else "bad_request"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import logging
 import math
 import mmap
 import os
@@ -35,8 +34,6 @@ from serve.wire import Encoded, Limits, Picture, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
 from vla.schema import all_finite
-
-logger = logging.getLogger(__name__)
 
 SHORTEST = 0.001
 """Seconds of a deadline. Less is a mistake, not a wish."""
@@ -228,7 +225,7 @@ class Session:
         except VLAError as error:
             raise self._refused(error) from None
 
-    def _refused(self, error: VLAError) -> Refusal:
+    def _refused(self, error: Exception) -> Refusal:
         refusal = Refusal.of(error)
         self.service.metrics.requests.labels(self.wire, refusal.code).inc()
         return refusal
@@ -256,12 +253,8 @@ class Session:
         def answered(said: Answer | VLAError) -> None:
             try:
                 reply = self._refused(said) if isinstance(said, VLAError) else self._judged(guard, said, began)
-            except VLAError as error:
-                reply = self._refused(error)
             except Exception as error:  # who asked hears of it, whatever it was
-                logger.exception("a chunk could not be judged")
-                why = Refusal("internal", found=type(error).__name__, expected="a chunk", fix="see the server's log")
-                reply = self._refused(why)
+                reply = self._refused(error)
             tell(reply)
 
         leave = service.engine.submit(Request(

@@ -17,7 +17,7 @@ from serve.refusal import Refusal
 from serve.requests import Answer, BackendLost, Done, Info, Request
 from serve.robot import Robot
 from vla.config import CONFIGS
-from vla.errors import DataError, UsageError, VLAError
+from vla.errors import DataError, MachineError, UsageError, VLAError
 
 ACTIONS = np.zeros((2, 3), np.float32)
 ROBOTS = {
@@ -598,5 +598,46 @@ def test_a_server_that_stops_in_the_middle_of_a_swap_leaves_neither_policy_behin
             await asked
         await swap
         assert not old.alive and not new.alive
+
+    run(work)
+
+
+def test_a_thread_whose_policy_wants_to_end_the_program_says_so(monkeypatch: pytest.MonkeyPatch):
+    """While it is loaded, and in a batch: neither waits for ever, and the server goes on."""
+
+    def leave(*_: Any) -> Any:
+        raise SystemExit("of a library")
+
+    async def work() -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr("serve.model_process.load", leave)
+            with pytest.raises(MachineError, match="SystemExit"):
+                await ThreadBackend.start({"policy": "null:tabletop"})
+        served = await Engine(lambda: ThreadBackend.start({"policy": "null:tabletop"})).start()
+        state = np.array([0.1, 0.1, 0.4, 0.5], np.float32)
+        request = Request({"front": np.zeros((64, 64, 3), np.uint8)}, state, "go", "tabletop")
+        with monkeypatch.context() as broken:
+            broken.setattr("serve.model_process.Actor.answer", leave)
+            with pytest.raises(Refusal, match="SystemExit"):
+                await served.act(request)
+        await until(lambda: served.ready)
+        request.deadline = float("inf")
+        assert (await served.act(request)).policy == "null"
+        await served.stop()
+
+    run(work)
+
+
+def test_who_asked_long_ago_is_forgotten_while_others_keep_the_model_busy():
+    async def work() -> None:
+        served = await engine(Fake(seconds=0.01), batch=2)
+        asked = [asyncio.create_task(served.act(look(str(i), f"c{i}"))) for i in range(3)]
+        served._recent |= {f"left {i}": time.monotonic() - 60 for i in range(1000)}
+        for i in range(3, 40):
+            asked.append(asyncio.create_task(served.act(look(str(i), f"c{i}"))))
+            await asyncio.sleep(0.002)
+        await asyncio.gather(*asked)
+        assert len(served._recent) <= 40
+        await served.stop()
 
     run(work)

@@ -470,6 +470,12 @@ def test_what_breaks_while_a_look_is_answered_is_said_to_who_asked(monkeypatch: 
             first, second, third = map(unpack, said)
             assert first["error"]["code"] == refused.value.code == "internal" and "ZeroDivisionError" in first["error"]["found"]
             assert second["type"] == "refusal" and "complex" in str(second["error"]) and third["type"] == "chunk"
+            with monkeypatch.context() as broken:
+                broken.setattr(websocket, "_chunk", upset)
+                assert talk.look(pack(looks[3]), said.append)
+                while len(said) < 4:
+                    await asyncio.sleep(0.01)
+            assert unpack(said[3])["error"]["code"] == "internal"
 
     asyncio.run(work())
 

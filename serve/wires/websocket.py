@@ -100,10 +100,10 @@ class Conversation:
         def tell(reply: Reply | Refusal) -> None:
             self._leave = None
             try:
-                said = _refused(seq, reply) if isinstance(reply, Refusal) else _chunk(seq, reply)
-            except VLAError as error:  # numbers that do not travel
-                said = _refused(seq, error)
-            say(said)
+                answer = _refused(seq, reply) if isinstance(reply, Refusal) else _chunk(seq, reply)
+            except Exception as error:  # numbers that do not travel; whatever it was, who asked hears of it
+                answer = _refused(seq, error)
+            say(answer)
 
         try:
             self._leave = self.session.begin(self._look_of(message), tell)
@@ -155,7 +155,7 @@ def _chunk(seq: int | None, reply: Reply) -> bytes:
     return pack({"type": "chunk", "seq": seq, **said(reply)})
 
 
-def _refused(seq: int | None, error: VLAError) -> bytes:
+def _refused(seq: int | None, error: Exception) -> bytes:
     return pack({"type": "refusal", "seq": seq, **Refusal.of(error).to_json()})
 
 
