@@ -230,7 +230,8 @@ class Engine:
         return partial(self._forget, one)
 
     def _tell(self, one: Waiting, said: Answer | Spoken | VLAError) -> None:
-        """The first that is said to it; nobody's mistake with that is another's."""
+        """The first that is said to it. Who hears it may raise whatever it likes: the others of its batch are told all the same,
+        and the engine goes on."""
         if one.over:
             return
         self._forget(one)

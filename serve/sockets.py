@@ -6,9 +6,9 @@ buffer, and a whole unfragmented binary message is taken from there, or read the
 cost half the time that way (docs/results.md). A connection that is lost ends what is being done for it; a message is not looked
 at before the one before it was taken.
 
-And an app that can answer without waiting for anything but a callback may say so once it has accepted (`answer_with`): then what
-the model says goes out in the turn of the loop in which it came, without a task, a queue or a timer in between. Meanwhile pings
-are answered, and the next message waits.
+And an app that can answer without waiting for anything but a callback may say so once it has accepted
+(`serve.messages.answer_with`): then what the model says goes out in the turn of the loop in which it came, without a task, a
+queue or a timer in between. Meanwhile pings are answered, and the next message waits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import State
 
-from serve.patience import ROOM, SEND_SECONDS, Reader
+from serve.messages import LANE, Quick
+from serve.patience import ROOM, Reader
 from serve.wire import binary_head
 
 try:
@@ -44,12 +44,6 @@ _LENT = 16 << 10
 _OPCODES = frozenset(Opcode)
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
 _NO_MASK = b"\0\0\0\0"
-_LANE = "tendon.answer_with"
-"""Of a connection's extensions: where an app leaves its `Quick`."""
-Say = Callable[[bytes], None]
-Quick = Callable[[bytes | memoryview, Say], bool]
-"""Takes a binary message and says its answer, then or later, once; or returns False, and the app receives it as ever. The message
-is good until this returns."""
 
 
 class _Buffered(asyncio.BufferedProtocol):
@@ -87,7 +81,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     async def _until_lost(self, scope: Any, receive: Any, send: Any) -> None:
         self._answering = asyncio.current_task()
-        scope["extensions"][_LANE] = self._answer_with
+        scope["extensions"][LANE] = self._answer_with
         try:
             await self._inner(scope, receive, send)
         except asyncio.CancelledError:
@@ -397,29 +391,3 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             event["bytes"] = data
         self._pass_on(event)
         self.transport.pause_reading()
-
-
-def answer_with(socket: WebSocket, quick: Quick) -> None:
-    """From now on `quick` is offered whole binary messages before the app is, one at a time, while the app waits for one. Where a
-    server has no such lane, nothing changes. What it has not answered when the socket is left, it must not answer any more."""
-    if (lane := socket.scope.get("extensions", {}).get(_LANE)) is not None:
-        lane(quick)
-
-
-async def messages(socket: WebSocket) -> AsyncIterator[bytes | memoryview]:
-    """Binary messages until the client leaves, each good until the next is asked for; a text is handed on as its UTF-8."""
-    while True:
-        message = await socket.receive()
-        if message["type"] != "websocket.receive":
-            return
-        data = message.get("bytes")
-        yield data if data is not None else (message.get("text") or "").encode()
-
-
-async def send(socket: WebSocket, data: bytes) -> None:
-    """Raises `WebSocketDisconnect` for a client that does not read."""
-    try:
-        async with asyncio.timeout(SEND_SECONDS):
-            await socket.send({"type": "websocket.send", "bytes": data})
-    except (TimeoutError, ClientDisconnected) as error:
-        raise WebSocketDisconnect(1011) from error

@@ -36,7 +36,7 @@ from websockets.server import ServerProtocol
 from websockets.sync.client import connect
 from websockets.utils import apply_mask
 
-from serve import patience, sockets
+from serve import messages, patience, sockets
 from serve.backend import ThreadBackend
 from serve.engine import Engine, EngineOptions
 from serve.gate import Tokens
@@ -265,7 +265,7 @@ async def as_served(
         assert (await receive())["type"] == "websocket.connect"
         await send({"type": "websocket.accept"})
         if lane is not None:
-            sockets.answer_with(WebSocket(scope, receive, send), quick)
+            messages.answer_with(WebSocket(scope, receive, send), quick)
         while (message := await receive())["type"] == "websocket.receive":
             if slowly:  # what is lent stays as it is
                 await asyncio.sleep(0)
@@ -523,7 +523,7 @@ def test_a_lane_that_breaks_ends_its_connection():
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await receive()
             await send({"type": "websocket.accept"})
-            sockets.answer_with(WebSocket(scope, receive, send), quick)
+            messages.answer_with(WebSocket(scope, receive, send), quick)
             left.append(await receive())
 
         asked, left = list[Callable[[bytes], None]](), list[Any]()

@@ -21,9 +21,9 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from serve.gate import refuse
+from serve.messages import messages, send
 from serve.refusal import Refusal
 from serve.service import Look, Service, Session
-from serve.sockets import messages, send
 from serve.wire import Encoded, pack_openpi, unpack
 from vla.errors import VLAError
 

@@ -22,10 +22,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import vla
 from serve.gate import refuse
+from serve.messages import messages, send
 from serve.refusal import Refusal
 from serve.robot import Robot
 from serve.service import Look, Service, Session
-from serve.sockets import messages, send
 from serve.wire import pack, unpack
 from vla.errors import VLAError
 

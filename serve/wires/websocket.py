@@ -25,10 +25,10 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from serve.gate import refuse
+from serve.messages import Say, answer_with, messages, send
 from serve.refusal import Refusal
 from serve.service import SHORTEST, Look, Reply, Service, Session
 from serve.shared import AVAILABLE, MARK, Region
-from serve.sockets import Say, answer_with, messages, send
 from serve.wire import PROTOCOL, Limits, WireError, pack, unpack
 from vla.errors import VLAError
 
