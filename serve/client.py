@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from serve.alike import Reader
 from serve.connection import Connection, near_by
 from serve.heard import Chunk, Hello, address_of, chunk_of, hello_of
 from serve.refusal import Refusal
@@ -80,6 +81,7 @@ class Client:
         self._error: VLAError | None = None
         self._connecting = self._closed = False
         self._seq, self._help, self._asked = 0, "", -1
+        self._read = Reader(unpack)
         try:
             with self._changed:
                 self._connect()
@@ -206,7 +208,7 @@ class Client:
         try:
             link.send(data, deadline)
             while True:
-                said = unpack(link.receive(deadline))
+                said = self._read(link.receive(deadline))
                 kind, seq = (said.get("type"), said.get("seq")) if isinstance(said, dict) else (None, None)
                 if kind == wanted and seq == (None if wanted == "hello" else self._seq):
                     return said

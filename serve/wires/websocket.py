@@ -19,16 +19,18 @@ A client says which protocol it speaks in the address (`/v1/ws?protocol=1`); ano
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from serve.alike import Reader
 from serve.gate import refuse
 from serve.messages import Say, answer_with, messages, send
 from serve.refusal import Refusal
 from serve.service import SHORTEST, Look, Reply, Service, Session
-from serve.shared import AVAILABLE, MARK, Region
+from serve.shared import AVAILABLE, MARK, Placed, Region
 from serve.wire import PROTOCOL, Limits, WireError, pack, unpack
 from vla.errors import VLAError
 
@@ -77,6 +79,9 @@ class Conversation:
         """`near`: it is on this computer."""
         self._service, self.session, self._near = service, Session(service, "websocket"), near
         self._limits = service.limits
+        self._read = Reader(partial(unpack, limits=service.limits))
+        self._laid: tuple[Any, Region | None, Any] = None, None, None
+        """Where pictures were last said to be, in which memory, and they: mostly the next ones lie there as well."""
         self._leave: Callable[[], None] | None = None
 
     def close(self) -> None:
@@ -84,12 +89,13 @@ class Conversation:
         if self._leave is not None:
             self._leave()
             self._leave = None  # it knows who asked, who knows it: pictures would stay until that circle is collected
+        self._laid = None, None, None
         self.session.close()
 
     def look(self, data: bytes | memoryview, say: Say) -> bool:
         """Answer a look when the model has; every other message is left to `answer`."""
         try:
-            message = unpack(data, self._limits)
+            message = self._read(data)
         except VLAError as error:
             say(_refused(None, error))
             return True
@@ -141,9 +147,15 @@ class Conversation:
             return _refused(seq, error)
 
     def _look_of(self, message: Mapping[str, Any]) -> Look:
-        if self.session.region is not None:
-            _place(message.get("images"), self.session.region, self._limits)
-        return look_of(message)
+        look, region = look_of(message), self.session.region
+        if region is not None:
+            given, where, placed = self._laid
+            if look.images is not given or where is not region:
+                placed = _placed(look.images, region, self._limits)
+                if all(isinstance(picture, Placed) for picture in placed.values()):  # others would be kept for nothing
+                    self._laid = look.images, region, placed
+            look.images = placed
+        return look
 
 
 def _seq_of(message: Mapping[str, Any]) -> int | None:
@@ -152,7 +164,11 @@ def _seq_of(message: Mapping[str, Any]) -> int | None:
 
 
 def _chunk(seq: int | None, reply: Reply) -> bytes:
-    return pack({"type": "chunk", "seq": seq, **said(reply)})
+    return pack({
+        "type": "chunk", "seq": seq, "actions": reply.actions, "confidence": reply.confidence, "symbols": reply.symbols,
+        "execute": reply.execute, "hold": reply.hold, "reason": reply.reason, "needs_help": reply.needs_help,
+        "policy": reply.policy, "timing": reply.timing, "batch": reply.batch,
+    })  # fmt: skip
 
 
 def _refused(seq: int | None, error: Exception) -> bytes:
@@ -182,27 +198,19 @@ def look_of(message: Mapping[str, Any]) -> Look:
     )  # fmt: skip
 
 
-def _place(images: Any, region: Region, limits: Limits) -> None:
+def _placed(images: Mapping[str, Any], region: Region, limits: Limits) -> dict[str, Any]:
     """Pictures that lie in `region` instead of where they are said to be."""
-    if isinstance(images, dict):
-        shared = {camera: entry for camera, entry in images.items() if isinstance(entry, dict) and MARK in entry}
-        if len(shared) > limits.pictures:
-            raise _wrong("images", f"{len(shared)} pictures", f"at most {limits.pictures}")
-        for camera, entry in shared.items():
-            try:
-                images[camera] = region.picture(entry, limits)
-            except WireError as error:
-                error.where = f"camera {camera!r}"[:80]
-                raise
-
-
-def said(reply: Reply) -> dict[str, Any]:
-    """A chunk's message."""
-    return {
-        "actions": reply.actions, "confidence": reply.confidence, "symbols": reply.symbols, "execute": reply.execute,
-        "hold": reply.hold, "reason": reply.reason, "needs_help": reply.needs_help, "policy": reply.policy,
-        "timing": dict(reply.timing), "batch": reply.batch,
-    }  # fmt: skip
+    shared = {camera: entry for camera, entry in images.items() if isinstance(entry, dict) and MARK in entry}
+    if len(shared) > limits.pictures:
+        raise _wrong("images", f"{len(shared)} pictures", f"at most {limits.pictures}")
+    found: dict[str, Any] = {**images}
+    for camera, entry in shared.items():
+        try:
+            found[camera] = region.picture(entry, limits)
+        except WireError as error:
+            error.where = f"camera {camera!r}"[:80]
+            raise
+    return found
 
 
 def _wrong(where: str, found: str, expected: str) -> Refusal:
