@@ -149,9 +149,11 @@ class Bounds:
     def _nothing_wrong(self, columns: list[list[float]], before: list[float]) -> bool:
         """At first sight: every dimension is finite, inside its limits, and in all of the chunk moves no further than it may in
         one step. What is not may be right all the same."""
+        if not math.isfinite(sum(map(sum, columns))):
+            return False
         for column, last, low, high, most in zip(columns, before, *self._ends, strict=True):
             least, greatest = min(column), max(column)
-            if not (low <= least and greatest <= high and math.isfinite(sum(column))):
+            if not (low <= least and greatest <= high):
                 return False
             if last < least:  # NaN, where nobody knows it, is neither
                 least = last

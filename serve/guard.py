@@ -54,7 +54,7 @@ class Verdict:
     """False before the guard was shown where the robot is: nothing may be sent then, since targets would be guesses."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ChunkVerdict:
     """What to answer with; as `Verdict`, for a chunk."""
 
@@ -186,8 +186,10 @@ class Guard:
         """The newest good state, if it is newer than the last command that was passed."""
         self._spent = False
         """Whether a command was passed since the last observation."""
-        self._trail: np.ndarray | None = None
-        """(n + 1, A) float64: what came before the last chunk, NaN where unknown, and the chunk; None when `_last` is certain."""
+        self._trail: tuple[np.ndarray, np.ndarray] | None = None
+        """What came before the last chunk (A,) float64, NaN where unknown, and the chunk (n, A); None when `_last` is certain."""
+        self._where: tuple[np.ndarray, bool] | None = None
+        """`_whereabouts`, found while the policy is asked."""
         self._earlier = np.zeros((0, 0))
         """(m, A): all that may have come before it."""
         self._steps, self._executed = 1, None
@@ -223,6 +225,7 @@ class Guard:
             self._state = seen.state
             if not self._placed:
                 self._place()
+        self._where = self._whereabouts()
         self._tell("saw", {"seen": seen, "age": age, "executed": told}, self._seen)
         return self._seen
 
@@ -280,7 +283,7 @@ class Guard:
         else:
             self._measured = False
             self._passed()
-        self._last, self._trail = command.astype(np.float32), None
+        self._last, self._trail, self._where = command.astype(np.float32), None, None
         verdict = Verdict(self._last.copy(), held, reason, self.needs_help, self._placed)
         self._tell("judge", {"action": given, "confidence": sure, "late": late, "why": why}, verdict)
         return verdict
@@ -309,7 +312,8 @@ class Guard:
         if self._spent:
             reasons.append("unseen: no observation since the last chunk")
         self._measured &= self._trail is None or self._executed == 0
-        rows, certain = self._whereabouts()
+        rows, certain = self._where or self._whereabouts()
+        self._where = None
         steps = (self.longest or self._steps) if isinstance(given, Unread) else len(given)
         if isinstance(given, Unread):
             commands = before = np.zeros(0)
@@ -324,7 +328,7 @@ class Guard:
             commands = np.repeat(self._last[None], steps, 0)
         else:
             self._passed()
-            self._last, self._trail, self._earlier = commands[-1].copy(), np.concatenate([before[None], commands]), rows
+            self._last, self._trail, self._earlier = commands[-1].copy(), (before, commands.copy()), rows
         self._steps = steps
         verdict = ChunkVerdict(commands, held, reason, self.needs_help, self._placed)
         self._tell("chunk", {"actions": given, "confidence": sure, "late": late, "why": why}, verdict)
@@ -334,11 +338,11 @@ class Guard:
         """The commands (m, A) the robot may be at, NaN where unknown, the likeliest first, and whether it is known which."""
         if self._trail is None:
             return np.where(self._known, self._last.astype(np.float64), np.nan)[None], True
-        if self._executed is None:
-            return self._trail[::-1], False
         if self._executed == 0:
             return self._earlier, len(self._earlier) == 1
-        return self._trail[[min(self._executed, len(self._trail) - 1)]], True
+        before, commands = self._trail
+        path = np.concatenate([before[None], commands])
+        return (path[::-1], False) if self._executed is None else (path[[min(self._executed, len(path) - 1)]], True)
 
     def _before(self, rows: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The command (A,) a chunk that begins with `step` comes after, NaN where unknown, and the factors on its jumps."""

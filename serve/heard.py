@@ -24,7 +24,7 @@ from vla.errors import UsageError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chunk:
     """What a server answered."""
 

@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,14 +49,17 @@ class Request:
     """On `time.monotonic`."""
     words: Words | None = None
     """Where an answer in words is wanted: about the first of the pictures, if there is one."""
+    _size: int = -1
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes it holds while it waits."""
-        return sum(p.nbytes if isinstance(p, np.ndarray) else len(p.data) for p in self.images.values())
+        if self._size < 0:
+            self._size = sum(p.nbytes if isinstance(p, np.ndarray) else len(p.data) for p in self.images.values())
+        return self._size
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Answer:
     """One chunk, as `vla.policy.Chunk`, and how it came about."""
 

@@ -29,7 +29,7 @@ from serve.refusal import Refusal
 from serve.requests import Answer, Info, Request, Start, telling
 from serve.robot import Robot
 from serve.settings import ServeSettings
-from serve.shared import Region
+from serve.shared import Placed, Region
 from serve.wire import Encoded, Limits, Picture, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
@@ -60,7 +60,7 @@ class Look:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Reply:
     """One chunk, judged."""
 
@@ -167,6 +167,8 @@ class Session:
         self._seq = -math.inf
         self.region: Region | None = None
         """Where a client on this computer lays its pictures."""
+        self._placed: tuple[Any, Robot | None, dict[str, Picture]] = None, None, {}
+        """Pictures that lay in the region, whose, and the same by its cameras' names: those of the next look mostly lie there."""
         self._said, self._words = None, ""
         """An instruction and what is left of it when it is cleaned; the next look's is mostly the same."""
 
@@ -200,7 +202,7 @@ class Session:
         if self.region is not None:
             ROOM.give(self.region.size)
             self.region.close()
-            self.region = None
+            self.region, self._placed = None, (None, None, {})
 
     def resume(self) -> None:
         """Help was given."""
@@ -236,7 +238,12 @@ class Session:
         guard = self.guard = self._guards.get(robot.key)
         if guard is None or (guard.robot is not robot and guard.robot != robot):
             guard = self.guard = self._guards[robot.key] = service.guard_of(robot, self.id)
-        images, state = self._images(robot, look.images), _state(robot, look.state)
+        given, known, images = self._placed
+        if look.images is not given or robot is not known:
+            images = self._images(robot, look.images)
+            if all(isinstance(picture, Placed) for picture in images.values()):  # others would be kept for nothing
+                self._placed = look.images, robot, images
+        state = _state(robot, look.state)
         if not isinstance(look.instruction, str) or look.instruction != self._said:  # an array equals nothing, element by element
             self._words, self._said = clean_instruction(look.instruction), look.instruction
         if look.seq is not None:

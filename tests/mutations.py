@@ -17,6 +17,7 @@ import numpy as np
 
 from serve.wire import Encoded, encode, pack, pack_openpi
 
+WIRES = ("/v1/ws", "/openpi", "/vla-eval")
 SIZE, STATE = 64, 4
 """Of the tabletop's picture and state."""
 TYPES = b'\x80\x8f\x90\x9f\xc0\xc1\xc4\xc7\xca\xcf\xd3\xd4\xdb\xdc\xdf{}[]",:e-'

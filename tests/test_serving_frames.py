@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import uvicorn
 from children import LIMIT
-from mutations import SIZE, mutated_body, mutated_bytes, mutated_message, valid, valid_body
+from mutations import SIZE, WIRES, mutated_body, mutated_bytes, mutated_message, valid, valid_body
 from serving import Server, started
 from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
@@ -408,7 +408,6 @@ def test_a_message_that_is_read_where_it_came_stays_as_it_is():
 # ---------------------------------------------------------------------------------------------------- messages, in this process
 
 KINDS = ("text/plain", "application/x-www-form-urlencoded", "", "application/json; charset=utf-8")
-WIRES = ("/v1/ws", "/openpi", "/vla-eval")
 BROKEN = {"internal", "unavailable", "late"}
 """Codes that would be the server's fault."""
 
@@ -460,7 +459,7 @@ def test_what_breaks_while_a_look_is_answered_is_said_to_who_asked(monkeypatch: 
                 with pytest.raises(Refusal) as refused:
                     await Session(service, "http").act(websocket.look_of(looks[0]))
             with monkeypatch.context() as broken:
-                broken.setattr(websocket, "said", lambda reply: {"actions": np.zeros(1, complex)})
+                broken.setattr(websocket, "_chunk", lambda seq, reply: pack({"seq": seq, "actions": np.zeros(1, complex)}))
                 assert talk.look(pack(looks[1]), said.append)
                 while len(said) < 2:
                     await asyncio.sleep(0.01)
