@@ -263,19 +263,19 @@ class Client:
                 "executed": observation.get("executed")}  # fmt: skip
 
     def _picture(self, camera: str, frame: Any) -> Any:
-        if is_file(frame):
-            return frame
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
+        if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3:
+            return frame if self.pictures == "raw" else encode(frame, self.pictures)
+        if not is_file(frame):
             kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
             raise DataError(f"camera {camera!r}", found=kind, expected="(h, w, 3) uint8", fix="give the camera's own frame")
-        return frame if self.pictures == "raw" else encode(frame, self.pictures)
+        return frame
 
     def _laid(self, link: Connection, images: Mapping[str, Picture], deadline: float) -> Mapping[str, Any]:
         """Where pictures lie that went to the server's memory instead of the socket; themselves where that cannot be."""
         raw = {camera: frame for camera, frame in images.items() if isinstance(frame, np.ndarray)}
         if not raw or link.shared is False or self._hello.said.get("shares") is not True:
             return images
-        if link.shared is None or link.shared.size < room_for(raw):
+        if link.shared is None or not link.shared.holds(raw):
             try:
                 link.shared = attach(self._ask(link, {"type": "share", "size": room_for(raw)}, "shared", deadline)) or False
             except Refusal:
@@ -284,7 +284,7 @@ class Client:
                 link.shared = False
             if link.shared is False:
                 return images
-        return {**images, **link.shared.put(raw)}
+        return {**images, **link.shared.put(raw)} if len(raw) < len(images) else link.shared.put(raw)
 
     def _chunk_of(self, link: Connection, said: Mapping[str, Any], robot: str | None, total: float) -> Chunk:
         robots = self._hello.robots

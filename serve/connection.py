@@ -132,11 +132,18 @@ class Connection:
 
     def send(self, pieces: Sequence[bytes | memoryview], deadline: float) -> None:
         """One binary message. Raises `OSError`, after which the connection is of no use."""
+        if len(pieces) == 1 and len(pieces[0]) < _LITTLE and not self._mask and self._poll is not None:
+            data = b"".join((binary_head(len(pieces[0]), masked=True), bytes(4), pieces[0]))
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                self._write([memoryview(data)[sent:]], deadline)
+            return
         views = [memoryview(piece).cast("B") for piece in pieces]
-        head = binary_head(size := sum(view.nbytes for view in views), masked=True)
-        if size < _LITTLE and not self._mask:
-            self._write([b"".join((head, bytes(4), *pieces))], deadline)
-        elif self._mask:
+        head = binary_head(sum(view.nbytes for view in views), masked=True)
+        if self._mask:
             key = os.urandom(4)
             self._write([head + key, apply_mask(b"".join(views), key)], deadline)
         else:

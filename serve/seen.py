@@ -58,8 +58,11 @@ def see(robot: Robot, observation: Any, rotations: Sequence[tuple[slice, str]] =
 def _sum(picture: Any, seed: int) -> int:
     """A checksum that every byte of a picture counts for, four times sooner than crc32 of all of it: of its stretches of `_FOLD`
     words, folded onto each other by exclusive or, and of what remains."""
-    flat = np.frombuffer(picture.data, np.uint8) if is_file(picture) else np.ascontiguousarray(picture).reshape(-1)
-    whole = len(flat) - len(flat) % (8 * _FOLD)
-    if whole:
-        seed = zlib.crc32(np.bitwise_xor.reduce(flat[:whole].view(np.uint64).reshape(-1, _FOLD), axis=0).data, seed)
-    return zlib.crc32(flat[whole:].data, seed)
+    data = np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture.data
+    size = data.nbytes if isinstance(data, np.ndarray) else len(data)
+    stretches = size // (8 * _FOLD)
+    if stretches:
+        words = np.frombuffer(data, np.uint64, stretches * _FOLD).reshape(stretches, _FOLD)
+        seed = zlib.crc32(np.bitwise_xor.reduce(words, axis=0), seed)
+    whole = stretches * 8 * _FOLD
+    return zlib.crc32(np.frombuffer(data, np.uint8, size - whole, whole), seed) if size > whole else seed

@@ -145,17 +145,16 @@ class Attached:
         self._places: list[tuple[str, np.ndarray, dict[str, Any]]] = []
         """Where the last pictures lie, and of which names and shapes they were: mostly the next are the same."""
 
-    @property
-    def size(self) -> int:
-        """Bytes of all of it."""
-        return len(self._memory)
+    def holds(self, images: Mapping[str, np.ndarray]) -> bool:
+        """Whether there is room for them."""
+        return _kinds(images) == self._of or room_for(images) <= len(self._memory)
 
     def put(self, images: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         """Copy pictures (h, w, 3) uint8 to it, one behind the other from its beginning; what is sent in their place.
 
-        There must be `room_for` them.
+        It must be able to hold them.
         """
-        if (wanted := (*images, *[frame.shape for frame in images.values()])) != self._of:
+        if (wanted := _kinds(images)) != self._of:
             self._of, self._places, at = wanted, [], _KEY
             for camera, frame in images.items():
                 room = self._memory[at : at + frame.size].reshape(frame.shape)
@@ -164,6 +163,10 @@ class Attached:
         for camera, room, _ in self._places:
             np.copyto(room, images[camera])
         return {camera: entry for camera, _, entry in self._places}
+
+
+def _kinds(images: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
+    return (*images, *[frame.shape for frame in images.values()])
 
 
 def attach(offer: Mapping[str, Any]) -> Attached | None:

@@ -121,6 +121,8 @@ def check_observation(
     `cameras` are those `robot` has, `state` the S names of what it says of itself; `otherwise` admits pictures that are no
     frames (files not opened yet). Cameras beyond those are judged too: whoever sends one means it to be seen.
     """
+    if type(observation) is dict and _plain(observation, cameras, len(state)):
+        return
     images = observation.get("images") if isinstance(observation, Mapping) else None
     if not isinstance(observation, Mapping) or not isinstance(images, Mapping):
         raise DataError(where, found=f"{type(observation).__name__} without an 'images' mapping",
@@ -142,6 +144,17 @@ def check_observation(
             expected=f"robot {robot!r}: cameras {sorted(cameras)} as (h, w, 3) uint8, state ({len(state)},) = {list(state)}",
             fix="rename the cameras or reorder the state to match, or say which other robot this is",
         )  # fmt: skip
+
+
+def _plain(observation: dict[str, object], cameras: Collection[str], state: int) -> bool:
+    """Whether all is right at first sight, as it mostly is; what is not may be right all the same."""
+    images, told = observation.get("images"), observation.get("state")
+    if type(images) is not dict or len(images) != len(cameras):
+        return False
+    for camera in cameras:
+        if not _is_frame(images.get(camera)):
+            return False
+    return isinstance(told, np.ndarray) and told.dtype == np.float32 and told.shape == (state,) and all_finite(told)
 
 
 def all_finite(few: np.ndarray) -> bool:
