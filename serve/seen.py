@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from serve.bounds import quaternions
-from serve.robot import Robot, is_file
+from serve.robot import Robot
 from vla.errors import DataError
 
 _FOLD = 509
