@@ -63,6 +63,6 @@ def _sum(picture: Any, seed: int) -> int:
     stretches = size // (8 * _FOLD)
     if stretches:
         words = np.frombuffer(data, np.uint64, stretches * _FOLD).reshape(stretches, _FOLD)
-        seed = zlib.crc32(np.bitwise_xor.reduce(words, axis=0), seed)
+        seed = zlib.crc32(np.bitwise_xor.reduce(words, axis=0).data, seed)
     whole = stretches * 8 * _FOLD
-    return zlib.crc32(np.frombuffer(data, np.uint8, size - whole, whole), seed) if size > whole else seed
+    return zlib.crc32(np.frombuffer(data, np.uint8, size - whole, whole).data, seed) if size > whole else seed

@@ -72,7 +72,7 @@ def test_what_is_not_quite_alike_is_another_message():
         counted = Counted()
         read = Reader(counted)
         for n in range(1500):
-            data = mutated_message(3, n, wire) if n % 2 else valid(wire, 3 * n)[1](valid(wire, 3 * n)[0] | {"images": {}})
+            data: Any = mutated_message(3, n, wire) if n % 2 else valid(wire, 3 * n)[1](valid(wire, 3 * n)[0] | {"images": {}})
             assert said(read, data) == said(unpack, data), (wire, n)
     rng, counted = np.random.default_rng(1), Counted()
     read, fitted = Reader(counted), 0
