@@ -25,7 +25,7 @@ import numpy as np
 
 from serve.bounds import TARGETS, Bounds, Unread, as_float32, numbers, quaternions
 from serve.robot import Channel, Robot
-from serve.seen import LONGEST_WORDS, Seen, see
+from serve.seen import LONGEST_WORDS, Seen, again, see
 from vla.errors import UsageError
 from vla.resample import standstill
 
@@ -204,6 +204,8 @@ class Guard:
     def _forgive(self) -> None:
         self.needs_help = ""
         self._holds, self._sure = deque[bool](maxlen=self.window), deque[float](maxlen=self.window)
+        self._held = 0
+        """How many of `_holds` are true."""
 
     def saw(self, observation: Any, age: float = 0.0, executed: int | None = None) -> str:
         """Judge an observation of `age` s before the policy is asked about it. Returns what is wrong, "" if nothing is; the
@@ -212,7 +214,7 @@ class Guard:
 
     def see(self, observation: Any) -> Seen:
         """What there is to judge in an observation. Changes nothing."""
-        return see(self.robot, observation, self._turned)
+        return see(self.robot, observation, self._turned, None if self.repeats == 0 else self._picture)
 
     def judge_seen(self, seen: Seen, age: float = 0.0, executed: int | None = None) -> str:
         """`saw`, where `see` has looked already."""
@@ -232,7 +234,7 @@ class Guard:
     def _judge_seen(self, seen: Seen, age: float) -> str:
         if seen.problem:
             return seen.problem
-        self._same = self._same + 1 if seen.digest == self._picture else 0
+        self._same = self._same + 1 if again(seen.digest, self._picture) else 0
         self._picture = seen.digest
         if self.max_age is not None and not age <= self.max_age:  # NaN is no age
             return f"stale: an observation of {age:.3f} s, at most {self.max_age:g}"
@@ -381,16 +383,19 @@ class Guard:
     def _conclude(self, reasons: list[str], sure: float | None, unit: str, counted: bool = True) -> tuple[bool, str]:
         """Whether to hold, and why."""
         if counted:
+            if len(self._holds) == self._holds.maxlen:
+                self._held -= self._holds[0]
             self._holds.append(bool(reasons or self.needs_help))
+            self._held += self._holds[-1]
         if sure is not None:
             self._sure.append(sure)
         if not self.needs_help:
-            if sum(self._holds) >= self.most_holds:
-                self.needs_help = f"held {sum(self._holds)} times in {len(self._holds)} {unit}"
+            if self._held >= self.most_holds:
+                self.needs_help = f"held {self._held} times in {len(self._holds)} {unit}"
             elif len(self._sure) == self.window and (mean := self._mean_sure()) < self.confidence:
                 self.needs_help = f"confidence {mean:.2f} over {self.window} {unit}, at least {self.confidence:g}"
         held = bool(reasons or self.needs_help)  # the window may have ended with this very one
-        return held, "; ".join(dict.fromkeys(reasons)) or (f"waiting for help: {self.needs_help}" if held else "")
+        return held, "; ".join(dict.fromkeys(reasons)) or f"waiting for help: {self.needs_help}" if held else ""
 
     def _mean_sure(self) -> float:
         """Of a window; infinite where none of it is anywhere near too low, since to average costs more than to look."""

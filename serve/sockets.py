@@ -297,8 +297,8 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             else:
                 break
         if start:
-            left = self._filled - start
-            self._buffer[:left] = self._buffer[start : self._filled]
+            if left := self._filled - start:
+                self._buffer[:left] = self._buffer[start : self._filled]
             self._filled = left
             self._shrink()
 

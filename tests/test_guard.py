@@ -588,7 +588,7 @@ def test_pictures_as_files_and_a_camera_that_froze_in_a_corner():
         data, shape = b"\xff\xd8 a picture", (32, 32, 3)
 
     guard = table_guard(repeats=1)
-    frames = [np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8) for _ in range(2)]
+    frames = [a_frame(np.random.default_rng(0)) for _ in range(2)]
     seen = [guard.saw({"images": {"front": frames[0], "wrist": File()}, "state": look()["state"]}) for _ in range(3)]
     assert seen[:2] == ["", ""] and seen[2].startswith("repeated")
     for byte in (0, 75_000, 150_527):  # any single byte says that it lives
@@ -596,6 +596,38 @@ def test_pictures_as_files_and_a_camera_that_froze_in_a_corner():
         frames[1].reshape(-1)[byte] ^= 1
         assert guard.see({"images": {"front": frames[1], "wrist": File()}, "state": look()["state"]}).digest != guard._picture
     assert guard.see({"images": {"front": frames[0], "wrist": File()}, "state": look()["state"]}).digest == guard._picture
+
+
+@pytest.mark.parametrize("repeats", [0, 1, 2, 3, None])
+def test_what_is_told_at_a_glance_is_what_a_whole_look_tells(repeats: int | None):
+    """Only as much of a picture is looked at as tells it from the one before. A row of repetitions may seem to begin one too early,
+    with a picture that differed where no glance falls, and never one too late."""
+    rng = np.random.default_rng(0)
+    guard, first = table_guard(repeats=repeats), {"images": {c: a_frame(rng) for c in ("front", "wrist")}, "state": look()["state"]}
+    others = [copy.deepcopy(first) for _ in range(4)]
+    others[0]["state"][0] += 1e-6
+    for other, byte in zip(others[1:], (0, 75_000, 150_527), strict=True):
+        other["images"]["wrist"].reshape(-1)[byte] ^= 1
+    seen, last, row, glances, early = [first, *others], None, 0, 0, 0
+    for _ in range(3000):
+        if last is None or rng.random() < 0.5:
+            now = int(rng.integers(len(seen)))
+        row = row + 1 if now == last else 0
+        glances += guard.see(seen[now]).digest < 1 << 64
+        repeated = guard.saw(seen[now]).startswith("repeated")
+        early += repeated and row <= (repeats or 0)
+        assert repeated or repeats is None or row <= repeats, (last, now, row)
+        assert not repeated or (repeats is not None and row >= max(1, repeats)), (last, now, row)
+        last = now
+        if rng.random() < 0.01:
+            guard.reset()
+            last, row = None, 0
+    assert glances == 0 if repeats == 0 else 500 < glances < 1500
+    assert early < (100 if repeats else 1)
+
+
+def a_frame(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (224, 224, 3), np.uint8)
 
 
 def test_a_guard_made_again_from_its_json_is_the_same():
