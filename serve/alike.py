@@ -6,12 +6,15 @@
 A robot's looks differ in a few numbers, and so do the chunks it is answered with. Where those lie in a message is found out once;
 the next one that has the same bytes around them is taken apart by `struct` in one step, and nothing else of it is looked at: it
 was judged before. Whatever is different is read as ever. It takes less than half the time, on either end (docs/results.md).
+
+Between a server and its model's process, who trust each other, what is alike is not even said: such a message begins with
+`AGAIN`, and numbers follow.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,3 +140,37 @@ def _gaps(data: bytes, message: Mapping[Any, Any]) -> Iterator[_Gap]:
             yield _Gap(begin, "B", None, key, small=True)
         elif (head := _BYTES.get(tag)) is not None and value:
             yield _Gap(begin + head, f"{len(value)}s", None, key)
+
+
+# ---------------------------------------------------------------------------------------------------- to and from the model
+
+AGAIN = b"\xc1\0\0\0"
+"""As the last message that did not begin so, but for its numbers. No msgpack begins so."""
+_HEAD = struct.Struct("<4s4xd")
+"""`AGAIN`, and the seconds a batch took; arrays behind it are aligned."""
+Kinds = list[tuple[np.dtype, tuple[int, ...], int]]
+"""Type, shape and size of each array of a chunk."""
+
+
+def kinds_of(results: Sequence[Any]) -> Kinds | None:
+    """Of a batch's one chunk (actions, confidence, symbols); None where it came to anything else."""
+    if len(results) != 1 or not isinstance(results[0], tuple):
+        return None
+    kinds = [(part.dtype, part.shape, part.size) for part in results[0]]
+    return kinds if all(size for _, _, size in kinds) else None
+
+
+def chunk_said(chunk: Sequence[np.ndarray], seconds: float) -> bytes:
+    """A chunk of the same kinds as the last."""
+    return b"".join((_HEAD.pack(AGAIN, seconds), *[part.tobytes() for part in chunk]))
+
+
+def chunk_heard(data: bytes, kinds: Kinds) -> tuple[list[Any], float]:
+    """The results that `chunk_said` says, and the seconds. Raises `ValueError` for other kinds."""
+    parts, at = list[np.ndarray](), _HEAD.size
+    for kind, shape, size in kinds:
+        parts.append(np.frombuffer(data, kind, size, at).reshape(shape))
+        at += parts[-1].nbytes
+    if at != len(data):
+        raise ValueError(f"a chunk of {len(data)} bytes, not {at}")
+    return [tuple(parts)], _HEAD.unpack_from(data)[1]

@@ -28,6 +28,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from serve.alike import AGAIN, Kinds, chunk_heard, kinds_of
 from serve.requests import BackendLost, Done, Info, Request
 from serve.robot import Robot
 from serve.shared import Region
@@ -48,6 +49,10 @@ class ProcessBackend:
         self._room, self._memory = 0, np.zeros(0, np.uint8)
         self._regions: dict[int, Region] = {}
         """Shared memory of clients that the process has open."""
+        self._asked: tuple[Any, ...] | None = None
+        """What was asked last, but for the state; None where that cannot be all of it."""
+        self._kinds: Kinds | None = None
+        """Of the last answer's arrays."""
         self._stopped = False
         self._ending: asyncio.Task[None] | None = None
         self.info: Info
@@ -98,6 +103,15 @@ class ProcessBackend:
 
     def begin(self, batch: Sequence[Request], done: Done) -> None:
         """See `serve.requests.Backend`."""
+        asked = _asked(batch)
+        if asked is not None and asked == self._asked and not any(region.closed for region in self._regions.values()):
+            self._line.send(AGAIN + np.asarray(batch[0].state, np.float32).tobytes())
+        else:
+            self._asked = asked if self._ask(batch) else None
+        self._line.then(lambda data: self._heard(data, done))
+
+    def _ask(self, batch: Sequence[Request]) -> bool:
+        """All there is to say of it. Returns whether no picture had to be copied."""
         at, items, places = 0, [], []
         regions: dict[int, Region] = {}
         for request in batch:
@@ -120,7 +134,7 @@ class ProcessBackend:
             raw = np.ascontiguousarray(data).reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
             self._memory[start : start + size] = raw.view(np.uint8)
         self._send({"batch": items, "room": self._room, **self._named(regions), **_words_of(batch)})
-        self._line.then(lambda data: self._heard(data, done))
+        return not places
 
     def _named(self, regions: dict[int, Region]) -> dict[str, Any]:
         """What the model's process is to open of its clients' shared memory, and what to let go."""
@@ -137,8 +151,12 @@ class ProcessBackend:
             self._ending = asyncio.create_task(self._tell_the_end(done))
             return
         try:
-            said = msgpack.unpackb(data, strict_map_key=False)
-            results, seconds = [result_of(one) for one in said["results"]], said["seconds"]
+            if data.startswith(AGAIN) and self._kinds is not None:
+                results, seconds = chunk_heard(data, self._kinds)
+            else:
+                said = msgpack.unpackb(data, strict_map_key=False)
+                results, seconds = [result_of(one) for one in said["results"]], said["seconds"]
+                self._kinds = kinds_of(results)
         except Exception as error:
             results, seconds = error, 0.0
         done(results, seconds)
@@ -317,6 +335,14 @@ def _for(loop: asyncio.AbstractEventLoop, work: Callable[[], Any], tell: Callabl
             loop.call_soon_threadsafe(tell, said, time.perf_counter() - began)
 
     return job
+
+
+def _asked(batch: Sequence[Request]) -> tuple[Any, ...] | None:
+    """All but the state of a look whose pictures lie where the model sees them."""
+    one = batch[0]
+    if len(batch) > 1 or one.places is None or one.words is not None or one.state is None:
+        return None
+    return one.places, one.robot, one.adapter, one.instruction, one.seed
 
 
 def _words_of(batch: Sequence[Request]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from serve.alike import AGAIN, chunk_said, kinds_of
 from serve.shared import Regions
 from serve.wire import Encoded
 from vla.errors import MachineError, UsageError, VLAError
@@ -208,26 +209,36 @@ def main(conversation: int, pictures: int) -> None:
     line = socket.socket(fileno=conversation)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        actor = load(_receive(line, bytearray(_AT_ONCE)))
+        if (spec := _receive(line, bytearray(_AT_ONCE))) is None:
+            return
+        actor = load(msgpack.unpackb(spec))
     except VLAError as error:
-        _send(line, {"error": _error(error)})
+        _say(line, {"error": _error(error)})
         return
     except MemoryError as error:
-        _send(line, {"error": _error(MachineError("policy", found=f"MemoryError: {error}", expected="room for it",
+        _say(line, {"error": _error(MachineError("policy", found=f"MemoryError: {error}", expected="room for it",
                                                   fix="a smaller policy, or a larger machine"))})  # fmt: skip
         return
-    _send(line, actor.describe())
+    _say(line, actor.describe())
     memory, regions, room = np.zeros(0, np.uint8), Regions(os.getppid()), bytearray(_AT_ONCE)
-    while (said := _receive(line, room)) is not None:
-        if len(memory) != said["room"]:
-            memory = np.frombuffer(mmap.mmap(pictures, said["room"]), np.uint8) if said["room"] else memory
+    items, words, kinds = list[Item](), None, None
+    while (heard := _receive(line, room)) is not None:
         began = time.perf_counter()
-        if "regions" in said:
-            regions.named(said["regions"], said["gone"])
-        items = [_item(one, memory, regions) for one in said["batch"]]
-        results = actor.answer(items) if said.get("words") is None else actor.speak(items, said["words"])
-        seconds = time.perf_counter() - began
-        _send(line, {"results": [_result(one) for one in results], "seconds": seconds})
+        if heard.startswith(AGAIN):
+            items = [(*items[0][:5], np.frombuffer(heard, np.float32, offset=len(AGAIN)))]
+        else:
+            said = msgpack.unpackb(heard, use_list=True, strict_map_key=False)
+            if len(memory) != said["room"]:
+                memory = np.frombuffer(mmap.mmap(pictures, said["room"]), np.uint8) if said["room"] else memory
+            if "regions" in said:
+                regions.named(said["regions"], said["gone"])
+            items, words = [_item(one, memory, regions) for one in said["batch"]], said.get("words")
+        results = [_arrays(one) for one in (actor.answer(items) if words is None else actor.speak(items, words))]
+        before, kinds = kinds, kinds_of(results)
+        if kinds is not None and kinds == before:
+            _send(line, chunk_said(results[0], time.perf_counter() - began))
+        else:
+            _say(line, {"results": [_result(one) for one in results], "seconds": time.perf_counter() - began})
 
 
 def _item(said: Any, memory: np.ndarray, regions: Regions) -> Item:
@@ -242,14 +253,20 @@ def _item(said: Any, memory: np.ndarray, regions: Regions) -> Item:
     return robot, adapter, instruction, seed, images, None if state is None else np.frombuffer(state, np.float32)
 
 
+def _arrays(one: Any) -> Any:
+    """A chunk as it travels; every other result as it is."""
+    if not isinstance(one, tuple):
+        return one
+    actions, confidence, symbols = one
+    return np.asarray(actions, np.float32), np.asarray(confidence, np.float32), np.asarray(symbols)
+
+
 def _result(one: Any) -> dict[str, Any]:
     if isinstance(one, VLAError):
         return {"error": _error(one)}
     if isinstance(one, dict):
         return {"spoken": one}
-    actions, confidence, symbols = one
-    parts = (np.asarray(actions, np.float32), np.asarray(confidence, np.float32), np.asarray(symbols))
-    return {"chunk": [(part.tobytes(), part.dtype.str, part.shape) for part in parts]}
+    return {"chunk": [(part.tobytes(), part.dtype.str, part.shape) for part in one]}
 
 
 def _error(error: VLAError) -> dict[str, str]:
@@ -259,16 +276,20 @@ def _error(error: VLAError) -> dict[str, str]:
             "fix": error.fix}  # fmt: skip
 
 
-def _send(line: socket.socket, message: Any) -> None:
+def _say(line: socket.socket, message: Any) -> None:
     data = msgpack.packb(message)
     assert data is not None
+    _send(line, data)
+
+
+def _send(line: socket.socket, data: bytes) -> None:
     try:
         line.sendall(len(data).to_bytes(4, "big") + data)
     except (BrokenPipeError, ConnectionResetError):
         sys.exit(0)
 
 
-def _receive(line: socket.socket, room: bytearray) -> Any:
+def _receive(line: socket.socket, room: bytearray) -> bytes | None:
     """The next message, received into `room`, which grows with it; None when the server has gone."""
     heard = size = 0
     while heard < 4 or heard < size:
@@ -282,7 +303,7 @@ def _receive(line: socket.socket, room: bytearray) -> Any:
             return None
         heard += part
         size = 4 + int.from_bytes(room[:4], "big") if heard >= 4 else 0
-    return msgpack.unpackb(memoryview(room)[4:size], use_list=True, strict_map_key=False)
+    return bytes(memoryview(room)[4:size])
 
 
 def _die_with_the_server() -> None:

@@ -49,6 +49,8 @@ class Request:
     """On `time.monotonic`."""
     words: Words | None = None
     """Where an answer in words is wanted: about the first of the pictures, if there is one."""
+    places: int | None = None
+    """A number of where in clients' memory all of its pictures lie: the same for the same places alone."""
     _size: int = -1
 
     @property

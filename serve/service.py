@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import itertools
 import math
 import mmap
 import os
@@ -35,6 +36,7 @@ from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
 from vla.schema import all_finite
 
+_places = itertools.count()
 SHORTEST = 0.001
 """Seconds of a deadline. Less is a mistake, not a wish."""
 
@@ -167,8 +169,9 @@ class Session:
         self._seq = -math.inf
         self.region: Region | None = None
         """Where a client on this computer lays its pictures."""
-        self._placed: tuple[Any, Robot | None, dict[str, Picture]] = None, None, {}
-        """Pictures that lay in the region, whose, and the same by its cameras' names: those of the next look mostly lie there."""
+        self._placed: tuple[Any, Robot | None, dict[str, Picture], int | None] = None, None, {}, None
+        """Pictures that lay in the region, whose, the same by its cameras' names, and a number for that: those of the next look
+        mostly lie there."""
         self._said, self._words = None, ""
         """An instruction and what is left of it when it is cleaned; the next look's is mostly the same."""
 
@@ -202,7 +205,7 @@ class Session:
         if self.region is not None:
             ROOM.give(self.region.size)
             self.region.close()
-            self.region, self._placed = None, (None, None, {})
+            self.region, self._placed = None, (None, None, {}, None)
 
     def resume(self) -> None:
         """Help was given."""
@@ -238,11 +241,12 @@ class Session:
         guard = self.guard = self._guards.get(robot.key)
         if guard is None or (guard.robot is not robot and guard.robot != robot):
             guard = self.guard = self._guards[robot.key] = service.guard_of(robot, self.id)
-        given, known, images = self._placed
+        given, known, images, places = self._placed
         if look.images is not given or robot is not known:
-            images = self._images(robot, look.images)
-            if all(isinstance(picture, Placed) for picture in images.values()):  # others would be kept for nothing
-                self._placed = look.images, robot, images
+            images, places = self._images(robot, look.images), None
+            if images and all(isinstance(picture, Placed) for picture in images.values()):  # others would be kept for nothing
+                places = next(_places)
+                self._placed = look.images, robot, images, places
         state = _state(robot, look.state)
         if not isinstance(look.instruction, str) or look.instruction != self._said:  # an array equals nothing, element by element
             self._words, self._said = clean_instruction(look.instruction), look.instruction
@@ -265,7 +269,7 @@ class Session:
             tell(reply)
 
         leave = service.engine.submit(Request(
-            images, state, self._words, robot.key, adapter, look.seed, self._client, deadline,
+            images, state, self._words, robot.key, adapter, look.seed, self._client, deadline, places=places,
         ), answered)  # fmt: skip
         # The model has it already: what it says of a look that is refused here is thrown away.
         try:

@@ -600,10 +600,11 @@ def test_pictures_as_files_and_a_camera_that_froze_in_a_corner():
 
 @pytest.mark.parametrize("repeats", [0, 1, 2, 3, None])
 def test_what_is_told_at_a_glance_is_what_a_whole_look_tells(repeats: int | None):
-    """Only as much of a picture is looked at as tells it from the one before. A row of repetitions may seem to begin one too early,
-    with a picture that differed where no glance falls, and never one too late."""
+    """Only as much of a picture is looked at as tells it from the one before. A row of repetitions may seem to begin one too
+    early, with a picture that differed where no glance falls, and never one too late."""
     rng = np.random.default_rng(0)
-    guard, first = table_guard(repeats=repeats), {"images": {c: a_frame(rng) for c in ("front", "wrist")}, "state": look()["state"]}
+    guard = table_guard(repeats=repeats)
+    first = {"images": {camera: a_frame(rng) for camera in ("front", "wrist")}, "state": look()["state"]}
     others = [copy.deepcopy(first) for _ in range(4)]
     others[0]["state"][0] += 1e-6
     for other, byte in zip(others[1:], (0, 75_000, 150_527), strict=True):

@@ -18,10 +18,12 @@ from serving import Server, started, until
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
 from serve import shared  # noqa: E402
-from serve.backend import ThreadBackend  # noqa: E402
+from serve.alike import AGAIN  # noqa: E402
+from serve.backend import ProcessBackend, ThreadBackend  # noqa: E402
 from serve.client import Client  # noqa: E402
 from serve.engine import Engine  # noqa: E402
 from serve.refusal import Refusal  # noqa: E402
+from serve.requests import Request  # noqa: E402
 from serve.service import Service  # noqa: E402
 from serve.settings import ServeSettings  # noqa: E402
 from serve.shared import MARK, Attached, Region, Regions, attach, room_for  # noqa: E402
@@ -130,6 +132,76 @@ def test_a_region_whose_client_left_before_the_model_looked_is_black_to_it():
     region.close()
     model.named({region.number: (file, region.size)}, [])
     assert not model.picture(region.number, 64, (8, 8, 3)).any()
+
+
+# ---------------------------------------------------------------------------------------------------- the model's process
+
+
+def test_what_is_alike_is_said_once_to_the_model_and_answered_as_ever():
+    """Looks by turns alike and not: another place, client or seed, a state that is none, two at once, a client that left."""
+
+    async def work() -> None:
+        backend = await ProcessBackend.start({"policy": str(POLICY), "threads": 1})
+        plain = await ThreadBackend.start({"policy": str(POLICY), "threads": 1})
+        sent, heard = list[bytes](), list[bytes]()
+        send, hear = backend._line.send, backend._heard
+        backend._line.send = lambda data: (sent.append(data), send(data))[1]
+        backend._heard = lambda data, done: (heard.append(data or b""), hear(data, done))[1]
+
+        async def ask(where: Any, batch: list[Request]) -> list[Any]:
+            said = asyncio.get_running_loop().create_future()
+            where.begin(batch, lambda results, seconds: said.set_result(results))
+            return await asyncio.wait_for(said, 60)
+
+        regions = [Region(1 << 20) for _ in range(2)]
+        writers = [attach(region.offer()) for region in regions]
+
+        def look(client: int = 0, at: int = 0, **other: Any) -> Request:
+            """With another picture and state each time; `at`: which of two places it lies in."""
+            (frame,), writer = frames(1), writers[client]
+            assert writer is not None
+            entries = writer.put({"front": frame} if not at else {"other": frame, "front": frame})
+            state = RNG.uniform(-0.3, 0.3, 4).astype(np.float32)
+            images = {"front": regions[client].picture(entries["front"])}
+            return Request(images, state, "touch the red cube", "tabletop", places=10 * client + at, **other)
+
+        def differ(one: Any, two: Any) -> bool:
+            if isinstance(one, Exception):
+                return str(one) != str(two)
+            return any((a != b).any() or a.dtype != b.dtype for a, b in zip(one, two, strict=True))
+
+        wrong = look()
+        wrong.state = np.full(3, 0.5, np.float32)
+        seen = set[bytes]()
+        place, client, seed = {"at": 1}, {"client": 1}, {"seed": 3}
+        turns = [*[{}] * 5, place, place, client, client, {}, {}, seed, seed, "wrong", {}, {}, {}, "two", {}, {}, "copied", {},
+                 {}, "left", {}, {}]  # fmt: skip
+        for turn in turns:
+            match turn:
+                case "wrong":
+                    batch = [wrong]
+                case "two":
+                    batch = [look(), look(1)]
+                case "copied":
+                    batch = [look()]
+                    batch[0].images, batch[0].places = {"front": frames(1)[0]}, None
+                case "left":
+                    regions[1].close()
+                    batch = [look()]
+                case _:
+                    assert isinstance(turn, dict)
+                    batch = [look(**turn)]
+            got, wanted = await ask(backend, batch), await ask(plain, batch)
+            assert not any(map(differ, got, wanted)), turn
+            if isinstance(got[0], tuple):
+                seen.add(got[0][0].tobytes())
+        assert "".join(str(int(data.startswith(AGAIN))) for data in sent) == "01111" + "01" * 4 + "0111" + "001001011"
+        assert "".join(str(int(data.startswith(AGAIN))) for data in heard) == "01111" + "11" * 4 + "0011" + "001111111"
+        assert len(seen) > 20, "every look is another, and so is what is answered"
+        await backend.stop()
+        await plain.stop()
+
+    asyncio.run(work())
 
 
 # ---------------------------------------------------------------------------------------------------- a real server
