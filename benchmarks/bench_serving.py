@@ -1,6 +1,6 @@
 """What a server costs without a model: two 224-pixel pictures there, a chunk back; ours beside servers as others build them.
 
-    python benchmarks/bench_serving.py [--looks 500] [--out FILE.json]
+    python benchmarks/bench_serving.py [--looks 500] [--block 25] [--out FILE.json]
 
 A block of looks of each in turn: our WebSocket with our client, the same with `websockets`' own client, openpi's protocol on our
 server, a server as openpi's, OFT's payload on our /act, a server as OpenVLA's; and the floor, the same bytes over a bare blocking
@@ -182,7 +182,7 @@ def act_client(port: int) -> Callable[[], Any]:
     return once
 
 
-def interleaved(contenders: dict[str, Callable[[], Any]], looks: int, block: int = 25) -> dict[str, dict[str, float]]:
+def interleaved(contenders: dict[str, Callable[[], Any]], looks: int, block: int) -> dict[str, dict[str, float]]:
     """ms of each: p50, p99. Turns are blocks of looks, the first five of which count for nothing: what ran before has left
     others' bytes in the caches."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -200,7 +200,7 @@ def interleaved(contenders: dict[str, Callable[[], Any]], looks: int, block: int
     return {name: {"p50": float(np.percentile(t, 50)), "p99": float(np.percentile(t, 99))} for name, t in times.items()}
 
 
-def overhead(looks: int) -> dict[str, Any]:
+def overhead(looks: int, block: int) -> dict[str, Any]:
     """Every contender's p50 and p99."""
     from serve.client import Client
 
@@ -217,7 +217,7 @@ def overhead(looks: int) -> dict[str, Any]:
             "a server as openpi's": openpi_client(f"ws://127.0.0.1:{pi}"),
             "ours, OFT's /act": act_client(port),
             "a server as OpenVLA's /act": act_client(oft),
-        }, looks)  # fmt: skip
+        }, looks, block)  # fmt: skip
 
 
 def crowd(clients: int, looks: int) -> dict[str, float]:
@@ -278,9 +278,10 @@ def alive(port: int, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--looks", type=int, default=500)
+    parser.add_argument("--block", type=int, default=25, help="looks of one before it is the next one's turn; 5 go before them")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    said = {"overhead": overhead(args.looks)}
+    said = {"overhead": overhead(args.looks, args.block)}
     one = said["overhead"]["ours"]["p50"]
     print(f"{'two 224-pixel pictures, ms':34s} {'p50':>8s} {'p99':>8s} {'to ours':>8s}")
     for name, t in said["overhead"].items():

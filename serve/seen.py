@@ -79,7 +79,7 @@ def _glance_of(digest: int) -> int:
 
 
 def _bytes(picture: Any) -> memoryview:
-    return memoryview(np.ascontiguousarray(picture) if isinstance(picture, np.ndarray) else picture.data).cast("B")
+    return (np.ascontiguousarray(picture).data if isinstance(picture, np.ndarray) else memoryview(picture.data)).cast("B")
 
 
 def _sum(data: memoryview, seed: int) -> int:
