@@ -5,7 +5,7 @@
 
 A robot's looks differ in a few numbers, and so do the chunks it is answered with. Where those lie in a message is found out once;
 the next one that has the same bytes around them is taken apart by `struct` in one step, and nothing else of it is looked at: it
-was judged before. Whatever is different is read as ever. It takes less than half the time, on either end (docs/results.md).
+was judged before. Whatever is different is read as ever. It takes half the time, on either end (docs/results.md).
 
 Between a server and its model's process, who trust each other, what is alike is not even said: such a message begins with
 `AGAIN`, and numbers follow.
