@@ -54,7 +54,7 @@ class Reader:
         return message
 
     def _learn(self, data: bytes, message: dict[Any, Any]) -> None:
-        """To learn costs as much as to read four times: who sends what is never alike does not pay that for every message."""
+        """To learn costs twice as much as to read: who sends what is never alike does not pay that for every message."""
         if self._form is not None:
             self._wasted = 0 if self._form.used else self._wasted + 1
             self._form, self._pause = None, (1 << min(self._wasted, 10)) - 1
