@@ -1,21 +1,18 @@
 """Messages that are alike: most of a conversation is read in one step.
 
-    read = Reader(unpack)                                    # one for each conversation, in place of `unpack`
+    read = Alike(unpack)                                     # one for each conversation, in place of `unpack`
     message = read(data)                                     # what `unpack(data)` returns, or raises
 
 A robot's looks differ in a few numbers, and so do the chunks it is answered with. Where those lie in a message is found out once;
-the next one that has the same bytes around them is taken apart by `struct` in one step, and nothing else of it is looked at: it
-was judged before. Whatever is different is read as ever. It takes half the time, on either end (docs/results.md).
-
-Between a server and its model's process, who trust each other, what is alike is not even said: such a message begins with
-`AGAIN`, and numbers follow.
+the next one that has the same bytes around them is taken apart by `struct` in one step, since whether the rest can be read was
+found out before. Whatever is different, or larger than a look without its pixels, is read as ever. What a message *means* is
+judged every time (`serve/wires/websocket.py`).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgpack
@@ -31,9 +28,9 @@ _SMALL = 0x80
 """Whole numbers below it are their own tag."""
 
 
-class Reader:
-    """Reads mappings as `unpack` does, sooner where they are alike. What is equal in two of them may be one and the same object:
-    it is nobody's to change."""
+class Alike:
+    """Reads mappings as `unpack` does, sooner where they are alike. A mapping or list in them that is without such numbers is one
+    and the same object from then on, by which it is known again: it is nobody's to change."""
 
     def __init__(self, unpack: Callable[[bytes | memoryview], Any]) -> None:
         self._unpack = unpack
@@ -64,20 +61,9 @@ class Reader:
         self._form = _Form(data, message)
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """A number, or the numbers of an array, in a message."""
-
-    begin: int
-    code: str
-    """What `struct` calls it."""
-    outer: Any
-    """Key of the mapping it is in; None for the message itself."""
-    key: Any
-    dtype: np.dtype | None = None
-    shape: tuple[int, ...] = ()
-    small: bool = False
-    """It is its own tag."""
+_Gap = tuple[int, str, tuple[Any, Any, np.dtype | None, tuple[int, ...], bool]]
+"""Where a number or an array's numbers begin and what `struct` calls them; the key of the mapping they are in (None: the message
+itself), their own key, type and shape of an array, whether a number is its own tag."""
 
 
 class _Form:
@@ -85,15 +71,15 @@ class _Form:
 
     def __init__(self, data: bytes, message: dict[Any, Any]) -> None:
         self.size, self.used = len(data), False
-        self._message = message
-        gaps, at, layout = list(_gaps(data, message)), 0, ">"
-        for gap in gaps:
-            layout += f"{gap.begin - at}s{gap.code}"
-            at = gap.begin + struct.calcsize(f">{gap.code}")
+        self._gaps, at, layout = list[Any](), 0, ">"
+        for begin, code, gap in _gaps(data, message):
+            layout += f"{begin - at}s{code}"
+            at = begin + struct.calcsize(f">{code}")
+            self._gaps.append(gap)
         self._parts = struct.Struct(f"{layout}{len(data) - at}s")
         self._same = self._parts.unpack(data)[::2]
-        self._gaps = [(gap.outer, gap.key, gap.dtype, gap.shape, gap.small) for gap in gaps]
-        self._inner = {gap.outer: message[gap.outer] for gap in gaps if gap.outer is not None}
+        self._message = message.copy()
+        self._inner = {outer: message[outer].copy() for outer, *_ in self._gaps if outer is not None}
 
     def read(self, data: bytes | memoryview) -> dict[Any, Any] | None:
         """None for a message that is another."""
@@ -125,52 +111,21 @@ def _gaps(data: bytes, message: Mapping[Any, Any]) -> Iterator[_Gap]:
         key = walk.unpack()
         begin, value = walk.tell(), message[key]
         if (tag := data[begin]) & 0xF0 == 0x80 or tag in (0xDE, 0xDF):
-            inner = [(walk.unpack(), walk.tell(), walk.skip()) for _ in range(walk.read_map_header())]
+            inner = list[tuple[Any, int]]()
+            for _ in range(walk.read_map_header()):
+                inner.append((walk.unpack(), walk.tell()))
+                walk.skip()
             if isinstance(value, dict):
-                yield from (_Gap(at + 1, "d", key, name) for name, at, _ in inner if data[at] == 0xCB)
+                yield from ((at + 1, "d", (key, name, None, (), False)) for name, at in inner if data[at] == 0xCB)
             elif isinstance(value, np.ndarray) and value.nbytes:
-                found = [at for name, at, _ in inner if name in ("data", b"data")]
+                found = [at for name, at in inner if name in ("data", b"data")]
                 if len(found) == 1 and (head := _BYTES.get(data[found[0]])) is not None:
-                    yield _Gap(found[0] + head, f"{value.nbytes}s", None, key, value.dtype, value.shape)
+                    yield found[0] + head, f"{value.nbytes}s", (None, key, value.dtype, value.shape, False)
             continue
         walk.skip()
         if (code := _NUMBERS.get(tag)) is not None:
-            yield _Gap(begin + 1, code, None, key)
+            yield begin + 1, code, (None, key, None, (), False)
         elif tag < _SMALL:
-            yield _Gap(begin, "B", None, key, small=True)
+            yield begin, "B", (None, key, None, (), True)
         elif (head := _BYTES.get(tag)) is not None and value:
-            yield _Gap(begin + head, f"{len(value)}s", None, key)
-
-
-# ---------------------------------------------------------------------------------------------------- to and from the model
-
-AGAIN = b"\xc1\0\0\0"
-"""As the last message that did not begin so, but for its numbers. No msgpack begins so."""
-_HEAD = struct.Struct("<4s4xd")
-"""`AGAIN`, and the seconds a batch took; arrays behind it are aligned."""
-Kinds = list[tuple[np.dtype, tuple[int, ...], int]]
-"""Type, shape and size of each array of a chunk."""
-
-
-def kinds_of(results: Sequence[Any]) -> Kinds | None:
-    """Of a batch's one chunk (actions, confidence, symbols); None where it came to anything else."""
-    if len(results) != 1 or not isinstance(results[0], tuple):
-        return None
-    kinds = [(part.dtype, part.shape, part.size) for part in results[0]]
-    return kinds if all(size for _, _, size in kinds) else None
-
-
-def chunk_said(chunk: Sequence[np.ndarray], seconds: float) -> bytes:
-    """A chunk of the same kinds as the last."""
-    return b"".join((_HEAD.pack(AGAIN, seconds), *[part.tobytes() for part in chunk]))
-
-
-def chunk_heard(data: bytes, kinds: Kinds) -> tuple[list[Any], float]:
-    """The results that `chunk_said` says, and the seconds. Raises `ValueError` for other kinds."""
-    parts, at = list[np.ndarray](), _HEAD.size
-    for kind, shape, size in kinds:
-        parts.append(np.frombuffer(data, kind, size, at).reshape(shape))
-        at += parts[-1].nbytes
-    if at != len(data):
-        raise ValueError(f"a chunk of {len(data)} bytes, not {at}")
-    return [tuple(parts)], _HEAD.unpack_from(data)[1]
+            yield begin + head, f"{len(value)}s", (None, key, None, (), False)

@@ -306,13 +306,18 @@ def _late(event: dict[str, Any]) -> dict[str, Any]:
     return {"confidence": event["confidence"], "late": _number(event["late"] or 0.0), "why": event["why"]}
 
 
+def _sums(event: dict[str, Any]) -> tuple[int, int | None]:
+    """Of what was seen; logs of before there were glances have one of all of it."""
+    return (event["digest"], None) if "digest" in event else (event["glance"], event["whole"])
+
+
 _COUNTS = ("repeats", "longest", "window", "most_holds")
 _AGAIN: dict[str, Callable[[Guard, dict[str, Any]], Any]] = {
     "set": lambda guard, event: _set(guard, event["settings"]),
     "reset": lambda guard, event: guard.reset(),
     "resume": lambda guard, event: guard.resume(),
     "saw": lambda guard, event: guard.judge_seen(
-        Seen(event["problem"], event["digest"], _array(event["state"])), _number(event["age"] or 0.0), event["executed"]
+        Seen(event["problem"], *_sums(event), _array(event["state"])), _number(event["age"] or 0.0), event["executed"]
     ),
     "said": lambda guard, event: guard.said(np.broadcast_to(np.float32(0), tuple(event["shape"]))),
     "judge": lambda guard, event: guard.judge(_read(guard, event, "action"), **_late(event)),
@@ -327,7 +332,7 @@ def _given(given: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, Seen):
-            out |= {"problem": value.problem, "digest": value.digest, "state": _bytes(value.state)}
+            out |= {"problem": value.problem, "glance": value.glance, "whole": value.whole, "state": _bytes(value.state)}
         elif isinstance(value, Unread):
             out |= {name: None, "unread": str(value)}
         elif isinstance(value, np.ndarray):

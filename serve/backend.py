@@ -28,7 +28,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from serve.alike import AGAIN, Kinds, chunk_heard, kinds_of
+from serve.again import AGAIN, Kinds, chunk_heard, kinds_of, look_said
 from serve.requests import BackendLost, Done, Info, Request
 from serve.robot import Robot
 from serve.shared import Region
@@ -49,8 +49,8 @@ class ProcessBackend:
         self._room, self._memory = 0, np.zeros(0, np.uint8)
         self._regions: dict[int, Region] = {}
         """Shared memory of clients that the process has open."""
-        self._asked: tuple[Any, ...] | None = None
-        """What was asked last, but for the state; None where that cannot be all of it."""
+        self._last: tuple[Any, ...] | None = None
+        """What another look has in common with the last that was said in full, if it is like it; None where none can be."""
         self._kinds: Kinds | None = None
         """Of the last answer's arrays."""
         self._stopped = False
@@ -103,14 +103,15 @@ class ProcessBackend:
 
     def begin(self, batch: Sequence[Request], done: Done) -> None:
         """See `serve.requests.Backend`."""
-        asked = _asked(batch)
-        if asked is not None and asked == self._asked and not any(region.closed for region in self._regions.values()):
-            self._line.send(AGAIN + np.asarray(batch[0].state, np.float32).tobytes())
+        one, alike = batch[0], _alike(batch)
+        gone = any(region.closed for region in self._regions.values())
+        if alike is not None and alike == self._last and one.state is not None and not gone:
+            self._line.send(look_said(one.state))
         else:
-            self._asked = asked if self._ask(batch) else None
+            self._last = alike if self._say(batch) else None
         self._line.then(lambda data: self._heard(data, done))
 
-    def _ask(self, batch: Sequence[Request]) -> bool:
+    def _say(self, batch: Sequence[Request]) -> bool:
         """All there is to say of it. Returns whether no picture had to be copied."""
         at, items, places = 0, [], []
         regions: dict[int, Region] = {}
@@ -337,12 +338,12 @@ def _for(loop: asyncio.AbstractEventLoop, work: Callable[[], Any], tell: Callabl
     return job
 
 
-def _asked(batch: Sequence[Request]) -> tuple[Any, ...] | None:
-    """All but the state of a look whose pictures lie where the model sees them."""
+def _alike(batch: Sequence[Request]) -> tuple[Any, ...] | None:
+    """All but the state of a lone look whose pictures lie where the model sees them."""
     one = batch[0]
-    if len(batch) > 1 or one.places is None or one.words is not None or one.state is None:
+    if len(batch) > 1 or one.spot is None or one.words is not None or one.state is None:
         return None
-    return one.places, one.robot, one.adapter, one.instruction, one.seed
+    return one.spot, one.robot, one.adapter, one.instruction, one.seed
 
 
 def _words_of(batch: Sequence[Request]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import le
 from typing import Any
 
 import numpy as np
@@ -152,9 +151,6 @@ class Bounds:
         one step. What is not may be right all the same."""
         if not math.isfinite(sum(map(sum, columns))):
             return False
-        if not self._moves:
-            lows, highs, _ = self._ends
-            return all(map(le, lows, map(min, columns))) and all(map(le, map(max, columns), highs))
         for column, last, low, high, most in zip(columns, before, *self._ends, strict=True):
             least, greatest = min(column), max(column)
             if not (low <= least and greatest <= high):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from serve.alike import Reader
+from serve.alike import Alike
 from serve.connection import Connection, near_by
 from serve.heard import Chunk, Hello, address_of, chunk_of, hello_of
 from serve.refusal import Refusal
@@ -81,7 +81,7 @@ class Client:
         self._error: VLAError | None = None
         self._connecting = self._closed = False
         self._seq, self._help, self._asked = 0, "", -1
-        self._read = Reader(unpack)
+        self._read = Alike(unpack)
         try:
             with self._changed:
                 self._connect()

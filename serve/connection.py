@@ -46,7 +46,7 @@ _FIRST = 64 << 10
 """Bytes of the buffer at first, and the most that a server may say before the socket opens."""
 _WHOLE_BINARY = 0x80 | Opcode.BINARY
 _LITTLE = 16 << 10
-"""Bytes of a message that are put together sooner than the kernel gathers them."""
+"""Bytes of a message in one piece that is copied behind its head sooner than the kernel gathers the two."""
 _PIECES = 64
 """Handed to the kernel at once; no system takes fewer than 16, Linux takes 1024."""
 _CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "busy"}
@@ -132,8 +132,9 @@ class Connection:
 
     def send(self, pieces: Sequence[bytes | memoryview], deadline: float) -> None:
         """One binary message. Raises `OSError`, after which the connection is of no use."""
-        if len(pieces) == 1 and len(pieces[0]) < _LITTLE and not self._mask and self._poll is not None:
-            data = b"".join((binary_head(len(pieces[0]), masked=True), bytes(4), pieces[0]))
+        first = pieces[0]
+        if len(pieces) == 1 and isinstance(first, bytes) and len(first) < _LITTLE and not self._mask and self._poll is not None:
+            data = b"".join((binary_head(len(first), masked=True), bytes(4), first))
             try:
                 sent = self._socket.send(data)
             except BlockingIOError:

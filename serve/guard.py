@@ -25,7 +25,7 @@ import numpy as np
 
 from serve.bounds import TARGETS, Bounds, Unread, as_float32, numbers, quaternions
 from serve.robot import Channel, Robot
-from serve.seen import LONGEST_WORDS, Seen, again, see
+from serve.seen import LONGEST_WORDS, Seen, see
 from vla.errors import UsageError
 from vla.resample import standstill
 
@@ -54,7 +54,7 @@ class Verdict:
     """False before the guard was shown where the robot is: nothing may be sent then, since targets would be guesses."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class ChunkVerdict:
     """What to answer with; as `Verdict`, for a chunk."""
 
@@ -82,11 +82,13 @@ class Guard:
 
         `jump`: channel -> most change from one tick to the next, one number or one a dimension, in robot units; for a channel
         that is a rotation the angle in rad. Channels that are absolute targets need one, or None to waive it by name.
-        `max_age` s of an observation when it is used; `repeats`: observations in a row that may equal the one before (a camera
-        that froze), None where nothing ever trembles (a simulator); `deadline` s an action may be late; `longest`: most steps of
-        a chunk. Help is asked for after `most_holds` holds among `window` ticks, and when the mean confidence of a whole window
-        is below `confidence`. `start` (A,): where the robot stands, where its state does not tell. `first_jump`: how many jumps
-        the first step of a chunk may be from where the robot is seen, since an arm trails behind its targets; see `chunk`.
+        `max_age` s of an observation when it is used; `repeats`: observations in a row that may equal the one before, pictures
+        and state, None where nothing ever trembles (a simulator); one that differs from the one before in nothing but pixels
+        where no glance falls may count as the first of a row (`serve/seen.py`). `deadline` s an action may be late; `longest`:
+        most steps of a chunk. Help is asked for after `most_holds` holds among `window` ticks, and when the mean confidence of a
+        whole window is below `confidence`. `start` (A,): where the robot stands, where its state does not tell. `first_jump`: how
+        many jumps the first step of a chunk may be from where the robot is seen, since an arm trails behind its targets; see
+        `chunk`.
         Raises `UsageError` naming all that is missing.
         """
         self.robot = embodiment if isinstance(embodiment, Robot) else Robot.from_json(embodiment, "guard: embodiment")
@@ -181,7 +183,7 @@ class Guard:
         if self._start is not None:
             self._last, self._placed, self._known = self._start.copy(), True, self._all
         self._seen = self._said = ""
-        self._picture, self._same = -1, 0
+        self._sums, self._same = (-1, None), 0
         self._state: np.ndarray | None = None
         """The newest good state, if it is newer than the last command that was passed."""
         self._spent = False
@@ -204,8 +206,6 @@ class Guard:
     def _forgive(self) -> None:
         self.needs_help = ""
         self._holds, self._sure = deque[bool](maxlen=self.window), deque[float](maxlen=self.window)
-        self._held = 0
-        """How many of `_holds` are true."""
 
     def saw(self, observation: Any, age: float = 0.0, executed: int | None = None) -> str:
         """Judge an observation of `age` s before the policy is asked about it. Returns what is wrong, "" if nothing is; the
@@ -214,7 +214,7 @@ class Guard:
 
     def see(self, observation: Any) -> Seen:
         """What there is to judge in an observation. Changes nothing."""
-        return see(self.robot, observation, self._turned, None if self.repeats == 0 else self._picture)
+        return see(self.robot, observation, self._turned, None if self.repeats == 0 else self._sums[0])
 
     def judge_seen(self, seen: Seen, age: float = 0.0, executed: int | None = None) -> str:
         """`saw`, where `see` has looked already."""
@@ -234,8 +234,8 @@ class Guard:
     def _judge_seen(self, seen: Seen, age: float) -> str:
         if seen.problem:
             return seen.problem
-        self._same = self._same + 1 if again(seen.digest, self._picture) else 0
-        self._picture = seen.digest
+        self._same = self._same + 1 if seen.again(*self._sums) else 0
+        self._sums = seen.glance, seen.whole
         if self.max_age is not None and not age <= self.max_age:  # NaN is no age
             return f"stale: an observation of {age:.3f} s, at most {self.max_age:g}"
         if self.repeats is not None and self._same > self.repeats:
@@ -383,19 +383,16 @@ class Guard:
     def _conclude(self, reasons: list[str], sure: float | None, unit: str, counted: bool = True) -> tuple[bool, str]:
         """Whether to hold, and why."""
         if counted:
-            if len(self._holds) == self._holds.maxlen:
-                self._held -= self._holds[0]
             self._holds.append(bool(reasons or self.needs_help))
-            self._held += self._holds[-1]
         if sure is not None:
             self._sure.append(sure)
         if not self.needs_help:
-            if self._held >= self.most_holds:
-                self.needs_help = f"held {self._held} times in {len(self._holds)} {unit}"
+            if sum(self._holds) >= self.most_holds:
+                self.needs_help = f"held {sum(self._holds)} times in {len(self._holds)} {unit}"
             elif len(self._sure) == self.window and (mean := self._mean_sure()) < self.confidence:
                 self.needs_help = f"confidence {mean:.2f} over {self.window} {unit}, at least {self.confidence:g}"
         held = bool(reasons or self.needs_help)  # the window may have ended with this very one
-        return held, "; ".join(dict.fromkeys(reasons)) or f"waiting for help: {self.needs_help}" if held else ""
+        return held, "; ".join(dict.fromkeys(reasons)) or (f"waiting for help: {self.needs_help}" if held else "")
 
     def _mean_sure(self) -> float:
         """Of a window; infinite where none of it is anywhere near too low, since to average costs more than to look."""

@@ -24,7 +24,7 @@ from vla.errors import UsageError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Chunk:
     """What a server answered."""
 

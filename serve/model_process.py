@@ -22,7 +22,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from serve.alike import AGAIN, chunk_said, kinds_of
+from serve.again import AGAIN, chunk_said, kinds_of, look_heard
 from serve.shared import Regions
 from serve.wire import Encoded
 from vla.errors import MachineError, UsageError, VLAError
@@ -225,7 +225,7 @@ def main(conversation: int, pictures: int) -> None:
     while (heard := _receive(line, room)) is not None:
         began = time.perf_counter()
         if heard.startswith(AGAIN):
-            items = [(*items[0][:5], np.frombuffer(heard, np.float32, offset=len(AGAIN)))]
+            items = [(*items[0][:5], look_heard(heard))]
         else:
             said = msgpack.unpackb(heard, use_list=True, strict_map_key=False)
             if len(memory) != said["room"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,9 +49,9 @@ class Request:
     """On `time.monotonic`."""
     words: Words | None = None
     """Where an answer in words is wanted: about the first of the pictures, if there is one."""
-    places: int | None = None
-    """A number of where in clients' memory all of its pictures lie: the same for the same places alone."""
-    _size: int = -1
+    spot: int | None = None
+    """A number for where in its client's memory all of its pictures lie: the same for the same places alone."""
+    _size: int = field(default=-1, init=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -61,7 +61,7 @@ class Request:
         return self._size
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # one a look: to freeze it costs 1.2 us
 class Answer:
     """One chunk, as `vla.policy.Chunk`, and how it came about."""
 

@@ -30,15 +30,16 @@ from serve.refusal import Refusal
 from serve.requests import Answer, Info, Request, Start, telling
 from serve.robot import Robot
 from serve.settings import ServeSettings
-from serve.shared import Placed, Region
-from serve.wire import Encoded, Limits, Picture, bounded
+from serve.shared import MARK, Placed, Region
+from serve.wire import Encoded, Limits, Picture, WireError, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
 from vla.schema import all_finite
 
-_places = itertools.count()
 SHORTEST = 0.001
 """Seconds of a deadline. Less is a mistake, not a wish."""
+_spots = itertools.count()
+"""Numbers for where pictures lie; see `serve.requests.Request.spot`."""
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Look:
     seed: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # one a look: to freeze it costs 1.2 us
 class Reply:
     """One chunk, judged."""
 
@@ -75,7 +76,7 @@ class Reply:
     reason: str
     needs_help: str
     policy: str
-    timing: Mapping[str, float]
+    timing: dict[str, float]
     """ms: `infer` of the batch, `wait` before it, `serve` all of it here."""
     batch: int
 
@@ -169,9 +170,11 @@ class Session:
         self._seq = -math.inf
         self.region: Region | None = None
         """Where a client on this computer lays its pictures."""
-        self._placed: tuple[Any, Robot | None, dict[str, Picture], int | None] = None, None, {}, None
-        """Pictures that lay in the region, whose, the same by its cameras' names, and a number for that: those of the next look
-        mostly lie there."""
+        self._laid: tuple[Any, Mapping[str, Any]] = None, {}
+        """What a client said last of where its pictures lie, and they."""
+        self._named: tuple[Any, Robot | None, dict[str, Picture], int | None] = None, None, {}, None
+        """Such pictures, whose, the same by its cameras' names, and a number for where they lie. The next look's lie there as
+        well, mostly, and are known by being the same mapping (`serve.alike.Alike`)."""
         self._said, self._words = None, ""
         """An instruction and what is left of it when it is cleaned; the next look's is mostly the same."""
 
@@ -200,12 +203,24 @@ class Session:
             raise Refusal("unavailable", where="share", found=str(error), expected="memory to share", fix="send them") from None
         return self.region
 
+    def pictures(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`said`, with those pictures that are said to lie in the region. Raises `Refusal`, `WireError` for what does not."""
+        if self.region is None:
+            return said
+        known, pictures = self._laid
+        if said is not known:
+            pictures = _lying(said, self.region, self.service.limits)
+            if all(isinstance(picture, Placed) for picture in pictures.values()):  # others would be kept for nothing
+                self._laid = said, pictures
+        return pictures
+
     def close(self) -> None:
         """It has left. Idempotent."""
         if self.region is not None:
             ROOM.give(self.region.size)
             self.region.close()
-            self.region, self._placed = None, (None, None, {}, None)
+            self.region = None
+            self._laid, self._named = (None, {}), (None, None, {}, None)  # they would keep what they lie in
 
     def resume(self) -> None:
         """Help was given."""
@@ -241,12 +256,12 @@ class Session:
         guard = self.guard = self._guards.get(robot.key)
         if guard is None or (guard.robot is not robot and guard.robot != robot):
             guard = self.guard = self._guards[robot.key] = service.guard_of(robot, self.id)
-        given, known, images, places = self._placed
-        if look.images is not given or robot is not known:
-            images, places = self._images(robot, look.images), None
-            if images and all(isinstance(picture, Placed) for picture in images.values()):  # others would be kept for nothing
-                places = next(_places)
-                self._placed = look.images, robot, images, places
+        given, whose, images, spot = self._named
+        if look.images is not given or robot is not whose:
+            images, spot = self._images(robot, look.images), None
+            if images and all(isinstance(picture, Placed) for picture in images.values()):
+                spot = next(_spots)
+                self._named = look.images, robot, images, spot
         state = _state(robot, look.state)
         if not isinstance(look.instruction, str) or look.instruction != self._said:  # an array equals nothing, element by element
             self._words, self._said = clean_instruction(look.instruction), look.instruction
@@ -269,7 +284,7 @@ class Session:
             tell(reply)
 
         leave = service.engine.submit(Request(
-            images, state, self._words, robot.key, adapter, look.seed, self._client, deadline, places=places,
+            images, state, self._words, robot.key, adapter, look.seed, self._client, deadline, spot=spot,
         ), answered)  # fmt: skip
         # The model has it already: what it says of a look that is refused here is thrown away.
         try:
@@ -323,6 +338,22 @@ class Session:
                           f"{sorted(str(name)[:40] for name in given)[:16]}", expected=f"cameras {sorted(robot.cameras)}",
                           fix="name them so, or serve with --camera NAME_ON_THE_WIRE=CAMERA")  # fmt: skip
         return {c: _frame(images[c], c, self.service.limits) for c in robot.cameras}
+
+
+def _lying(said: Mapping[str, Any], region: Region, limits: Limits) -> dict[str, Any]:
+    """Pictures that lie in `region` instead of where they are said to be."""
+    shared = {camera: entry for camera, entry in said.items() if isinstance(entry, dict) and MARK in entry}
+    if len(shared) > limits.pictures:
+        raise Refusal("bad_request", where="images", found=f"{len(shared)} pictures", expected=f"at most {limits.pictures}",
+                      fix="see docs/serving.md")  # fmt: skip
+    pictures: dict[str, Any] = {**said}
+    for camera, entry in shared.items():
+        try:
+            pictures[camera] = region.picture(entry, limits)
+        except WireError as error:
+            error.where = f"camera {camera!r}"[:80]
+            raise
+    return pictures
 
 
 def _frame(picture: Any, camera: str, limits: Limits) -> Picture:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,33 +33,39 @@ class Waiting:
     queued: bool = False
 
 
-class Line(deque[Waiting]):
+class Line:
     """See the module."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._all: deque[Waiting] = deque()
         self.bytes = self.words = self._turns = 0
         """Of all of them; how many are questions in words; batches that looks had while one of these waited."""
 
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._all)
+
     def join(self, one: Waiting) -> None:
         """At the end."""
-        self.append(one)
+        self._all.append(one)
         self._count(one, 1)
 
     def leave(self, one: Waiting) -> None:
         """Wherever it stands, if it does."""
         if one.queued:
-            self.remove(one)
+            self._all.remove(one)
             self._count(one, -1)
 
     def next(self, most: int) -> list[Waiting]:
         """At most so many, out of the line: looks in their order. A question in words is answered alone, and lets looks go first,
         though not for ever."""
-        batch = [one for one in self if one.request.words is None][:most] if self.words else list(self)[:most]
+        batch = [one for one in self._all if one.request.words is None][:most] if self.words else list(self._all)[:most]
         if self.words:
             self._turns += 1
             if not batch or self._turns > _TURNS:
-                self._turns, batch = 0, [next(one for one in self if one.request.words is not None)]
+                self._turns, batch = 0, [next(one for one in self._all if one.request.words is not None)]
         for one in batch:
             self.leave(one)
         return batch

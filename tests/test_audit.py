@@ -23,7 +23,6 @@ from serve.audit import AuditLog, check, read, replay, same
 from serve.bounds import Unread
 from serve.guard import Guard
 from serve.loop import ControlLoop, Hurried
-from serve.seen import again
 from vla.errors import DataError, MachineError, UsageError
 
 STRANGE = (None, "left", {}, [[]], np.zeros((2, 3)), np.full((4, 7), np.nan), [[10**400] * 7], Unread("nothing came"), b"\0")
@@ -151,8 +150,26 @@ def test_neither_pictures_nor_anything_but_their_sum_is_written(tmp_path: Path):
         log.watch(guard)
         guard.saw(look(5))
     (event,) = [e for e in lines(tmp_path) if e["do"] == "saw"]
-    assert set(event) == {"n", "t", "session", "guard", "i", "do", "problem", "digest", "state", "age", "executed", "says"}
-    assert again(guard.see(look(5)).digest, event["digest"]) and not again(guard.see(look(6)).digest, event["digest"])
+    told = {"problem", "glance", "whole", "state", "age", "executed", "says"}
+    assert set(event) == {"n", "t", "session", "guard", "i", "do", *told}
+    sums = event["glance"], event["whole"]
+    assert guard.see(look(5)).again(*sums) and not guard.see(look(6)).again(*sums)
+
+
+def test_logs_of_before_there_were_glances_are_judged_again(tmp_path: Path):
+    guard = Guard(TABLE, repeats=0)
+    with AuditLog(tmp_path) as log:
+        log.watch(guard)
+        said = [guard.saw(look(n))[:8] for n in (5, 6, 6, 7)]
+    assert said == ["", "", "repeated", ""] and check(tmp_path) == {**check(tmp_path), **CLEAN}
+    (file,) = tmp_path.glob("*.jsonl")
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    for event in told:
+        if event["do"] == "saw":
+            event["digest"] = event.pop("whole")
+            del event["glance"]
+    file.write_text("".join(json.dumps(event) + "\n" for event in told))
+    assert check(tmp_path) == {**check(tmp_path), **CLEAN}
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -182,7 +199,7 @@ def test_with_old_files_deleted_the_rest_is_judged_from_the_next_reset_on(tmp_pa
     guard = arm_guard()
     with AuditLog(tmp_path, max_bytes=20_000, keep=3) as log:
         log.watch(guard)
-        wander(guard, np.random.default_rng(2), 400)
+        wander(guard, np.random.default_rng(2), 500)
     for thread in threading.enumerate():
         if thread.name == "audit":
             thread.join()

@@ -18,10 +18,11 @@ from serving import Server, started, until
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
 from serve import shared  # noqa: E402
-from serve.alike import AGAIN  # noqa: E402
+from serve.again import AGAIN  # noqa: E402
 from serve.backend import ProcessBackend, ThreadBackend  # noqa: E402
 from serve.client import Client  # noqa: E402
 from serve.engine import Engine  # noqa: E402
+from serve.patience import ROOM  # noqa: E402
 from serve.refusal import Refusal  # noqa: E402
 from serve.requests import Request  # noqa: E402
 from serve.service import Service  # noqa: E402
@@ -163,7 +164,7 @@ def test_what_is_alike_is_said_once_to_the_model_and_answered_as_ever():
             entries = writer.put({"front": frame} if not at else {"other": frame, "front": frame})
             state = RNG.uniform(-0.3, 0.3, 4).astype(np.float32)
             images = {"front": regions[client].picture(entries["front"])}
-            return Request(images, state, "touch the red cube", "tabletop", places=10 * client + at, **other)
+            return Request(images, state, "touch the red cube", "tabletop", spot=10 * client + at, **other)
 
         def differ(one: Any, two: Any) -> bool:
             if isinstance(one, Exception):
@@ -174,9 +175,14 @@ def test_what_is_alike_is_said_once_to_the_model_and_answered_as_ever():
         wrong.state = np.full(3, 0.5, np.float32)
         seen = set[bytes]()
         place, client, seed = {"at": 1}, {"client": 1}, {"seed": 3}
-        turns = [*[{}] * 5, place, place, client, client, {}, {}, seed, seed, "wrong", {}, {}, {}, "two", {}, {}, "copied", {},
-                 {}, "left", {}, {}]  # fmt: skip
-        for turn in turns:
+        turns: list[tuple[Any, bool, bool]] = [  # what is asked; whether as the last look was, and answered as the last was
+            ({}, False, False), ({}, True, True), ({}, True, True), (place, False, True), (place, True, True),
+            (client, False, True), (client, True, True), ({}, False, True), ({}, True, True), (seed, False, True),
+            (seed, True, True), ("wrong", False, False), ({}, True, False), ({}, True, True), ("two", False, False),
+            ({}, False, False), ({}, True, True), ("copied", False, True), ({}, False, True), ({}, True, True),
+            ("left", False, True), ({}, True, True), *[({}, True, True)] * 4,
+        ]  # fmt: skip
+        for turn, said_so, heard_so in turns:
             match turn:
                 case "wrong":
                     batch = [wrong]
@@ -184,7 +190,7 @@ def test_what_is_alike_is_said_once_to_the_model_and_answered_as_ever():
                     batch = [look(), look(1)]
                 case "copied":
                     batch = [look()]
-                    batch[0].images, batch[0].places = {"front": frames(1)[0]}, None
+                    batch[0].images, batch[0].spot = {"front": frames(1)[0]}, None
                 case "left":
                     regions[1].close()
                     batch = [look()]
@@ -193,10 +199,9 @@ def test_what_is_alike_is_said_once_to_the_model_and_answered_as_ever():
                     batch = [look(**turn)]
             got, wanted = await ask(backend, batch), await ask(plain, batch)
             assert not any(map(differ, got, wanted)), turn
+            assert (sent[-1].startswith(AGAIN), heard[-1].startswith(AGAIN)) == (said_so, heard_so), (len(sent), turn)
             if isinstance(got[0], tuple):
                 seen.add(got[0][0].tobytes())
-        assert "".join(str(int(data.startswith(AGAIN))) for data in sent) == "01111" + "01" * 4 + "0111" + "001001011"
-        assert "".join(str(int(data.startswith(AGAIN))) for data in heard) == "01111" + "11" * 4 + "0011" + "001111111"
         assert len(seen) > 20, "every look is another, and so is what is answered"
         await backend.stop()
         await plain.stop()
@@ -267,6 +272,34 @@ def test_who_may_not_share_sends(tmp_path: Path):
                 assert refusal(bent | wrong).code == "bad_request", wrong
             assert client.act(frame, "go").execute == 8 and client.connections == 1
         assert not server.complaints()
+
+
+def test_what_a_client_shared_before_is_let_go_when_it_shares_anew():
+    """Though its pictures were remembered by where they lay; nothing is kept for a client that has left, either."""
+
+    def mapped() -> int:
+        return len(set(re.findall(r"memfd:tendon-looks-\d+", Path("/proc/self/maps").read_text())))
+
+    async def work() -> None:
+        service = Service(Engine(lambda: ThreadBackend.start({"policy": "null:tabletop"})), ServeSettings())
+        await service.engine.start()
+        talk, before, room = Conversation(service, near=True), mapped(), ROOM.left
+        for size in (1 << 20, 2 << 20, 20_000):
+            assert unpack(await talk.answer(pack({"type": "share", "seq": 1, "size": size})))["type"] == "shared"
+            assert mapped() == before + 1 and room - ROOM.left >= size
+            place = {MARK: True, "at": 64, "shape": [64, 64, 3]}
+            for n in range(4):
+                said = list[bytes]()
+                message = {"type": "look", "seq": n + size, "images": {"front": place}, "state": STATE, "instruction": "go"}
+                taken = talk.look(pack(message), said.append)
+                while taken and not said:
+                    await asyncio.sleep(0.001)
+                assert unpack(said[0])["type"] in ("chunk", "refusal")
+        talk.close()
+        await service.engine.stop()
+        assert mapped() == before and room == ROOM.left
+
+    asyncio.run(work())
 
 
 def test_another_computer_gets_no_offer():

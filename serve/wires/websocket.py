@@ -25,13 +25,13 @@ from typing import Any
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from serve.alike import Reader
+from serve.alike import Alike
 from serve.gate import refuse
 from serve.messages import Say, answer_with, messages, send
 from serve.refusal import Refusal
 from serve.service import SHORTEST, Look, Reply, Service, Session
-from serve.shared import AVAILABLE, MARK, Placed, Region
-from serve.wire import PROTOCOL, Limits, WireError, pack, unpack
+from serve.shared import AVAILABLE
+from serve.wire import PROTOCOL, pack, unpack
 from vla.errors import VLAError
 
 _NEAR = ("127.0.0.1", "::1")
@@ -79,9 +79,7 @@ class Conversation:
         """`near`: it is on this computer."""
         self._service, self.session, self._near = service, Session(service, "websocket"), near
         self._limits = service.limits
-        self._read = Reader(partial(unpack, limits=service.limits))
-        self._laid: tuple[Any, Region | None, Any] = None, None, None
-        """Where pictures were last said to be, in which memory, and they: mostly the next ones lie there as well."""
+        self._read = Alike(partial(unpack, limits=service.limits))
         self._leave: Callable[[], None] | None = None
 
     def close(self) -> None:
@@ -89,7 +87,6 @@ class Conversation:
         if self._leave is not None:
             self._leave()
             self._leave = None  # it knows who asked, who knows it: pictures would stay until that circle is collected
-        self._laid = None, None, None
         self.session.close()
 
     def look(self, data: bytes | memoryview, say: Say) -> bool:
@@ -147,14 +144,8 @@ class Conversation:
             return _refused(seq, error)
 
     def _look_of(self, message: Mapping[str, Any]) -> Look:
-        look, region = look_of(message), self.session.region
-        if region is not None:
-            given, where, placed = self._laid
-            if look.images is not given or where is not region:
-                placed = _placed(look.images, region, self._limits)
-                if all(isinstance(picture, Placed) for picture in placed.values()):  # others would be kept for nothing
-                    self._laid = look.images, region, placed
-            look.images = placed
+        look = look_of(message)
+        look.images = self.session.pictures(look.images)
         return look
 
 
@@ -196,21 +187,6 @@ def look_of(message: Mapping[str, Any]) -> Look:
         adapter=message.get("adapter"), seq=message.get("seq"), age=float(message.get("age") or 0.0),
         executed=message.get("executed"), deadline=message.get("deadline"), seed=message.get("seed") or 0,
     )  # fmt: skip
-
-
-def _placed(images: Mapping[str, Any], region: Region, limits: Limits) -> dict[str, Any]:
-    """Pictures that lie in `region` instead of where they are said to be."""
-    shared = {camera: entry for camera, entry in images.items() if isinstance(entry, dict) and MARK in entry}
-    if len(shared) > limits.pictures:
-        raise _wrong("images", f"{len(shared)} pictures", f"at most {limits.pictures}")
-    found: dict[str, Any] = {**images}
-    for camera, entry in shared.items():
-        try:
-            found[camera] = region.picture(entry, limits)
-        except WireError as error:
-            error.where = f"camera {camera!r}"[:80]
-            raise
-    return found
 
 
 def _wrong(where: str, found: str, expected: str) -> Refusal:
