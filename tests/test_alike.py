@@ -91,7 +91,7 @@ def test_what_is_not_quite_alike_is_another_message():
             for _ in range(int(rng.integers(1, 3))):
                 data[int(rng.integers(len(data)))] = int(rng.integers(256))
         before = counted.asked
-        assert said(read, bytes(data)) == said(unpack, data), n
+        assert said(read, bytes(data)) == said(unpack, bytes(data)), n
         fitted += counted.asked == before
     assert 3000 < fitted < 5500, fitted
 
