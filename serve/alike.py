@@ -12,14 +12,19 @@ judged every time (`serve/wires/websocket.py`).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import msgpack
 import numpy as np
 
-_MOST = 4 << 10
-"""Bytes of a message that is worth remembering: what is larger holds pictures, and is not walked through for long."""
+_MOST = 1 << 10
+"""Bytes of a message that is worth remembering, mostly: what is larger holds pictures, and what a stranger sends is not kept."""
+_GAPS = 32
+"""Numbers and arrays of a message that is worth remembering; a chunk has nine."""
+_WORTH = 8
+"""Messages read by a form that make up for learning it."""
 _NUMBERS = {0xCB: "d", 0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q"}
 """msgpack's tags of numbers, and what `struct` calls what follows."""
 _BYTES = {0xC4: 2, 0xC5: 3, 0xC6: 5}
@@ -32,8 +37,9 @@ class Alike:
     """Reads mappings as `unpack` does, sooner where they are alike. A mapping or list in them that is without such numbers is one
     and the same object from then on, by which it is known again: it is nobody's to change."""
 
-    def __init__(self, unpack: Callable[[bytes | memoryview], Any]) -> None:
-        self._unpack = unpack
+    def __init__(self, unpack: Callable[[bytes | memoryview], Any], most: int = _MOST) -> None:
+        """`most` bytes of a message that is remembered."""
+        self._unpack, self._most = unpack, most
         self._form: _Form | None = None
         self._size = -1
         """Bytes of the last message that was read by `unpack`: of two as long as each other the second is worth learning."""
@@ -45,20 +51,24 @@ class Alike:
         if form is not None and len(data) == form.size and (message := form.read(data)) is not None:
             return message
         message = self._unpack(data)
-        if len(data) == self._size and len(data) <= _MOST and isinstance(message, dict):
+        if len(data) == self._size and len(data) <= self._most and isinstance(message, dict):
             self._learn(bytes(data), message)
         self._size = len(data)
         return message
 
     def _learn(self, data: bytes, message: dict[Any, Any]) -> None:
-        """To learn costs twice as much as to read: who sends what is never alike does not pay that for every message."""
+        """To learn costs twice as much as to read: who sends what is hardly ever alike does not pay that for every message."""
         if self._form is not None:
-            self._wasted = 0 if self._form.used else self._wasted + 1
+            self._wasted = 0 if self._form.used >= _WORTH else self._wasted + 1
             self._form, self._pause = None, (1 << min(self._wasted, 10)) - 1
         if self._pause:
             self._pause -= 1
             return
-        self._form = _Form(data, message)
+        gaps = list(islice(_gaps(data, message), _GAPS + 1))
+        self._form = _Form(data, message, gaps) if len(gaps) <= _GAPS else None
+        if self._form is None:
+            self._wasted += 1
+            self._pause = (1 << min(self._wasted, 10)) - 1
 
 
 _Gap = tuple[int, str, tuple[Any, Any, np.dtype | None, tuple[int, ...], bool]]
@@ -69,13 +79,12 @@ itself), their own key, type and shape of an array, whether a number is its own 
 class _Form:
     """One message, and where its numbers lie."""
 
-    def __init__(self, data: bytes, message: dict[Any, Any]) -> None:
-        self.size, self.used = len(data), False
-        self._gaps, at, layout = list[Any](), 0, ">"
-        for begin, code, gap in _gaps(data, message):
+    def __init__(self, data: bytes, message: dict[Any, Any], gaps: Sequence[_Gap]) -> None:
+        self.size, self.used = len(data), 0
+        self._gaps, at, layout = [gap for _, _, gap in gaps], 0, ">"
+        for begin, code, _ in gaps:
             layout += f"{begin - at}s{code}"
             at = begin + struct.calcsize(f">{code}")
-            self._gaps.append(gap)
         self._parts = struct.Struct(f"{layout}{len(data) - at}s")
         self._same = self._parts.unpack(data)[::2]
         self._message = message.copy()
@@ -98,7 +107,7 @@ class _Form:
                 message[key] = value
             else:
                 message[outer][key] = value
-        self.used = True
+        self.used += 1
         return message
 
 

@@ -159,7 +159,7 @@ class ProcessBackend:
                 results, seconds = [result_of(one) for one in said["results"]], said["seconds"]
                 self._kinds = kinds_of(results)
         except Exception as error:
-            results, seconds = error, 0.0
+            results, seconds, self._kinds = error, 0.0, None
         done(results, seconds)
 
     async def _tell_the_end(self, done: Done) -> None:

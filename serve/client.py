@@ -81,7 +81,7 @@ class Client:
         self._error: VLAError | None = None
         self._connecting = self._closed = False
         self._seq, self._help, self._asked = 0, "", -1
-        self._read = Alike(unpack)
+        self._read = Alike(unpack, 64 << 10)  # chunks
         try:
             with self._changed:
                 self._connect()

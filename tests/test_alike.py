@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import msgpack
@@ -84,16 +85,16 @@ def test_strange_messages_in_between_are_read_as_ever(wire: str):
 def test_what_is_not_quite_alike_is_another_message():
     """Flips in what was read in one step a moment ago."""
     rng, counted = np.random.default_rng(1), Counted()
-    read, fitted = Alike(counted), 0
-    for n in range(6000):
-        data = bytearray(pack((look, chunk)[n // 3000](rng, 1000 + n)))
-        if n % 3 == 2:
+    read, fitted = Alike(counted), Counter[tuple[bool, bool]]()
+    for n in range(12_000):
+        data = bytearray(pack((look, chunk)[n // 6000](rng, 1000 + n)))
+        if n % 25 == 24:
             for _ in range(int(rng.integers(1, 3))):
                 data[int(rng.integers(len(data)))] = int(rng.integers(256))
         before = counted.asked
         assert said(read, bytes(data)) == said(unpack, bytes(data)), n
-        fitted += counted.asked == before
-    assert 3000 < fitted < 5500, fitted
+        fitted[n % 25 == 24, counted.asked == before] += 1
+    assert fitted[False, True] > 10_000 and min(fitted[True, True], fitted[True, False]) > 50, fitted
 
 
 @pytest.mark.parametrize("strange", [
@@ -128,7 +129,26 @@ def test_who_sends_nothing_alike_is_not_learnt_from_for_ever(monkeypatch: pytest
     large = {"type": "look", "state": np.zeros(20_000, np.float32)}
     for _ in range(5):
         read(pack(large))
-    assert learnt[0] <= 12
+    for n in range(3000):  # three of a kind each time: one that would have been read sooner, and two that were not
+        read(pack({"type": "look", "instruction": f"number {n // 3:05d}", "number": n % 100}))
+    assert learnt[0] <= 24
+
+
+def test_a_message_of_hundreds_of_numbers_is_not_learnt(monkeypatch: pytest.MonkeyPatch):
+    """It would take far longer than to read it, and be kept."""
+    walked, gaps = [0], serve.alike._gaps
+
+    def counting(*args: Any) -> Any:
+        for gap in gaps(*args):
+            walked[0] += 1
+            yield gap
+
+    monkeypatch.setattr(serve.alike, "_gaps", counting)
+    counted = Counted()
+    read = Alike(counted)
+    for n in range(2000):
+        read(pack({str(key): key % 7 for key in range(100)} | {"number": n % 100}))
+    assert counted.asked == 2000 and walked[0] < 12 * 40
 
 
 def test_a_message_is_its_readers_own_but_for_what_never_changes():
