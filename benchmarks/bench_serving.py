@@ -4,7 +4,8 @@
 
 A block of looks of each in turn: our WebSocket with our client, the same with `websockets`' own client, openpi's protocol on our
 server, a server as openpi's, OFT's payload on our /act, a server as OpenVLA's; and the floor, the same bytes over a bare blocking
-socket. Then: 8 clients of a model that takes 100 ms a batch against one that takes them singly; /livez while a look takes 3 s.
+socket. Then, with the model in a process and in a thread: 8 clients of a model that takes 100 ms a batch against one that takes
+them singly; /livez while a look takes 3 s.
 Needs, for the servers it is compared with: pip install fastapi json-numpy requests
 """
 
@@ -220,7 +221,7 @@ def overhead(looks: int, block: int) -> dict[str, Any]:
         }, looks, block)  # fmt: skip
 
 
-def crowd(clients: int, looks: int) -> dict[str, float]:
+def crowd(clients: int, looks: int, *flags: str) -> dict[str, float]:
     """Looks a second of many clients, batched and one by one."""
     from serve.client import Client
 
@@ -240,7 +241,7 @@ def crowd(clients: int, looks: int) -> dict[str, float]:
             thread.join()
         return clients * looks / (time.perf_counter() - began)
 
-    same = ("--deadline", "20", "--guard", str(_no_repeats()))
+    same = ("--deadline", "20", "--guard", str(_no_repeats()), *flags)
     with ours("null:tabletop_wrist?ms=100", "--batch", "8", *same) as port:
         batched = rate(port)
     with ours("null:tabletop_wrist?ms=100", "--batch", "1", *same) as port:
@@ -286,15 +287,14 @@ def main() -> None:
     print(f"{'two 224-pixel pictures, ms':34s} {'p50':>8s} {'p99':>8s} {'to ours':>8s}")
     for name, t in said["overhead"].items():
         print(f"{name:34s} {t['p50']:8.3f} {t['p99']:8.3f} {t['p50'] / one:8.1f}")
-    said["crowd"] = crowd(8, 12)
-    print(
-        "8 clients, a model of 100 ms a batch: {batched:.1f} looks/s, one by one {serial:.1f}: {ratio:.1f} x".format(
-            **said["crowd"]
-        )
-    )
-    with ours("null:tabletop_wrist?ms=3000", "--deadline", "20") as port:
-        said["livez"] = alive(port, 3.0)
-    print("/livez during a look of 3 s: {p50:.2f} ms, at most {max:.2f} of {probes}".format(**said["livez"]))
+    for engine in ("process", "thread"):
+        flags = ("--engine", engine)
+        said[f"crowd, {engine}"] = rates = crowd(8, 12, *flags)
+        print(f"the model in a {engine}: 8 clients, 100 ms a batch: {rates['batched']:.1f} looks/s, one by one "
+              f"{rates['serial']:.1f}: {rates['ratio']:.1f} x", end="")  # fmt: skip
+        with ours("null:tabletop_wrist?ms=3000", "--deadline", "20", *flags) as port:
+            said[f"livez, {engine}"] = probed = alive(port, 3.0)
+        print(f"; /livez during a look of 3 s {probed['p50']:.2f} ms, at most {probed['max']:.2f} of {probed['probes']}")
     if args.out:
         args.out.write_text(json.dumps(said, indent=1) + "\n")
 
