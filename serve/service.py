@@ -210,8 +210,8 @@ class Session:
         known, pictures = self._laid
         if said is not known:
             pictures = _lying(said, self.region, self.service.limits)
-            if all(isinstance(picture, Placed) for picture in pictures.values()):  # others would be kept for nothing
-                self._laid = said, pictures
+            if all(isinstance(picture, Placed) and _bare(name, said[name]) for name, picture in pictures.items()):
+                self._laid = said, pictures  # nothing else would be known again, and is not kept
         return pictures
 
     def close(self) -> None:
@@ -354,6 +354,11 @@ def _lying(said: Mapping[str, Any], region: Region, limits: Limits) -> dict[str,
             error.where = f"camera {camera!r}"[:80]
             raise
     return pictures
+
+
+def _bare(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of where a picture lies says nothing besides."""
+    return len(name) <= 64 and len(entry) == 3 and entry[MARK] is True
 
 
 def _frame(picture: Any, camera: str, limits: Limits) -> Picture:

@@ -295,6 +295,13 @@ def test_what_a_client_shared_before_is_let_go_when_it_shares_anew():
                 while taken and not said:
                     await asyncio.sleep(0.001)
                 assert unpack(said[0])["type"] in ("chunk", "refusal")
+            assert talk.session._laid[0] is not None
+            for more in ({MARK: bytes(1000)}, {"more": bytes(1000)}):
+                message["images"], message["seq"], said = {"front": place | more}, message["seq"] + 1, list[bytes]()
+                assert talk.look(pack(message), said.append)
+                while not said:
+                    await asyncio.sleep(0.001)
+                assert bytes(1000) not in pack(talk.session._laid[0]), "what a stranger says besides is not kept"
         talk.close()
         await service.engine.stop()
         assert mapped() == before and room == ROOM.left
