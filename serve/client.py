@@ -284,7 +284,7 @@ class Client:
                 link.shared = False
             if link.shared is False:
                 return images
-        return {**images, **link.shared.put(raw)} if len(raw) < len(images) else link.shared.put(raw)
+        return {**images, **link.shared.put(raw)}
 
     def _chunk_of(self, link: Connection, said: Mapping[str, Any], robot: str | None, total: float) -> Chunk:
         robots = self._hello.robots

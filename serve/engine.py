@@ -237,7 +237,7 @@ class Engine:
         self._forget(one)
         try:
             one.tell(said)
-        except Exception:
+        except Exception:  # the caller's own; who else is in the batch does not pay for it
             logger.exception("an answer could not be handed over")
 
     def _wake_by(self, when: float) -> None:

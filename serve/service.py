@@ -30,8 +30,8 @@ from serve.refusal import Refusal
 from serve.requests import Answer, Info, Request, Start, telling
 from serve.robot import Robot
 from serve.settings import ServeSettings
-from serve.shared import MARK, Placed, Region
-from serve.wire import Encoded, Limits, Picture, WireError, bounded
+from serve.shared import Placed, Region, bare, lying
+from serve.wire import Encoded, Limits, Picture, bounded
 from vla.errors import UsageError, VLAError
 from vla.prompt import clean_instruction
 from vla.schema import all_finite
@@ -204,13 +204,13 @@ class Session:
         return self.region
 
     def pictures(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`said`, with those pictures that are said to lie in the region. Raises `Refusal`, `WireError` for what does not."""
+        """`said`, with those pictures that are said to lie in the region. Raises `WireError` for what does not."""
         if self.region is None:
             return said
         known, pictures = self._laid
         if said is not known:
-            pictures = _lying(said, self.region, self.service.limits)
-            if all(isinstance(picture, Placed) and _bare(name, said[name]) for name, picture in pictures.items()):
+            pictures = lying(said, self.region, self.service.limits)
+            if all(isinstance(picture, Placed) and bare(name, said[name]) for name, picture in pictures.items()):
                 self._laid = said, pictures  # nothing else would be known again, and is not kept
         return pictures
 
@@ -338,27 +338,6 @@ class Session:
                           f"{sorted(str(name)[:40] for name in given)[:16]}", expected=f"cameras {sorted(robot.cameras)}",
                           fix="name them so, or serve with --camera NAME_ON_THE_WIRE=CAMERA")  # fmt: skip
         return {c: _frame(images[c], c, self.service.limits) for c in robot.cameras}
-
-
-def _lying(said: Mapping[str, Any], region: Region, limits: Limits) -> dict[str, Any]:
-    """Pictures that lie in `region` instead of where they are said to be."""
-    shared = {camera: entry for camera, entry in said.items() if isinstance(entry, dict) and MARK in entry}
-    if len(shared) > limits.pictures:
-        raise Refusal("bad_request", where="images", found=f"{len(shared)} pictures", expected=f"at most {limits.pictures}",
-                      fix="see docs/serving.md")  # fmt: skip
-    pictures: dict[str, Any] = {**said}
-    for camera, entry in shared.items():
-        try:
-            pictures[camera] = region.picture(entry, limits)
-        except WireError as error:
-            error.where = f"camera {camera!r}"[:80]
-            raise
-    return pictures
-
-
-def _bare(name: str, entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of where a picture lies says nothing besides."""
-    return len(name) <= 64 and len(entry) == 3 and entry[MARK] is True
 
 
 def _frame(picture: Any, camera: str, limits: Limits) -> Picture:

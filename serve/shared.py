@@ -113,6 +113,28 @@ class Region:
             self._seen.clear()
 
 
+def lying(said: Mapping[str, Any], region: Region, limits: Limits = LIMITS) -> dict[str, Any]:
+    """`said`, camera -> picture, with those that are said to lie in `region`. Raises `WireError` for what does not, and for more
+    than `limits` allow."""
+    shared = {camera: entry for camera, entry in said.items() if isinstance(entry, dict) and MARK in entry}
+    if len(shared) > limits.pictures:
+        raise WireError("images", found=f"{len(shared)} pictures", expected=f"at most {limits.pictures}",
+                        fix="see docs/serving.md")  # fmt: skip
+    pictures: dict[str, Any] = {**said}
+    for camera, entry in shared.items():
+        try:
+            pictures[camera] = region.picture(entry, limits)
+        except WireError as error:
+            error.where = f"camera {camera!r}"[:80]
+            raise
+    return pictures
+
+
+def bare(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of where a picture lies says nothing besides."""
+    return len(name) <= 64 and len(entry) == 3 and entry[MARK] is True
+
+
 class Regions:
     """The model's side: the regions of the server's clients, opened as they are named."""
 

@@ -172,7 +172,7 @@ class FastWebSocket(Reader, WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._asking = self._inside = True
         try:
             taken = self._quick(data, self._say)
-        except Exception:
+        except Exception:  # else the connection would stay open, and deaf
             logger.exception("a message could not be answered")
             self._asking = self._inside = False
             self._fail(CloseCode.INTERNAL_ERROR, "see the server's log")
